@@ -1,0 +1,47 @@
+"""Prune language models: any Hugging Face decoder in, a plain sparse checkpoint out."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from llmprune.errors import Failure, LLMPruneError, UserError
+
+if TYPE_CHECKING:
+    from llmprune.evaluate.perplexity import perplexity
+    from llmprune.pipeline import prune
+    from llmprune.recipe import Recipe
+    from llmprune.report.inspect import inspect
+    from llmprune.report.record import Report
+    from llmprune.report.verify import verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Failure",
+    "LLMPruneError",
+    "Recipe",
+    "Report",
+    "UserError",
+    "__version__",
+    "inspect",
+    "perplexity",
+    "prune",
+    "verify",
+]
+
+_PLACES = {
+    "Recipe": "llmprune.recipe",
+    "Report": "llmprune.report.record",
+    "inspect": "llmprune.report.inspect",
+    "perplexity": "llmprune.evaluate.perplexity",
+    "prune": "llmprune.pipeline",
+    "verify": "llmprune.report.verify",
+}
+
+
+def __getattr__(name: str) -> object:
+    # torch and transformers are imported when they are needed: `llmprune --help` answers at once.
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name]), name)
+    raise AttributeError(f"module 'llmprune' has no attribute {name!r}")

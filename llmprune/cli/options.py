@@ -1,0 +1,71 @@
+"""Arguments that several subcommands share, and how they become a recipe."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from llmprune.errors import UserError
+from llmprune.recipe import SHORT, assemble, read_value
+
+MODEL = "a Hub name (owner/name or owner/name@revision), a folder, or a .gguf file"
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """The recipe and each of its keys."""
+    add = parser.add_argument_group("recipe").add_argument
+    add("--recipe", metavar="FILE", help="a YAML recipe; the options below go on top of it")
+    add("--sparsity", metavar="S", help="2:4, 4:8, any N:M (keeps at most N of every M), 0.5 or 50%% [50%%]")
+    add("--method", metavar="NAME", help="magnitude, wanda, sparsegpt, ... [sparsegpt]")
+    add("--scope", choices=("row", "matrix"), help="what an unstructured sparsity is counted over [the method's own]")
+    add("--calibration", metavar="TEXT", help="c4, wikitext2, builtin, owner/name on the Hub, or a local file [c4]")
+    add("--samples", type=int, metavar="N", help="calibration sequences [128]")
+    add("--length", type=int, metavar="N", help="tokens per calibration sequence [2048]")
+    add("--seed", type=int, metavar="N", help="draws the calibration documents [0]")
+    add(
+        "--ignore",
+        action="append",
+        metavar="NAME",
+        help="leave more linears dense: a glob, or re:EXPRESSION; repeat",
+    )
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... [a GPU where there is one]")
+    add("--dtype", metavar="NAME", help="run the blocks in float32, bfloat16 or float16 [the checkpoint's]")
+    add("--shard-size", metavar="SIZE", help="the largest file to write [5GB]")
+    add("--evaluate", metavar="TEXT", help="measure perplexity on this text before and after pruning")
+    add("--set", action="append", metavar="KEY=VALUE", help="any recipe key, such as method.damping=0.05; repeat")
+
+
+def recipe_options(chosen: argparse.Namespace, default: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The keyword arguments for `prune` and `plan` that the command line asks for.
+
+    Args:
+        default: the recipe where no file is named.
+    """
+    names = ("sparsity", "method", "scope", "calibration", "samples", "length", "seed", "device", "dtype", "shard_size")
+    options = {name: getattr(chosen, name) for name in (*names, "evaluate")}
+    recipe = assemble(chosen.recipe if chosen.recipe is not None else default, options)
+    if chosen.ignore:
+        recipe = recipe.override("ignore", [*recipe.ignore, *chosen.ignore])
+    for entry in chosen.set or ():
+        key, mark, value = entry.partition("=")
+        if not mark:
+            raise UserError(f"--set takes KEY=VALUE, not {entry!r}")
+        try:
+            recipe = recipe.override(SHORT.get(key.strip(), key.strip()), read_value(value))
+        except UserError as error:
+            raise UserError(f"--set {entry}: {error}") from None
+    return {"recipe": recipe}
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """The switch for machines."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+
+
+def print_json(data: Any) -> None:
+    """Print plain data for machines."""
+    json.dump(data, sys.stdout, indent=2, default=str, allow_nan=False)
+    print()

@@ -1,0 +1,46 @@
+"""Prune a model and write it as a plain Hugging Face checkpoint.
+
+example: llmprune prune HuggingFaceTB/SmolLM2-135M-Instruct --sparsity 2:4 --method sparsegpt -o OUT
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from llmprune.cli.options import MODEL, add_json, add_recipe, print_json, recipe_options
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The arguments."""
+    parser.add_argument("model", help=MODEL)
+    parser.add_argument("-o", "--out", required=True, help="the folder to write")
+    add_recipe(parser)
+    parser.add_argument("--restart", action="store_true", help="do away with an earlier run in OUT")
+    add_json(parser)
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Prune."""
+    from llmprune.pipeline import prune
+    from llmprune.progress import Bars
+
+    report = prune(chosen.model, out=chosen.out, restart=chosen.restart, progress=Bars(), **recipe_options(chosen))
+    if chosen.json:
+        print_json(report.to_dict())
+    else:
+        show(report)
+    return 0
+
+
+def show(report: object) -> None:
+    """Print a report for people."""
+    from rich.console import Console
+
+    from llmprune.report import tables
+    from llmprune.report.record import Report
+
+    assert isinstance(report, Report)
+    console = Console()
+    console.print(tables.result_table(report), tables.summary(report))
+    for note in tables.notes(report.linears):
+        console.print(f"[yellow]note[/yellow] {note}")

@@ -1,0 +1,294 @@
+"""Text for calibration and evaluation, and the token batches drawn from it."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import itertools
+import json
+import random
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from llmprune.errors import Failure, UserError, unknown
+
+Part = Literal["calibration", "evaluation"]
+
+JOINT = "\n\n"
+"""Stands between documents, as in the pruning papers."""
+
+
+@dataclass(frozen=True)
+class HubText:
+    """A text on the Hub.
+
+    Attributes:
+        name, config, split, column: of the data set.
+        file: the one file of it that is enough.
+        documents: how many of its documents are enough.
+        joined: its rows are the lines of one text.
+    """
+
+    name: str
+    config: str | None
+    split: str
+    column: str = "text"
+    file: str | None = None
+    documents: int | None = None
+    joined: bool = False
+
+
+NAMED: dict[str, dict[Part, HubText]] = {
+    "c4": {
+        "calibration": HubText("allenai/c4", "en", "train", file="en/c4-train.00000-of-01024.json.gz"),
+        "evaluation": HubText(
+            "allenai/c4", "en", "validation", file="en/c4-validation.00000-of-00008.json.gz", documents=1100
+        ),
+    },
+    "wikitext2": {
+        "calibration": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "train", joined=True),
+        "evaluation": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "test", joined=True),
+    },
+}
+
+SUFFIXES = (".txt", ".raw", ".md", ".jsonl", ".json", ".json.gz", ".jsonl.gz", ".parquet")
+
+_HELD_OUT = 4
+"""Every fourth topic of the built-in text is held out for evaluation."""
+
+
+def documents(
+    source: str,
+    part: Part = "calibration",
+    *,
+    config: str | None = None,
+    split: str | None = None,
+    column: str = "text",
+) -> Iterator[str]:
+    """The documents of a text, in their own order.
+
+    Args:
+        source: `builtin`, `c4`, `wikitext2`, a Hub data set `owner/name`, or a local file.
+        part: which part of a named text.
+        config, split, column: of a Hub data set; a column also of a local file of records.
+
+    Raises:
+        UserError: there is no such text, or it cannot be read as one.
+        Failure: the Hub cannot be reached.
+    """
+    check(source)
+    path = Path(source).expanduser()
+    if path.is_file():
+        yield from _local(path, column)
+    elif source == "builtin":
+        yield from builtin(part)
+    elif source in NAMED:
+        named = NAMED[source][part]
+        if config is not None or split is not None:
+            named = replace(named, config=config or named.config, split=split or named.split, file=None)
+        yield from _hub(replace(named, column=column))
+    else:
+        default = "train" if part == "calibration" else "test"
+        yield from _hub(HubText(source, config, split or default, column))
+
+
+def check(source: str) -> None:
+    """See, without reading anything, that a text may exist.
+
+    Raises:
+        UserError: it is neither a file, nor a known name, nor the name of a Hub data set.
+    """
+    path = Path(source).expanduser()
+    if path.is_file() or source == "builtin" or source in NAMED:
+        return
+    if source.endswith(SUFFIXES) or source.startswith((".", "/", "~")) or path.is_dir():
+        raise UserError(f"no text file at {source}; give a file that ends in {', '.join(SUFFIXES)}")
+    if source.count("/") != 1:
+        raise unknown("text", source, ["builtin", *NAMED, "owner/name", "a local file"])
+
+
+def builtin(part: Part) -> list[str]:
+    """The reference manual that comes with CPython, one document a topic; the two parts share no topic."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise UserError(
+            "this Python lacks the module pydoc_data, which holds the built-in text; give a text file instead"
+        ) from None
+    ordered = sorted(topics)
+    held_out = ordered[::_HELD_OUT]
+    return [topics[topic] for topic in ordered if (topic in held_out) == (part == "evaluation")]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token sequences for calibration.
+
+    Attributes:
+        ids: (samples, length) int64.
+        sha256: of the ids as little-endian int64 bytes: equal text, tokenizer and seed give equal hashes.
+    """
+
+    ids: Tensor
+    sha256: str
+
+    @classmethod
+    def of(cls, ids: Tensor) -> Tokens:
+        """Wrap token ids (samples, length) with their hash."""
+        ids = ids.to(torch.int64).contiguous()
+        return cls(ids, hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest())
+
+    def batches(self, size: int) -> list[Tensor]:
+        """Split into batches of at most `size` sequences."""
+        return list(torch.split(self.ids, size))
+
+
+def draw(texts: Iterable[str], tokenizer: Any, samples: int, length: int, seed: int, source: str) -> Tokens:
+    """Draw token sequences: the documents are shuffled by the seed, joined by blank lines, tokenised and cut.
+
+    A text of a single document is cut into sequences, and these are shuffled instead. Of a text that is much larger
+    than needed (forty characters a token, and a thousand documents) only the beginning is read.
+
+    Raises:
+        UserError: too little text.
+    """
+    needed = samples * length
+    pile: list[str] = []
+    characters = 0
+    for text in texts:
+        if text.strip():
+            pile.append(text)
+            characters += len(text)
+        if characters >= 40 * needed and len(pile) >= 1000:
+            break
+    order = random.Random(seed)
+    if len(pile) == 1:
+        ids = encode(tokenizer, pile[0])
+        cuts = list(range(0, len(ids) - length + 1, length))
+        order.shuffle(cuts)
+        sequences = [ids[cut : cut + length] for cut in cuts[:samples]]
+        found = len(ids)
+    else:
+        order.shuffle(pile)
+        ids = []
+        for start in range(0, len(pile), 64):
+            if len(ids) >= needed:
+                break
+            chunk = JOINT.join(pile[start : start + 64]) + JOINT
+            ids.extend(encode(tokenizer, chunk, special=start == 0))
+        sequences = [ids[cut : cut + length] for cut in range(0, len(ids) - length + 1, length)][:samples]
+        found = len(ids)
+    if len(sequences) < samples:
+        fewer = f"fewer (--samples {len(sequences)}) or " if sequences else ""
+        raise UserError(
+            f"{source} has {found:,} tokens, but {samples} samples of {length:,} tokens need {needed:,}: "
+            f"ask for {fewer}shorter ones, or give more text"
+        )
+    return Tokens.of(torch.tensor(sequences))
+
+
+def encode(tokenizer: Any, text: str, special: bool = True) -> list[int]:
+    """Token ids of a text of any length, without the warning that it is longer than the model's context."""
+    ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    return ids
+
+
+def _local(path: Path, column: str) -> Iterator[str]:
+    readers: dict[str, Callable[[], Iterator[str]]] = {
+        ".parquet": lambda: _parquet(path, column),
+        ".jsonl": lambda: _records(path, column),
+        ".json": lambda: _records(path, column),
+        ".json.gz": lambda: _records(path, column),
+        ".jsonl.gz": lambda: _records(path, column),
+    }
+    name = path.name.lower()
+    suffix = next((suffix for suffix in sorted(readers, key=len, reverse=True) if name.endswith(suffix)), None)
+    try:
+        if suffix is None:
+            yield path.read_text(encoding="utf-8")
+        else:
+            yield from readers[suffix]()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason})") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def _records(path: Path, column: str) -> Iterator[str]:
+    """JSON lines, or one JSON list of records."""
+    opener = gzip.open if path.name.lower().endswith(".gz") else open
+    with opener(path, "rt", encoding="utf-8-sig") as file:
+        first = file.read(4096).lstrip()[:1]
+        file.seek(0)
+        try:
+            if first == "[":
+                for number, record in enumerate(json.load(file), 1):
+                    yield _field(record, column, f"{path} record {number}")
+                return
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _field(json.loads(line), column, f"{path} line {number}")
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is not JSON lines: {error}") from None
+
+
+def _field(record: Any, column: str, where: str) -> str:
+    if not isinstance(record, dict):
+        raise UserError(f"{where} is not a record of named fields")
+    if column not in record:
+        raise UserError(f"{where}: {unknown('column', column, record)}; choose with --set calibration.column=NAME")
+    if not isinstance(record[column], str):
+        raise UserError(f"{where}: {column!r} is not text")
+    # Half a surrogate pair, which JSON can carry, is no character that a tokenizer takes.
+    return str(record[column]).encode("utf-8", "replace").decode("utf-8")
+
+
+def _parquet(path: Path, column: str) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+        if column not in table.schema_arrow.names:
+            raise unknown(f"column of {path}", column, table.schema_arrow.names)
+        batches = table.iter_batches(columns=[column])
+        values = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
+        for number, value in enumerate(values, 1):
+            yield _field({column: value}, column, f"{path} row {number}")
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path} is not a Parquet file that can be read: {error}") from None
+
+
+def _hub(text: HubText) -> Iterator[str]:
+    import datasets
+    from huggingface_hub.errors import HTTPError
+
+    options: dict[str, Any] = {"split": text.split, "streaming": True}
+    if text.file:
+        options["data_files"] = {text.split: text.file}
+    elif text.config:
+        options["name"] = text.config
+    advice = "where there is no network, name a local file, or `builtin` for the built-in text"
+    try:
+        rows = datasets.load_dataset(text.name, **options)
+        found = (_field(row, text.column, text.name) for row in itertools.islice(rows, text.documents))
+        if text.joined:
+            yield JOINT.join(found)
+        else:
+            yield from found
+    except UserError:
+        raise
+    except (datasets.exceptions.DatasetNotFoundError, ConnectionError, HTTPError, OSError) as error:
+        raise Failure(f"the data set {text.name} cannot be read from the Hub: {_first_line(error)}; {advice}") from None
+    except ValueError as error:
+        raise UserError(f"the data set {text.name} (config {text.config}, split {text.split}): {error}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,34 @@
+"""What can go wrong, in two kinds: a user's mistake (exit code 2) and a failure while working (exit code 1)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LLMPruneError(Exception):
+    """Base of every error that llmprune raises on purpose: the message says what, where, and what to do."""
+
+    exit_code = 1
+
+
+class UserError(LLMPruneError):
+    """The request cannot be carried out as given; nothing was written."""
+
+    exit_code = 2
+
+
+class Failure(LLMPruneError):
+    """The request was sound, but the work could not be finished (a full disk, NaN weights, a broken file)."""
+
+
+class SingularGram(Failure):
+    """A Gram matrix that cannot be factorised, even after every step of extra damping."""
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
+    """An error for an unknown name that answers with the nearest known one."""
+    choices = sorted(known)
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return UserError(f"unknown {what} {name!r}: {hint}known: {', '.join(choices)}")

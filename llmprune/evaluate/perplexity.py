@@ -1,0 +1,148 @@
+"""Perplexity under the protocol of the pruning papers, block by block, so that whatever can be pruned can be evaluated.
+
+The text is tokenised as a whole and cut into windows of the context length without overlap; a shorter rest is left out.
+Each window predicts all its tokens but the first; the perplexity is exp of the mean over all predicted tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from llmprune import data
+from llmprune.errors import Failure, UserError
+from llmprune.model import blocks
+from llmprune.model.checkpoint import Checkpoint
+from llmprune.model.source import resolve
+from llmprune.plan import batch_size, sequence_length
+from llmprune.progress import Progress, Silent, available_memory
+from llmprune.recipe import Evaluation
+from llmprune.report.record import Perplexity
+
+_LOSS_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Text:
+    """A tokenised text.
+
+    Attributes:
+        name: what was asked for.
+        windows: (windows, length) token ids.
+    """
+
+    name: str
+    windows: Tensor
+
+
+def perplexity(
+    model: str | Path,
+    text: str,
+    *,
+    length: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> Perplexity:
+    """The perplexity of a model on a text.
+
+    Args:
+        model: a Hub name, a folder, or a `.gguf` file.
+        text: `wikitext2`, `c4`, `builtin` (their evaluation part), a Hub data set, or a local file.
+        length: context length in tokens; by default 2048, or what the model can take.
+        device, dtype: as in a recipe.
+        progress: where to show how far the work is.
+    """
+    with torch.no_grad():
+        checkpoint = Checkpoint(resolve(model, dtype), device, dtype)
+        return measure(checkpoint, read_text(checkpoint, Evaluation(text, length)), progress or Silent())
+
+
+def read_text(checkpoint: Checkpoint, chosen: Evaluation) -> Text:
+    """Read, tokenise and cut the text of an evaluation.
+
+    Raises:
+        UserError: no such text, or it is shorter than one window.
+    """
+    if chosen.text is None:
+        raise UserError("no text to evaluate on")
+    length = sequence_length(checkpoint, chosen.length)
+    texts = data.documents(chosen.text, "evaluation", config=chosen.config, split=chosen.split, column=chosen.column)
+    joined = data.JOINT.join(texts)
+    ids = torch.tensor(data.encode(checkpoint.tokenizer, joined))
+    count = len(ids) // length
+    if length < 2:
+        raise UserError("a window of one token predicts nothing: the length must be at least 2")
+    if count == 0:
+        raise UserError(
+            f"{chosen.text} has {len(ids):,} tokens, too few for a window of {length:,}: ask for a shorter one"
+        )
+    return Text(chosen.text, ids[: count * length].reshape(count, length))
+
+
+def dense(checkpoint: Checkpoint, text: Text, chosen: Evaluation, progress: Progress) -> Perplexity:
+    """Measure the model before it is pruned.
+
+    Raises:
+        UserError: it is broken: worse than the stated bound.
+    """
+    found = measure(checkpoint, text, progress, "evaluating the dense model")
+    if chosen.max_perplexity is not None and not found.value <= chosen.max_perplexity:
+        raise UserError(
+            f"{checkpoint.source.name} is broken before it is pruned: perplexity {found}, and the bound is "
+            f"{chosen.max_perplexity:g}; check the checkpoint, or go on with --set evaluate.max_perplexity=null"
+        )
+    return found
+
+
+def measure(checkpoint: Checkpoint, text: Text, progress: Progress, title: str = "evaluating") -> Perplexity:
+    """The perplexity of an open checkpoint, one block in memory at a time.
+
+    All windows go through a block before the next is read, as far as a quarter of the free memory holds them.
+    """
+    began = time.monotonic()
+    checkpoint.check_tokens(text.windows)
+    chain = blocks.probe(checkpoint)
+    count, length = text.windows.shape
+    size = checkpoint.hidden_size * length * checkpoint.dtype.itemsize
+    batch = batch_size(checkpoint, length)
+    at_once = max(1, available_memory() // 4 // size // batch) * batch
+    passes = torch.split(text.windows, at_once)
+    total = 0.0
+    steps = [(number, block) for number in range(len(passes)) for block in range(len(checkpoint.blocks))]
+    activations = blocks.Activations()
+    for number, block in progress.over(steps, title):
+        batches = list(torch.split(passes[number], batch))
+        if block == 0:
+            activations = blocks.start(checkpoint, chain, batches)
+        checkpoint.load_block(block)
+        blocks.advance(checkpoint, block, activations)
+        checkpoint.unload_block(block)
+        if block == len(checkpoint.blocks) - 1:
+            total += _loss(checkpoint, chain, batches, activations.hidden)
+    predicted = count * (length - 1)
+    mean = total / predicted
+    if not math.isfinite(mean):
+        raise Failure(f"the perplexity of {checkpoint.source.name} on {text.name} is not finite; try --dtype float32")
+    value = math.exp(min(mean, 700.0))
+    return Perplexity(value, text.name, length, count, predicted, round(time.monotonic() - began, 3))
+
+
+def _loss(checkpoint: Checkpoint, chain: blocks.Chain, batches: list[Tensor], hidden: list[Tensor]) -> float:
+    """The summed negative log likelihood of every token but the first of each window."""
+    checkpoint.load_outer(head=True)
+    total = 0.0
+    for tokens, states in zip(batches, hidden, strict=True):
+        for window, state in zip(tokens[:, None], states[:, None], strict=True):
+            scores = blocks.logits(checkpoint, chain, window, state)[0, :-1]
+            wanted = window[0, 1:].to(scores.device)
+            for part, target in zip(torch.split(scores, _LOSS_TOKENS), torch.split(wanted, _LOSS_TOKENS), strict=True):
+                total += float(functional.cross_entropy(part.float(), target, reduction="sum"))
+    checkpoint.unload()
+    return total

@@ -1,0 +1,1 @@
+"""The only rooms that know transformers' internals: where a model comes from, how its blocks are walked and written."""

@@ -1,0 +1,579 @@
+"""A safetensors checkpoint, its index, and a skeleton of its model into which one block at a time is loaded.
+
+The names of transformers' weight conversion, which turns the tensors of a checkpoint into the parameters of a model and
+back, are private to transformers 5; all use of them is in this file.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from llmprune.errors import Failure, UserError
+from llmprune.model.blocks import find_blocks
+from llmprune.model.source import Source, quiet
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
+}
+
+
+_C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as a checkpoint stores it."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass
+class LoadedBlock:
+    """A block whose weights are in memory.
+
+    Attributes:
+        module: the block, in the dtype and on the device it is run in.
+        state: parameter and buffer names (as in the whole model) to tensors in the checkpoint's own dtype, on the
+            host; the same memory as in `module` where dtype and device agree.
+    """
+
+    name: str
+    module: nn.Module
+    state: dict[str, Tensor]
+
+    def refresh(self) -> None:
+        """Carry changes of `state` over to the module."""
+        running = self.module.state_dict(prefix=f"{self.name}.", keep_vars=True)
+        for name, tensor in self.state.items():
+            if running[name].data_ptr() != tensor.data_ptr():
+                running[name].copy_(tensor)
+
+
+class Checkpoint:
+    """A model's files, the skeleton of its module, and the map between the two.
+
+    Attributes:
+        source: where it came from.
+        index: every tensor of the files.
+        model: the whole model; everything that is not loaded is on the meta device.
+        blocks: names of the decoder blocks, in order.
+        block_keys: for each block, the keys of the files that make it up.
+        outer_keys: the keys of everything else that belongs to the model.
+        unclaimed_keys: keys that no module asks for.
+        device, dtype: what the blocks are run on and in.
+    """
+
+    def __init__(self, source: Source, device: str = "auto", dtype: str = "auto") -> None:
+        """Read the headers of all files and build the skeleton; no weights are read.
+
+        Raises:
+            UserError: not a decoder that can be pruned here; the message says why.
+            Failure: a file is missing or broken.
+        """
+        self.source = source
+        self.device = pick_device(device)
+        self.index = read_index(source.folder)
+        with quiet():
+            self.config = _read_config(source)
+            self.dtype = self._run_dtype(dtype)
+            self.model = _skeleton(self.config, self.dtype)
+        self.model.eval()
+        self.blocks = find_blocks(self.model)
+        self._run_dtypes = self._plan_dtypes()
+        self._map_keys()
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        try:
+            with quiet():
+                return transformers.AutoTokenizer.from_pretrained(self.source.folder, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise UserError(f"{self.source.name} has no tokenizer that can be loaded: {error}") from None
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest sequence that the model takes, None where its config does not say."""
+        config = self.config.get_text_config()
+        for name in ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len"):
+            if isinstance(value := getattr(config, name, None), int):
+                return value
+        return None
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of the hidden states."""
+        return int(self.config.get_text_config().hidden_size)
+
+    def check_tokens(self, ids: Tensor) -> None:
+        """See that the model has an embedding for every token.
+
+        Raises:
+            UserError: the tokenizer gives larger ids than the model knows.
+        """
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        if int(ids.max()) >= rows:
+            raise UserError(
+                f"the tokenizer of {self.source.name} gives the id {int(ids.max()):,}, but the model has {rows:,} "
+                "embeddings: it is not this model's tokenizer"
+            )
+
+    def block(self, name: str) -> nn.Module:
+        """A block of the skeleton, loaded or not."""
+        module: nn.Module = self.model.get_submodule(name)
+        return module
+
+    def load_block(self, number: int) -> LoadedBlock:
+        """Read one block's tensors from the files into the skeleton.
+
+        Raises:
+            Failure: a tensor is missing or of another shape, or a weight is NaN or infinite.
+        """
+        name = self.blocks[number]
+        state = self._load(self.block_keys[number], name + ".")
+        self.check_finite(state)
+        return LoadedBlock(name, self.block(name), state)
+
+    def check_finite(self, tensors: dict[str, Tensor]) -> None:
+        """See that weights hold no NaN and nothing infinite.
+
+        Raises:
+            Failure: one does; the message names it.
+        """
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not bool(torch.isfinite(tensor).all()):
+                bad = int((~torch.isfinite(tensor)).sum())
+                raise Failure(
+                    f"{name} in {self.source.name} holds {bad:,} NaN or infinite values: its weights are broken"
+                )
+
+    def load_outer(self, head: bool = False) -> None:
+        """Read what surrounds the blocks: the embeddings and norms of the decoder, and with `head` the output layer."""
+        decoder = decoder_prefix(self.model)
+        heads = {name for name, _ in self.model.named_children()} - {decoder.split(".")[0]}
+        tied = {name for pair in self._tied().items() for name in pair}
+
+        def needed(name: str) -> bool:
+            return name.startswith(decoder) or name in tied or (head and name.split(".")[0] in heads)
+
+        wanted = [key for key in self.outer_keys if needed(self._targets[key][0])]
+        self._load(wanted, "")
+        if self._tied():
+            missing = {name for name, value in self.model.state_dict().items() if value.device.type == "meta"}
+            with quiet():
+                self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+
+    def unload(self, prefix: str = "") -> None:
+        """Put the loaded weights under a name prefix back on the meta device."""
+        for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
+            if name.startswith(prefix) and parameter.device.type != "meta":
+                dtype = self._stored.get(name, parameter.dtype)
+                self._set(name, torch.empty_like(parameter, device="meta", dtype=dtype))
+        for name in [name for name in self._host_buffers if name.startswith(prefix)]:
+            self._set(name, self._host_buffers.pop(name))
+        for name, buffer in list(self.model.named_buffers()):
+            if name.startswith(prefix) and name in self._stored and buffer.device.type != "cpu":
+                self._set(name, buffer.cpu())
+        _return_memory()
+
+    def unload_block(self, number: int) -> None:
+        """Put one block's weights back on the meta device."""
+        self.unload(self.blocks[number] + ".")
+
+    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors exactly as the files hold them."""
+        return {key: tensor[...] for key, tensor in self._open(keys)}
+
+    def written_block(self, number: int, block: LoadedBlock, changed: set[str]) -> dict[str, Tensor]:
+        """A block's tensors under the checkpoint's own keys, layout and dtype.
+
+        Args:
+            changed: names of the parameters that were pruned. Tensors that hold none of them are taken from the
+                files, equal to the bit.
+        """
+        untouched, direct, converted = [], [], []
+        for key in self.block_keys[number]:
+            if not changed.intersection(self._targets[key]):
+                untouched.append(key)
+            elif key in self._converted:
+                converted.append(key)
+            else:
+                direct.append(key)
+        written = self.read(untouched)
+        written.update((key, block.state[self._targets[key][0]]) for key in direct)
+        if converted:
+            names = {target for key in converted for target in self._targets[key]}
+            reverted = self._revert({name: block.state[name] for name in sorted(names)})
+            written.update((key, reverted[key]) for key in converted)
+        return {key: written[key].to(self.index[key].dtype).contiguous() for key in self.block_keys[number]}
+
+    def targets(self, key: str) -> tuple[str, ...]:
+        """The parameters of the model that a key of the files goes into."""
+        return self._targets[key]
+
+    # -- the map between files and modules ---------------------------------------------------------------------------
+
+    def _run_dtype(self, asked: str) -> torch.dtype:
+        if asked != "auto":
+            chosen: torch.dtype = getattr(torch, asked)
+            return chosen
+        named = getattr(self.config, "dtype", None) or getattr(self.config.get_text_config(), "dtype", None)
+        if isinstance(named, torch.dtype):
+            return named
+        floating = [info.dtype for info in self.index.values() if info.dtype.is_floating_point]
+        return floating[0] if floating else torch.float32
+
+    def _plan_dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype in which transformers runs each parameter; a few families keep some in float32."""
+        make = getattr(self.model, "_get_dtype_plan", None)
+        plan = make(self.dtype) if make is not None else self.model.dtype_plan
+        return {
+            name: next((dtype for part, dtype in plan.items() if re.search(part.replace("*", ".*"), name)), value.dtype)
+            for name, value in self.model.state_dict().items()
+        }
+
+    def _map_keys(self) -> None:
+        state = self.model.state_dict()
+        mapping = get_model_conversion_mapping(self.model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+        prefix = self.model.base_model_prefix
+        self._targets: dict[str, tuple[str, ...]] = {}
+        self._converted: dict[str, tuple[WeightConverter, str]] = {}
+        self._host_buffers: dict[str, Tensor] = {}
+        self.unclaimed_keys: list[str] = []
+        for key in self.index:
+            target, pattern = rename_source_key(key, renamings, converters, prefix, state)
+            if target not in state and key in state:
+                target, pattern = rename_source_key(key, [], [], prefix, state)
+            targets = (target,)
+            if pattern is not None:
+                self._converted[key] = by_pattern[pattern], pattern
+                first = by_pattern[pattern].target_patterns[0]
+                targets = tuple(target.replace(first, other) for other in by_pattern[pattern].target_patterns)
+            if all(name in state for name in targets):
+                self._targets[key] = targets
+            else:
+                self.unclaimed_keys.append(key)
+        self._prefixes = {key[: key.index("layers.")] for key in self._converted if "layers." in key}
+        self._adopt_stored_dtypes(state)
+        places = {name: number for number, name in enumerate(self.blocks)}
+        self.block_keys: list[list[str]] = [[] for _ in self.blocks]
+        self.outer_keys: list[str] = []
+        for key in sorted(self._targets, key=_natural):
+            parts = self._targets[key][0].split(".")
+            inside = (places.get(".".join(parts[:depth])) for depth in range(1, len(parts)))
+            number = next((place for place in inside if place is not None), None)
+            (self.outer_keys if number is None else self.block_keys[number]).append(key)
+        self._check_complete()
+
+    def _adopt_stored_dtypes(self, state: dict[str, Tensor]) -> None:
+        """Give each parameter of the skeleton the dtype of its stored tensor, so that loading never rounds."""
+        self._stored: dict[str, torch.dtype] = {}
+        for key, targets in self._targets.items():
+            self._stored.update(dict.fromkeys(targets, self.index[key].dtype))
+        for name, value in state.items():
+            if value.device.type == "meta" and self._stored.get(name, value.dtype) != value.dtype:
+                self._set(name, torch.empty(value.shape, dtype=self._stored[name], device="meta"))
+
+    def _check_complete(self) -> None:
+        claimed = {name for targets in self._targets.values() for name in targets}
+        groups: dict[str, set[str]] = {}
+        for name, other in self._tied().items():
+            groups.setdefault(other, {other}).add(name)
+        for other, names in groups.items():
+            inside = sorted(name for name in names - claimed if name.startswith(tuple(f"{b}." for b in self.blocks)))
+            if inside:
+                raise UserError(
+                    f"{type(self.model).__name__} cannot be walked block by block: its blocks share weights "
+                    f"({inside[0]} is tied to {other})"
+                )
+        tied = {name for names in groups.values() if names & claimed for name in names}
+        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        missing = sorted(parameters - claimed - tied, key=_natural)
+        if missing:
+            listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            raise Failure(
+                f"{self.source.name} lacks tensors that {type(self.model).__name__} needs: {listed}; "
+                "a shard is missing, or config.json belongs to another model"
+            )
+
+    def _tied(self) -> dict[str, str]:
+        return dict(getattr(self.model, "all_tied_weights_keys", None) or {})
+
+    # -- moving weights ----------------------------------------------------------------------------------------------
+
+    def _open(self, keys: Iterable[str]) -> Iterator[tuple[str, Any]]:
+        """Each key with a handle that reads it when sliced; files are opened once and closed at the end."""
+        with ExitStack() as stack:
+            files: dict[Path, Any] = {}
+            for key in keys:
+                path = self.index[key].file
+                if path not in files:
+                    files[path] = stack.enter_context(safe_open(path, framework="pt"))
+                yield key, files[path].get_slice(key)
+
+    def _load(self, keys: list[str], prefix: str) -> dict[str, Tensor]:
+        """Load keys into the skeleton; returns the tensors by their names in the model, as stored."""
+        try:
+            converted = self._convert(self.read(keys))
+        except (SafetensorError, OSError) as error:
+            raise Failure(f"{self.source.name}: reading {prefix or 'the embeddings'} failed: {error}") from None
+        loaded = {}
+        for name in sorted(converted, key=_natural):
+            loaded[name], wanted = converted[name], self._get(name).shape
+            if loaded[name].shape != wanted:
+                stored = tuple(loaded[name].shape)
+                raise Failure(f"{self.source.name}: {name} has the shape {stored}, the config asks for {tuple(wanted)}")
+            self._set(name, loaded[name].to(self.device, self._run_dtypes[name]))
+        if self.device.type != "cpu":
+            self._move_buffers(prefix)
+        return loaded
+
+    def _convert(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the files to parameters of the model, by transformers' own converters."""
+        made: dict[str, Tensor] = {}
+        started: dict[str, WeightConverter] = {}
+        for key in sorted(tensors, key=_natural):
+            target = self._targets[key][0]
+            if key not in self._converted:
+                made[target] = tensors[key]
+                continue
+            converter, pattern = self._converted[key]
+            started.setdefault(target, copy.deepcopy(converter)).add_tensor(target, key, pattern, tensors.pop(key))
+        for target, converter in started.items():
+            try:
+                result = converter.convert(target, model=self.model, config=self.config)
+            except (ValueError, RuntimeError, KeyError, IndexError) as error:
+                raise Failure(f"{self.source.name}: {target} could not be put together: {error}") from None
+            parts = result[0] if isinstance(result, tuple) else result
+            made.update((name, part[0] if isinstance(part, list) else part) for name, part in parts.items())
+        return made
+
+    def _move_buffers(self, prefix: str) -> None:
+        """Buffers that no file holds (rotary tables, masks) follow the weights to the device, and back at `unload`."""
+        blocks = tuple(name + "." for name in self.blocks)
+        for name, buffer in list(self.model.named_buffers()):
+            outer = not prefix and not name.startswith(blocks)
+            if (outer or (prefix and name.startswith(prefix))) and buffer.device.type == "cpu":
+                self._host_buffers.setdefault(name, buffer)
+                self._set(name, buffer.to(self.device))
+
+    def _revert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Model parameters back to the keys and the layout of the files."""
+        self.model._weight_conversions = None
+        prefixes = {"", self.model.base_model_prefix + ".", decoder_prefix(self.model)}
+        reverted = {}
+        for key, tensor in revert_weight_conversion(self.model, state).items():
+            bare = {key.removeprefix(prefix) for prefix in prefixes}
+            spellings = (prefix + name for name in bare for prefix in (*prefixes, *self._prefixes))
+            found = next((spelling for spelling in spellings if spelling in self._converted), None)
+            if found is not None:
+                reverted[found] = tensor
+        return reverted
+
+    def check_revertible(self, number: int) -> None:
+        """Show on the meta device that a block can be written back under the keys and shapes it was read from.
+
+        Raises:
+            UserError: it cannot.
+        """
+        converted = [key for key in self.block_keys[number] if key in self._converted]
+        names = sorted({target for key in converted for target in self._targets[key]})
+        if not names:
+            return
+        meta = {name: torch.empty_like(self._get(name), device="meta") for name in names}
+        reverted = self._revert(meta)
+        for key in converted:
+            if key not in reverted or tuple(reverted[key].shape) != self.index[key].shape:
+                raise UserError(
+                    f"{type(self.model).__name__} cannot be written back: transformers does not restore {key} "
+                    f"of {self.source.name}"
+                )
+
+    def _get(self, name: str) -> Tensor:
+        parent, _, leaf = name.rpartition(".")
+        value: Tensor = getattr(self.model.get_submodule(parent), leaf)
+        return value
+
+    def _set(self, name: str, value: Tensor) -> None:
+        parent, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(parent)
+        if leaf in module._buffers:
+            module._buffers[leaf] = value
+        else:
+            module._parameters[leaf] = nn.Parameter(value.detach(), requires_grad=False)
+
+
+def _return_memory() -> None:
+    """Let the C library give freed memory back; glibc would keep a little more of it with every block."""
+    trim = getattr(_C_LIBRARY, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def decoder_prefix(model: Any) -> str:
+    """The name of the decoder inside the model, with a trailing dot; empty when the model is its own decoder."""
+    decoder = model.get_decoder()
+    return next((f"{name}." if name else "" for name, module in model.named_modules() if module is decoder), "")
+
+
+def pick_device(asked: str) -> torch.device:
+    """The torch device to run on; `auto` takes a GPU where there is one.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {asked!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def read_index(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor of the checkpoint in a folder, from the headers of its safetensors files alone.
+
+    As transformers does, `model.safetensors` goes before an index; other files are not looked at.
+
+    Raises:
+        UserError: the folder holds no safetensors, or several that no index ties together.
+        Failure: a shard is missing or broken.
+    """
+    single, listing = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return read_header(single)
+    if listing.is_file():
+        return _read_listing(listing)
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return read_header(files[0])
+    if files:
+        listed = ", ".join(path.name for path in files[:3])
+        raise UserError(
+            f"{folder} holds {len(files)} safetensors files ({listed}, ...) and no index that ties them together"
+        )
+    raise UserError(f"no *.safetensors in {folder}")
+
+
+def _read_listing(listing: Path) -> dict[str, TensorInfo]:
+    try:
+        weight_map = json.loads(listing.read_text(encoding="utf-8"))["weight_map"]
+        names = {str(key): str(name) for key, name in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Failure(f"{listing} is broken: {type(error).__name__}: {error}; download it again") from None
+    index: dict[str, TensorInfo] = {}
+    for name in sorted(set(names.values())):
+        index.update(read_header(listing.parent / name))
+    for key, name in names.items():
+        if key not in index or index[key].file.name != name:
+            raise Failure(
+                f"{listing.name} promises {key} in {name}, but it is not there: the shard is not the right one"
+            )
+    return {key: index[key] for key in names}
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file.
+
+    Raises:
+        Failure: the file is missing, cut short or broken.
+    """
+    if not path.is_file():
+        raise Failure(f"shard {path.name} is missing from {path.parent}: download the model again")
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {}
+            for key in file.keys():  # noqa: SIM118
+                part = file.get_slice(key)
+                dtype = DTYPES.get(part.get_dtype())
+                if dtype is None:
+                    raise Failure(f"{key} in {path} is stored as {part.get_dtype()}, which is not supported")
+                found[key] = TensorInfo(path, dtype, tuple(part.get_shape()))
+            return found
+    except (SafetensorError, OSError) as error:
+        size = path.stat().st_size
+        raise Failure(f"shard {path} ({size:,} bytes) is broken or cut short: {error}; download it again") from None
+
+
+def _read_config(source: Source) -> Any:
+    if not (source.folder / "config.json").is_file():
+        raise UserError(f"no config.json in {source.folder}: a model folder holds config.json and *.safetensors")
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    except Exception as error:  # what is wrong in a config surfaces in many kinds, depending on the family
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{source.name}: config.json cannot be used: {reason}") from None
+    if quantised := getattr(config, "quantization_config", None):
+        kind = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
+        raise UserError(f"{source.name} is quantised ({kind}); prune the unquantised model, and quantise afterwards")
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(f"{source.name} is a {config.model_type!r} model, and transformers has no causal LM for that")
+    return config
+
+
+def _skeleton(config: Any, dtype: torch.dtype) -> Any:
+    # Buffers stay real: rotary tables are computed at construction and stored in no file.
+    with accelerate.init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    """Sort key in which layers.2 comes before layers.10."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part]

@@ -1,0 +1,218 @@
+"""The prunable weights of a block as 2-D matrices, and what flows into them.
+
+A `Linear` here is a view: of an `nn.Linear`, of a `Conv1D` (stored transposed), or of one expert inside the fused 3-D
+parameters of a mixture of experts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from llmprune.errors import Failure
+from llmprune.model.blocks import replaced
+from llmprune.stats import LinearStats, Needs
+
+ROUTERS = {"gate", "router", "router_gate", "shared_expert_gate", "shared_experts_gate"}
+"""Names of linears, or of their parents, that choose between experts: tiny, decisive, and left alone."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One weight matrix of a block.
+
+    Attributes:
+        name: full name in the model; `...experts.3.gate_proj` for one expert's part of a fused parameter.
+        parameter: full name of the parameter that holds it.
+        module: full name of the module that is given the inputs.
+        shape: (out_features, in_features).
+        expert: its place in a fused parameter.
+        transposed: the parameter is stored as (in, out).
+        rows: the part of the fused parameter's output rows that is this linear, as (start, end).
+    """
+
+    name: str
+    parameter: str
+    module: str
+    shape: tuple[int, int]
+    expert: int | None = None
+    transposed: bool = False
+    rows: tuple[int, int] | None = None
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """The (out, in) matrix inside the parameter; writing to it writes to the parameter."""
+        matrix = parameter if self.expert is None else parameter[self.expert]
+        matrix = matrix.T if self.transposed else matrix
+        return matrix if self.rows is None else matrix[self.rows[0] : self.rows[1]]
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return self.shape[0] * self.shape[1]
+
+
+def find_linears(block: nn.Module, name: str) -> list[Linear]:
+    """Every matrix of the block that can be pruned; routers are left out."""
+    found: list[Linear] = []
+    for path, module in block.named_modules(prefix=name):
+        if isinstance(module, nn.Linear | Conv1D):
+            if ROUTERS.intersection(path.split(".")[-2:]):
+                continue
+            transposed = isinstance(module, Conv1D)
+            rows, columns = module.weight.shape[::-1] if transposed else module.weight.shape
+            found.append(Linear(path, f"{path}.weight", path, (rows, columns), transposed=transposed))
+        elif is_fused(module):
+            found.extend(_experts(module, path))
+    return found
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether a module holds the weights of all its experts in 3-D parameters that transformers lets us run."""
+    down = getattr(module, "down_proj", None)
+    return hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") and getattr(down, "ndim", 0) == 3
+
+
+def _experts(module: Any, path: str) -> Iterator[Linear]:
+    up = _first_projection(module)
+    transposed = bool(module.is_transposed)
+    for expert in range(module.down_proj.shape[0]):
+        for parameter in (up, "down_proj"):
+            stored = getattr(module, parameter).shape[1:]
+            rows, columns = stored[::-1] if transposed else stored
+            # Where gate and up are interleaved (gpt_oss), the two stay one matrix.
+            split = parameter == "gate_up_proj" and getattr(module, "is_concatenated", not transposed)
+            parts = (("gate_proj", (0, rows // 2)), ("up_proj", (rows // 2, rows))) if split else ((parameter, None),)
+            for part, span in parts:
+                count = rows if span is None else span[1] - span[0]
+                name = f"{path}.{expert}.{part}"
+                yield Linear(name, f"{path}.{parameter}", path, (count, columns), expert, transposed, span)
+
+
+class Capture:
+    """Collects the statistics of a block's linears while it runs; linears that are given the same tensor share them.
+
+    Attributes:
+        stats: linear's name to its statistics; linears that were given nothing have none.
+    """
+
+    def __init__(self, linears: Sequence[Linear], needs: dict[str, Needs], device: torch.device) -> None:
+        """Watch the given linears.
+
+        Args:
+            needs: for each linear's name, what its solver asks for.
+        """
+        self.stats: dict[str, LinearStats] = {}
+        self._linears = linears
+        self.needs = needs
+        self._device = device
+        self._leader: dict[str, str] = {}
+        self._current: dict[str, Tensor] = {}
+
+    @contextlib.contextmanager
+    def watching(self, block: nn.Module, name: str) -> Iterator[None]:
+        """Watch the block's linears while something runs inside; only the statistics are held on to afterwards."""
+        modules = dict(block.named_modules(prefix=name))
+        handles, fused = [], {}
+        for linear in self._linears:
+            if linear.expert is None:
+                handles.append(modules[linear.module].register_forward_pre_hook(self._hook(linear.name)))
+            else:
+                fused[linear.module] = modules[linear.module]
+        runners = [functools.partial(_run_experts, module, path, self) for path, module in fused.items()]
+        try:
+            with replaced(list(fused.values()), runners):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._current.clear()
+
+    def next_batch(self) -> None:
+        """Tell that the tensors seen so far are gone."""
+        self._current.clear()
+
+    def finish(self) -> None:
+        """Make all statistics ready for solving."""
+        for stats in {id(value): value for value in self.stats.values()}.values():
+            stats.finish()
+
+    def saw(self, name: str, inputs: Tensor) -> None:
+        """Take in the inputs (..., in) of one linear."""
+        leader = self._leader.get(name)
+        if leader is None:
+            shared = (other for other, tensor in self._current.items() if _same(tensor, inputs))
+            leader = next((other for other in shared if self.needs[other] == self.needs[name]), name)
+            self._leader[name] = leader
+            if leader == name:
+                self.stats[name] = LinearStats(inputs.shape[-1], self.needs[name], self._device)
+            self.stats[name] = self.stats[leader]
+        if leader == name:
+            self._current[name] = inputs
+            self.stats[name].add(inputs)
+        elif leader not in self._current or not _same(self._current[leader], inputs):
+            raise Failure(f"{name} no longer shares its input with {leader}: the model changes its course by its data")
+
+    def _hook(self, name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self.saw(name, inputs[0])
+
+        return hook
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    return first is second or (
+        first.data_ptr() == second.data_ptr()
+        and first.shape == second.shape
+        and first.stride() == second.stride()
+        and first.dtype == second.dtype
+    )
+
+
+def _run_experts(
+    module: Any, path: str, capture: Capture, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Run fused experts one by one, showing each expert's inputs to the capture.
+
+    Args:
+        hidden: (tokens, hidden).
+        top_k_index: (tokens, k) expert numbers; a number past the last expert means no expert.
+        top_k_weights: (tokens, k).
+    """
+    total = torch.zeros_like(hidden, dtype=torch.float32)
+    up = _first_projection(module)
+    for expert in range(module.down_proj.shape[0]):
+        token, place = torch.where(top_k_index == expert)
+        if len(token) == 0:
+            continue
+        inputs = hidden[token]
+        for part in ("gate_proj", "up_proj", up):
+            if (name := f"{path}.{expert}.{part}") in capture.needs:
+                capture.saw(name, inputs)
+        inner = _project(module, up, expert, inputs)
+        inner = module._apply_gate(inner) if up == "gate_up_proj" else module.act_fn(inner)
+        if (name := f"{path}.{expert}.down_proj") in capture.needs:
+            capture.saw(name, inner)
+        output = _project(module, "down_proj", expert, inner)
+        if getattr(module, "has_post_expert_norm", False):
+            output = module.post_expert_norm(output)
+        total.index_add_(0, token, (output * top_k_weights[token, place, None]).float())
+    return total.to(hidden.dtype)
+
+
+def _first_projection(module: Any) -> str:
+    return "gate_up_proj" if hasattr(module, "gate_up_proj") else "up_proj"
+
+
+def _project(module: Any, name: str, expert: int, inputs: Tensor) -> Tensor:
+    weight = getattr(module, name)[expert]
+    biases = getattr(module, f"{name}_bias", None)
+    bias = None if biases is None else biases[expert]
+    return functional.linear(inputs, weight.T if module.is_transposed else weight, bias)

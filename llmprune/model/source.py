@@ -1,0 +1,231 @@
+"""Where a model comes from: a Hub name, a local folder or a local `.gguf` file, brought to a local folder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors.torch import save_file
+
+from llmprune.errors import Failure, UserError
+from llmprune.recipe import DTYPES
+
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
+"""What a model needs to be loaded; other weight formats that lie beside it are not downloaded."""
+
+COPIES = ["*/*.safetensors", "*/*.json", "*/*.txt", "*/*.model", "consolidated*", "*.fp16.*", "*.fp32.*"]
+"""The same model once more, in another layout or precision, or in a subfolder."""
+
+_HUB_NAME = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on this machine.
+
+    Attributes:
+        name: as it was asked for.
+        folder: holds config.json, safetensors and the tokenizer.
+        revision: the commit on the Hub, the sha256 of a `.gguf`, or None for a folder.
+    """
+
+    name: str
+    folder: Path
+    revision: str | None = None
+
+
+def resolve(model: str | Path, dtype: str = "auto") -> Source:
+    """Find the model, downloading or converting it where needed.
+
+    Args:
+        model: `owner/name` or `owner/name@revision` on the Hub, a folder, or a `.gguf` file. What exists on disk wins.
+        dtype: what a `.gguf` is dequantised to; `auto` is bfloat16. Others keep their own.
+
+    Raises:
+        UserError: there is no such model, or a package for reading it is missing.
+        Failure: it could not be downloaded or converted.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    name, path = str(model), Path(model).expanduser()
+    if path.is_dir():
+        return _from_pickles(Source(name, path.resolve()))
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"{name} is a file, but not a .gguf: give a model folder, a .gguf file or a Hub name")
+        return _from_gguf(path.resolve(), dtype)
+    named = _HUB_NAME.fullmatch(name)
+    if named is None or name.startswith((".", "~")) or path.suffix == ".gguf":
+        raise UserError(f"no model at {name}: no such folder or file, and it is not a Hub name (owner/name)")
+    return _from_hub(name, named["name"], named["revision"])
+
+
+def _from_hub(asked: str, name: str, revision: str | None) -> Source:
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=COPIES))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(name, revision=revision, allow_patterns=["pytorch_model*"])
+    except GatedRepoError:
+        raise UserError(
+            f"{name} is gated: accept its terms on its Hub page, then log in with `hf auth login` or set HF_TOKEN"
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(f"{name} has no revision {revision!r} on the Hub") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise UserError(
+            f"no model {name!r}: there is no such folder here, and no such model on the Hub that you may read "
+            "(a private one needs `hf auth login` or HF_TOKEN)"
+        ) from None
+    except LocalEntryNotFoundError:
+        raise Failure(
+            f"{name} is not on this machine and the Hub cannot be reached: check the connection (and HF_HUB_OFFLINE), "
+            "or give a local folder"
+        ) from None
+    except (HTTPError, OSError) as error:
+        raise Failure(f"downloading {name} failed: {error}; run the same command again to go on with it") from None
+    return _from_pickles(Source(asked, folder, folder.name))
+
+
+def cache_folder() -> Path:
+    """Where converted and downloaded models are kept: $LLMPRUNE_CACHE, or llmprune in the user's cache folder."""
+    if chosen := os.environ.get("LLMPRUNE_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmprune"
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _from_pickles(source: Source) -> Source:
+    """A folder with safetensors as it is; one that only has pytorch_model.bin is converted, file by file, once."""
+    pickles = sorted(source.folder.glob("pytorch_model*.bin"))
+    if not pickles or any(source.folder.glob("*.safetensors")):
+        return source
+    digest = hashlib.sha256("".join(sha256_of(path) for path in pickles).encode()).hexdigest()
+    folder = cache_folder() / "bin" / f"{source.folder.name}-{digest[:16]}"
+    with _drafted(folder) as draft:
+        if draft is not None:
+            weight_map: dict[str, str] = {}
+            for number, path in enumerate(pickles, 1):
+                name = f"model-{number:05d}-of-{len(pickles):05d}.safetensors"
+                tensors = read_pickle(path)
+                save_file(tensors, draft / name, metadata={"format": "pt"})
+                weight_map.update(dict.fromkeys(tensors, name))
+            (draft / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+            for path in source.folder.iterdir():
+                beside = path.suffix in (".json", ".txt", ".model", ".jinja") and not path.name.endswith(".index.json")
+                if beside and path.is_file():
+                    shutil.copyfile(path, draft / path.name)
+    return Source(source.name, folder, source.revision)
+
+
+def read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a PyTorch file by name, those that share their memory once; code in the file is never run.
+
+    Raises:
+        Failure: the file is broken, or holds more than plain weights.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        tensors = {str(key): value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise Failure(f"{path} cannot be read as plain weights (code in it is never run): {reason}") from None
+    first: dict[tuple[int, torch.Size], str] = {}
+    for key, value in tensors.items():
+        first.setdefault((value.data_ptr(), value.shape), key)
+    return {key: tensors[key].contiguous() for key in first.values()}
+
+
+@contextlib.contextmanager
+def _drafted(folder: Path) -> Iterator[Path | None]:
+    """A folder beside `folder` to write into, which takes its place at the end; None where it is there already."""
+    if folder.is_dir():
+        yield None
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder.parent))
+    try:
+        yield draft
+        draft.chmod(0o755)
+        draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _from_gguf(path: Path, dtype: str) -> Source:
+    """Dequantise into a plain folder, once; the whole model is in memory while that happens."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise UserError(f"reading {path.name} needs the gguf package: pip install 'llmprune[gguf]'") from None
+    wanted = "bfloat16" if dtype == "auto" else dtype
+    digest = sha256_of(path)
+    folder = cache_folder() / "gguf" / f"{path.stem}-{digest[:16]}-{wanted}"
+    with _drafted(folder) as draft:
+        if draft is not None:
+            try:
+                with quiet():
+                    _dequantise(path, draft, getattr(torch, wanted))
+            except Exception as error:
+                raise Failure(f"{path} could not be read as GGUF: {type(error).__name__}: {error}") from error
+    return Source(str(path), folder, digest)
+
+
+def _dequantise(path: Path, folder: Path, dtype: torch.dtype) -> None:
+    options: dict[str, Any] = {"gguf_file": path.name}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **options)
+    if hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, dtype=dtype, **options)
+    # The weights are plain now, but the marks of the format they came from make save_pretrained refuse.
+    for mark in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, mark):
+            delattr(model, mark)
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' own progress bars and notes off the terminal for a while; errors still come through."""
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity(logging.ERROR)
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()

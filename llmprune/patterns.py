@@ -1,0 +1,165 @@
+"""Which weights may stay: a pattern turns a saliency matrix into a mask.
+
+The last dimension is always the linear's inputs: a saliency has the shape (out_features, in_features).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from llmprune.errors import UserError
+
+Scope = Literal["row", "matrix"]
+SCOPES: tuple[str, ...] = get_args(Scope)
+
+
+class Pattern(Protocol):
+    """A frozen rule for where zeros may stand."""
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of weights that are pruned."""
+
+    @property
+    def row_independent(self) -> bool:
+        """Whether each row's mask depends on that row alone, so that linears can be solved as one stack of rows."""
+
+    @property
+    def group(self) -> int:
+        """Consecutive inputs that are chosen from together: M of N:M, 1 otherwise."""
+
+    def keep(self, saliency: Tensor, before: int = 0) -> Tensor:
+        """Mask of the weights to keep.
+
+        Args:
+            saliency: (out, in), any float dtype, the higher the more worth keeping; all inputs, or a block of them.
+            before: inputs that stand before the block; counts are such that the blocks add up to the whole.
+
+        Returns:
+            (out, in) bool, True = kept. Ties are broken by position (the earlier weight is pruned by `Unstructured`,
+            the later one by `NM`), so that the same saliency gives the same mask everywhere.
+        """
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether a pruned (out, in) weight has the zeros that this pattern promises."""
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Prune the given fraction of weights wherever they are.
+
+    Args:
+        sparsity: fraction of zeros, in (0, 1).
+        scope: what the fraction is counted over: each `row` (one output neuron), or the whole `matrix`.
+    """
+
+    sparsity: float
+    scope: Scope = "row"
+    group = 1
+
+    @property
+    def row_independent(self) -> bool:
+        return self.scope == "row"
+
+    def _pruned(self, count: int) -> int:
+        # The published rules truncate; the small constant keeps 0.29 * 100 at 29.
+        return int(self.sparsity * count + 1e-6)
+
+    def keep(self, saliency: Tensor, before: int = 0) -> Tensor:
+        rows, width = saliency.shape
+        if self.scope == "row":
+            return ~_lowest(saliency, self._pruned(before + width) - self._pruned(before))
+        count = self._pruned(rows * (before + width)) - self._pruned(rows * before)
+        return ~_lowest(saliency.reshape(1, -1), count).reshape(saliency.shape)
+
+    def holds(self, weight: Tensor) -> bool:
+        zeros = weight == 0
+        if self.scope == "row":
+            return bool((zeros.sum(-1) >= self._pruned(weight.shape[-1])).all())
+        return int(zeros.sum()) >= self._pruned(weight.numel())
+
+    def __str__(self) -> str:
+        return f"{self.sparsity * 100:g}%"
+
+
+@dataclass(frozen=True)
+class NM:
+    """N:M semi-structured sparsity: at most `n` of every `m` consecutive inputs are kept, in every row."""
+
+    n: int
+    m: int
+    scope = "row"
+    row_independent = True
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.n / self.m
+
+    @property
+    def group(self) -> int:
+        return self.m
+
+    def keep(self, saliency: Tensor, before: int = 0) -> Tensor:
+        groups = saliency.reshape(*saliency.shape[:-1], -1, self.m)
+        # How many of its group stand before each weight: the greater ones, and among equals the earlier ones.
+        rivals = torch.zeros_like(groups, dtype=torch.int16)
+        for place in range(self.m):
+            rival = groups[..., place : place + 1]
+            rivals[..., :place] += rival > groups[..., :place]
+            rivals[..., place + 1 :] += rival >= groups[..., place + 1 :]
+        return (rivals < self.n).reshape(saliency.shape)
+
+    def holds(self, weight: Tensor) -> bool:
+        groups = weight.reshape(*weight.shape[:-1], -1, self.m)
+        return bool(((groups != 0).sum(-1) <= self.n).all())
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+def parse(text: str | float | Pattern, scope: Scope = "row") -> Unstructured | NM:
+    """Read a pattern: `2:4`, `4:8`, any `N:M`, `0.5`, or `50%`.
+
+    Args:
+        text: the pattern as written by a user, or a pattern, which is returned unchanged.
+        scope: for an unstructured pattern, what its fraction is counted over.
+
+    Raises:
+        UserError: the text is no pattern, or its numbers make no sense.
+    """
+    if isinstance(text, Unstructured | NM):
+        return text
+    if scope not in SCOPES:
+        raise UserError(f"scope {scope!r} is not one of {', '.join(SCOPES)}")
+    written = str(text).strip()
+    if found := re.fullmatch(r"(\d+):(\d+)", written):
+        n, m = int(found[1]), int(found[2])
+        if not 0 < n < m:
+            raise UserError(f"sparsity {written}: N:M keeps at most N of every M weights, so 0 < N < M must hold")
+        return NM(n, m)
+    try:
+        value = float(written.removesuffix("%")) / (100 if written.endswith("%") else 1)
+    except ValueError:
+        raise UserError(f"sparsity {written!r} is not understood: write 2:4, 4:8, 0.5 or 50%") from None
+    if not 0 < value < 1:
+        hint = f" (did you mean {value:g}%?)" if 1 <= value < 100 and not written.endswith("%") else ""
+        raise UserError(f"sparsity {written!r} must lie between 0 and 1, or 0% and 100%{hint}")
+    return Unstructured(value, scope)
+
+
+def _lowest(rows: Tensor, count: int) -> Tensor:
+    """(groups, n) -> bool, True at the `count` lowest entries of each row; among equals the earlier ones."""
+    if count == 0:
+        return torch.zeros_like(rows, dtype=torch.bool)
+    threshold = rows.kthvalue(count, dim=-1, keepdim=True).values
+    below = rows < threshold
+    equal = rows == threshold
+    missing = count - below.sum(-1, keepdim=True)
+    if bool((equal.sum(-1, keepdim=True) == missing).all()):
+        return below | equal
+    return below | (equal & (equal.cumsum(-1) <= missing))

@@ -1,0 +1,283 @@
+"""The loop over blocks: read this first.
+
+`prune` makes a plan, draws the calibration tokens, and then, block by block, loads, captures, solves, propagates and
+writes. At any time one block, its statistics and the activations between two blocks are in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmprune import data, solvers
+from llmprune.errors import Failure, SingularGram
+from llmprune.evaluate import perplexity
+from llmprune.model import blocks
+from llmprune.model.checkpoint import Checkpoint, LoadedBlock
+from llmprune.model.linears import Capture
+from llmprune.model.source import Source, resolve
+from llmprune.model.writer import Writer, check_out, fingerprint_files
+from llmprune.plan import Choice, Plan, make_plan
+from llmprune.progress import Clock, Progress, Silent, peak_memory
+from llmprune.recipe import Recipe, assemble
+from llmprune.report.record import LinearRecord, Report, mask_sha256, versions
+from llmprune.report.verify import compare
+from llmprune.solvers import Solver
+from llmprune.stats import LinearStats
+
+FEW_TOKENS = 64
+"""A linear that fewer calibration tokens reached is noted; where a Gram is needed, one with fewer than its inputs."""
+
+
+def prune(
+    model: str | Path,
+    *,
+    out: str | Path,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    restart: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Report:
+    """Prune a model and write the result as a plain Hugging Face checkpoint.
+
+    Args:
+        model: a Hub name (`owner/name`, `owner/name@revision`), a folder, or a `.gguf` file.
+        out: the folder to write; it must not hold another run.
+        recipe: a `Recipe`, plain data, or a YAML file.
+        restart: do away with an earlier run in `out`.
+        progress: where to show how far the work is; nowhere by default.
+        **options: recipe keys by name, on top of the recipe: `sparsity="2:4"`, `method="wanda"`,
+            `calibration={"source": "builtin", "samples": 32}`, ...; and, for short, `calibration="builtin"`,
+            `samples`, `length`, `seed`, `evaluate="wikitext2"`.
+
+    Returns:
+        What was done, and how well it went; the same as `llmprune.json` in `out`.
+
+    Raises:
+        UserError: the request makes no sense for this model; nothing was written.
+        Failure: the work could not be finished.
+    """
+    chosen = assemble(recipe, options)
+    shown = progress or Silent()
+    clock = Clock()
+    with torch.no_grad():
+        with clock("plan"), shown.waiting("planning"):
+            checkpoint = Checkpoint(resolve(model, chosen.dtype), chosen.device, chosen.dtype)
+            plan = make_plan(checkpoint, chosen)
+            check_out(out, checkpoint, restart)
+            tokens = _draw(checkpoint, chosen, plan.length) if plan.needs_data else None
+            if checkpoint.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(checkpoint.device)
+            text = perplexity.read_text(checkpoint, chosen.evaluate) if chosen.evaluate.text else None
+        with clock("evaluate"):
+            dense = perplexity.dense(checkpoint, text, chosen.evaluate, shown) if text else None
+        fingerprint = {
+            "recipe": chosen.to_dict(),
+            "revision": checkpoint.source.revision,
+            "files": fingerprint_files(checkpoint),
+            "tokens": tokens.sha256 if tokens else None,
+            "llmprune": versions()["llmprune"],
+        }
+        writer = Writer(out, checkpoint, chosen.shard_size, fingerprint, restart)
+        records = prune_blocks(checkpoint, plan, tokens, writer, clock, shown)
+        with clock("write"), shown.waiting("writing what surrounds the blocks"):
+            writer.finish()
+        with clock("verify"):
+            compare(writer.out, [vars(record) for record in records], writer.hashes, shown).raise_for_problems()
+        sparse = None
+        if text is not None:
+            with clock("evaluate"):
+                written = Checkpoint(Source(str(out), writer.out), chosen.device, chosen.dtype)
+                sparse = perplexity.measure(written, text, shown, "evaluating the sparse model")
+    source, used = checkpoint.source, chosen.to_dict()
+    report = Report(writer.out, source.name, source.revision, used, records, plan.weights, dense=dense, sparse=sparse)
+    if tokens is not None:
+        report.calibration = {**used["calibration"], "length": plan.length, "tokens_sha256": tokens.sha256}
+    report.shards, report.side_files, report.versions = writer.hashes, writer.side_files, versions()
+    report.seconds, report.peak_memory = clock.result(), peak_memory()
+    if checkpoint.device.type == "cuda":
+        report.peak_device_memory = torch.cuda.max_memory_allocated(checkpoint.device)
+    writer.close(report.to_dict())
+    return report
+
+
+def prune_blocks(
+    checkpoint: Checkpoint, plan: Plan, tokens: data.Tokens | None, writer: Writer, clock: Clock, progress: Progress
+) -> list[LinearRecord]:
+    """Prune and write all blocks in order; the inputs of each come from the pruned blocks before it."""
+    records: list[LinearRecord] = []
+    activations = blocks.Activations()
+    if tokens is not None:
+        with clock("embed"), progress.waiting("embedding the calibration text"):
+            activations = blocks.start(checkpoint, plan.chain, tokens.batches(plan.batch))
+    for number, choices in progress.over(list(enumerate(plan.blocks)), "pruning blocks"):
+        with clock("read"):
+            block = checkpoint.load_block(number)
+        with clock("capture"):
+            stats = capture(checkpoint, block, choices, number, activations)
+        with clock("solve"):
+            done = prune_block(checkpoint, block, choices, stats)
+            del stats
+        if tokens is not None:
+            with clock("propagate"):
+                blocks.advance(checkpoint, number, activations)
+        with clock("write"):
+            changed = {choice.linear.parameter for choice in choices if choice.kept is None}
+            writer.commit_block(number, block, changed, [vars(record) for record in done])
+            del block
+            checkpoint.unload_block(number)
+        records += done
+    return records
+
+
+def capture(
+    checkpoint: Checkpoint,
+    block: LoadedBlock,
+    choices: tuple[Choice, ...],
+    number: int,
+    activations: blocks.Activations,
+) -> dict[str, LinearStats]:
+    """Run all batches through the block as it is, and collect what its linears are given."""
+    needs = {choice.linear.name: choice.solver.needs for choice in choices if choice.kept is None}
+    wanted = [choice.linear for choice in choices if choice.kept is None]
+    collected = Capture(wanted, needs, checkpoint.device)
+    if wanted:
+        with collected.watching(block.module, block.name):
+            for call, hidden in zip(
+                activations.calls[number] if activations.calls else (), activations.hidden, strict=True
+            ):
+                blocks.run(block.module, call, hidden.to(checkpoint.device))
+                collected.next_batch()
+    collected.finish()
+    return collected.stats
+
+
+def prune_block(
+    checkpoint: Checkpoint, block: LoadedBlock, choices: tuple[Choice, ...], stats: dict[str, LinearStats]
+) -> list[LinearRecord]:
+    """Solve every linear of a block and put the pruned weights into it."""
+    done: dict[str, LinearRecord] = {}
+    for stack in _stacks(choices, stats):
+        first = stack[0]
+        seen = stats.get(first.linear.name) or LinearStats(first.linear.shape[1], "nothing", checkpoint.device)
+        views = [choice.linear.view(block.state[choice.linear.parameter]) for choice in stack]
+        dense = torch.cat([view.to(checkpoint.device, torch.float32) for view in views])
+        name = ", ".join(choice.linear.name for choice in stack)
+        solver, note = usable(first.solver, seen, name)
+        try:
+            pruned = solver.solve(dense, seen, first.pattern)
+        except SingularGram as error:
+            raise Failure(f"{name}: {error}") from None
+        note = note or _damped(solver, seen)
+        sizes = [choice.linear.shape[0] for choice in stack]
+        for choice, view, before, after in zip(
+            stack, views, torch.split(dense, sizes), torch.split(pruned, sizes), strict=True
+        ):
+            view.copy_(after.masked_fill(after == 0, 0.0))  # no zero is written as -0
+            check(view, choice)
+            done[choice.linear.name] = _record(choice, view, before, after, seen, note)
+    block.refresh()
+    kept = {
+        choice.linear.name: LinearRecord(choice.linear.name, choice.linear.shape, kept=choice.kept)
+        for choice in choices
+    }
+    return [done.get(choice.linear.name, kept[choice.linear.name]) for choice in choices]
+
+
+def usable(solver: Solver, stats: LinearStats, name: str) -> tuple[Solver, str | None]:
+    """The solver for a linear with these statistics, and a note where that is out of the ordinary.
+
+    A linear that no token reached (an expert that was never chosen) is pruned by magnitude.
+
+    Raises:
+        Failure: the statistics are not finite.
+    """
+    if not bool(torch.isfinite(stats.squares).all()):
+        raise Failure(f"the calibration inputs of {name} hold NaN or infinite values; try --dtype float32")
+    if solver.needs == "nothing":
+        return solver, None
+    if stats.tokens == 0:
+        return solvers.load("magnitude"), "no calibration token reached it: pruned by magnitude"
+    few = stats.features if solver.needs == "gram" else FEW_TOKENS
+    return solver, f"only {stats.tokens:,} calibration tokens reached it" if stats.tokens < few else None
+
+
+def check(weight: Tensor, choice: Choice) -> None:
+    """See that a pruned weight, as it will be written, is finite and has its zeros.
+
+    Raises:
+        Failure: it is not, or has not.
+    """
+    name = choice.linear.name
+    if not bool(torch.isfinite(weight).all()):
+        raise Failure(f"pruning {name} gave NaN or infinite weights; try a larger damping (--set method.damping=0.1)")
+    if not choice.pattern.holds(weight):
+        raise Failure(f"pruning {name} did not reach {choice.pattern}; this is a mistake in {choice.method}, report it")
+
+
+def _damped(solver: Solver, stats: LinearStats) -> str | None:
+    asked = getattr(solver, "damping", None)
+    if asked is None or stats.damping is None or stats.damping == asked:
+        return None
+    return f"damped by {stats.damping:g} instead of {asked:g}: its Gram could not be factorised otherwise"
+
+
+def plan(
+    model: str | Path, *, recipe: Recipe | Mapping[str, Any] | str | Path | None = None, **options: Any
+) -> tuple[Checkpoint, Plan]:
+    """What `prune` would do with these arguments, before any work; see `prune`."""
+    chosen = assemble(recipe, options)
+    checkpoint = Checkpoint(resolve(model, chosen.dtype), chosen.device, chosen.dtype)
+    made = make_plan(checkpoint, chosen)
+    for text in (chosen.calibration.source if made.needs_data else None, chosen.evaluate.text):
+        if text is not None:
+            data.check(text)
+    return checkpoint, made
+
+
+def _draw(checkpoint: Checkpoint, recipe: Recipe, length: int) -> data.Tokens:
+    chosen = recipe.calibration
+    texts = data.documents(chosen.source, config=chosen.config, split=chosen.split, column=chosen.column)
+    tokens = data.draw(texts, checkpoint.tokenizer, chosen.samples, length, chosen.seed, chosen.source)
+    checkpoint.check_tokens(tokens.ids)
+    return tokens
+
+
+def _stacks(choices: tuple[Choice, ...], stats: dict[str, LinearStats]) -> list[list[Choice]]:
+    """Linears that share inputs, method and pattern are solved as one matrix where rows don't depend on each other."""
+    stacks: dict[Any, list[Choice]] = {}
+    for choice in choices:
+        if choice.kept is not None:
+            continue
+        shared = stats.get(choice.linear.name)
+        together = shared is not None and choice.pattern.row_independent
+        key = (id(shared), choice.solver, choice.pattern) if together else choice.linear.name
+        stacks.setdefault(key, []).append(choice)
+    return list(stacks.values())
+
+
+def _record(
+    choice: Choice, written: Tensor, before: Tensor, after: Tensor, stats: LinearStats, note: str | None
+) -> LinearRecord:
+    error = stats.relative_error(before, after)
+    if error is not None and not math.isfinite(error):
+        error, note = None, "its relative error is too large for float32"
+    return LinearRecord(
+        name=choice.linear.name,
+        shape=choice.linear.shape,
+        method=choice.method,
+        pattern=str(choice.pattern),
+        scope=choice.pattern.scope,
+        sparsity=float((written == 0).sum()) / written.numel(),
+        relative_error=error,
+        error_from=None if error is None else "gram" if stats.needs == "gram" else "sample",
+        tokens=stats.tokens,
+        damping=stats.damping,
+        note=note,
+        mask_sha256=mask_sha256(written),
+    )

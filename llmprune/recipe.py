@@ -1,0 +1,326 @@
+"""The recipe: everything that a run may choose, as frozen dataclasses with strict keys, YAML in and out."""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from llmprune.errors import UserError, unknown
+
+T = TypeVar("T")
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""What the blocks may be run in; `auto` is the checkpoint's own."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text that statistics are collected on.
+
+    Args:
+        source: `c4`, `wikitext2`, `builtin`, a Hub data set `owner/name`, or a local .txt, .jsonl, .json.gz, .parquet.
+        samples: number of token sequences.
+        length: tokens per sequence; by default 2048, or what the model can take.
+        seed: draws the documents.
+        config, split: of a Hub data set.
+        column: where the text stands, in a Hub data set or a local file of records.
+    """
+
+    source: str = "c4"
+    samples: int = 128
+    length: int | None = None
+    seed: int = 0
+    config: str | None = None
+    split: str | None = None
+    column: str = "text"
+
+    def __post_init__(self) -> None:
+        _positive(self, "calibration", "samples", "length")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Other choices for the linears whose name matches; the first rule that matches a linear is the only one used.
+
+    Args:
+        match: a glob over the full name (`*.down_proj`), or `re:` and a regular expression.
+        sparsity, method, scope: as in the recipe; left out, the recipe's.
+        skip: leave these linears dense.
+    """
+
+    match: str
+    sparsity: str | float | None = None
+    method: str | dict[str, Any] | None = None
+    scope: str | None = None
+    skip: bool = False
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Perplexity before and after pruning; off while `text` is not given.
+
+    Args:
+        text: as `Calibration.source`; named texts take the part held out for evaluation, Hub data sets their `test`.
+        length: context length in tokens; by default 2048 or what the model can take.
+        config, split, column: as in `Calibration`.
+        max_perplexity: a dense model worse than this counts as broken and is not pruned; null for no bound.
+    """
+
+    text: str | None = None
+    length: int | None = None
+    config: str | None = None
+    split: str | None = None
+    column: str = "text"
+    max_perplexity: float | None = 1000.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "evaluate", "length", "max_perplexity")
+        if self.max_perplexity == float("inf"):
+            raise UserError("evaluate.max_perplexity must be a number, or null for no bound")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to do with a model.
+
+    Args:
+        sparsity: `2:4`, `4:8`, any N:M (at most N of every M kept), `0.5`, or `50%`.
+        method: a method's name, or a mapping of its `name` and options.
+        scope: what an unstructured sparsity is counted over, `row` or `matrix`; by default the method's own.
+        calibration: the text and how much of it.
+        ignore: names of linears to leave dense, globs or `re:` expressions.
+        rules: exceptions, see `Rule`.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
+        dtype: what the blocks are run in: `auto` (the checkpoint's), `float32`, `bfloat16`, `float16`. Solving is
+            always float32, and the result is written in the checkpoint's own dtype.
+        shard_size: the largest shard to write; a block that is larger takes several.
+        evaluate: perplexity before and after.
+    """
+
+    sparsity: str | float = "50%"
+    method: str | dict[str, Any] = "sparsegpt"
+    scope: str | None = None
+    calibration: Calibration = field(default_factory=Calibration)
+    ignore: tuple[str, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    device: str = "auto"
+    dtype: str = "auto"
+    shard_size: str = "5GB"
+    evaluate: Evaluation = field(default_factory=Evaluation)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        parse_size(self.shard_size)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """Build a recipe from plain data.
+
+        Raises:
+            UserError: an unknown key (the answer names the nearest one) or a value of the wrong kind.
+        """
+        return build(cls, values, "recipe")
+
+    @classmethod
+    def read(cls, path: str | Path) -> Recipe:
+        """Read a YAML file.
+
+        Raises:
+            UserError: the file is missing, is no YAML mapping, or does not fit the recipe's keys.
+        """
+        try:
+            loaded = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+        except OSError as error:
+            raise UserError(f"cannot read recipe {path}: {error.strerror}") from None
+        except _NOT_YAML as error:
+            raise UserError(f"recipe {path} is not valid YAML: {error}") from None
+        if not isinstance(loaded, Mapping):
+            raise UserError(f"recipe {path} must be a mapping of keys to values")
+        try:
+            return cls.from_dict(loaded)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for YAML and JSON; `from_dict` takes it back."""
+        return typing.cast(dict[str, Any], _plain(asdict(self)))
+
+    def to_yaml(self) -> str:
+        """The recipe as a YAML text that `read` takes back."""
+        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+    def override(self, key: str, value: Any) -> Recipe:
+        """A copy with one key changed.
+
+        Args:
+            key: `sparsity`, `calibration.samples`, `method.damping`, ...
+            value: its value; `read_value` reads one that was written as text.
+        """
+        values = self.to_dict()
+        *parents, last = key.split(".")
+        place = values
+        for depth, parent in enumerate(parents):
+            if parent not in place:
+                raise unknown("recipe key", ".".join(parents[: depth + 1]), place)
+            if parent == "method" and isinstance(place[parent], str):
+                place[parent] = {"name": place[parent]}
+            if not isinstance(place[parent], dict):
+                raise UserError(f"recipe key {key!r}: {parent} has no keys below it")
+            place = place[parent]
+        place[last] = value
+        return Recipe.from_dict(values)
+
+
+def read_value(text: str) -> Any:
+    """A value as YAML writes it: `4`, `0.5`, `2:4`, `[a, b]`, `null`, ...
+
+    Raises:
+        UserError: it is no YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except _NOT_YAML:
+        raise UserError(f"{text!r} is not a valid YAML value") from None
+
+
+_NOT_YAML = (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError)
+"""What the YAML library raises for text that is none: tags that don't fit their value end in plain Python errors."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 without base-60 numbers, which would read the pattern 2:4 as the integer 124."""
+
+
+_INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*)")
+_FLOAT = re.compile(
+    r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+)
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, expression)
+        for tag, expression in resolvers
+        if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_NUMBERS = (
+    ("tag:yaml.org,2002:int", re.compile(f"^(?:{_INT.pattern})$"), list("-+0123456789")),
+    ("tag:yaml.org,2002:float", re.compile(f"^(?:{_FLOAT.pattern})$"), list("-+0123456789.")),
+)
+_Loader.add_implicit_resolver(*_NUMBERS[0])
+_Loader.add_implicit_resolver(*_NUMBERS[1])
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that this or another YAML reader would take for a number."""
+
+
+_Dumper.add_implicit_resolver(*_NUMBERS[0])
+_Dumper.add_implicit_resolver(*_NUMBERS[1])
+
+
+def build(cls: type[T], values: Any, where: str) -> T:
+    """Make a dataclass from plain data, checking its keys and the kinds of its values.
+
+    Args:
+        where: what it is, for messages.
+
+    Raises:
+        UserError: an unknown or a missing key, or a value of the wrong kind.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where} must be a mapping of keys to values, not {values!r}")
+    hints = typing.get_type_hints(cls)
+    known = [item.name for item in fields(cls)]  # type: ignore[arg-type]
+    made = {}
+    for key, value in values.items():
+        if key not in known:
+            raise unknown(f"{where} key", str(key), known)
+        made[key] = _convert(hints[key], value, key if where == "recipe" else f"{where}.{key}")
+    try:
+        return cls(**made)
+    except TypeError:
+        missing = [name for name in known if name not in made]
+        raise UserError(f"{where} lacks a key: {', '.join(missing[:1])}") from None
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if is_dataclass(hint) and isinstance(hint, type):
+        return build(hint, value, where)
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, list | tuple):
+            raise UserError(f"{where} must be a list, not {value!r}")
+        return tuple(_convert(arguments[0], item, f"{where}[{place}]") for place, item in enumerate(value))
+    allowed = arguments if origin in (types.UnionType, typing.Union) else (hint,)
+    kinds = tuple(typing.get_origin(kind) or kind for kind in allowed)
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, kinds):
+        wanted = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise UserError(f"{where} must be {wanted}, not {value!r}")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _positive(part: Any, where: str, *names: str) -> None:
+    for name in names:
+        value = getattr(part, name)
+        if value is not None and not value > 0:
+            raise UserError(f"{where}.{name} must be above 0, not {value}")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as `5GB`, `512MiB` or `1000000`.
+
+    Raises:
+        UserError: no such size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(i?)[bB]?\s*", text)
+    if found is None or float(found[1]) <= 0:
+        raise UserError(f"size {text!r} is not understood: write 5GB, 512MiB or a number of bytes")
+    step = 1024 if found[3] else 1000
+    return max(1, int(float(found[1]) * step ** " kmgt".index(found[2].lower() or " ")))
+
+
+SHORT = {
+    "calibration": "calibration.source",
+    "samples": "calibration.samples",
+    "length": "calibration.length",
+    "seed": "calibration.seed",
+    "evaluate": "evaluate.text",
+}
+"""Short names of recipe keys, for the command line and for keyword arguments."""
+
+
+def assemble(recipe: Recipe | Mapping[str, Any] | str | Path | None, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe of a run: a `Recipe`, plain data, a YAML file or nothing, with single keys changed.
+
+    Args:
+        changes: dotted keys or short names to values, as for `Recipe.override`; a None changes nothing.
+    """
+    if isinstance(recipe, str | Path):
+        recipe = Recipe.read(recipe)
+    elif isinstance(recipe, Mapping):
+        recipe = Recipe.from_dict(recipe)
+    made = recipe if recipe is not None else Recipe()
+    for key, value in changes.items():
+        if value is not None:
+            whole = key in ("calibration", "evaluate") and isinstance(value, Mapping)
+            made = made.override(key if whole else SHORT.get(key, key), value)
+    return made

@@ -1,0 +1,111 @@
+"""Looks at any checkpoint, whoever wrote it: how sparse is each weight, and which N:M patterns hold?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from llmprune.errors import UserError
+from llmprune.model.checkpoint import read_header, read_index
+from llmprune.model.source import read_pickle, resolve
+
+CANDIDATES = ((1, 2), (1, 4), (2, 4), (3, 4), (2, 8), (4, 8), (6, 8), (8, 16))
+"""The N:M patterns that are tried."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One weight of a checkpoint.
+
+    Attributes:
+        name: its key in the files.
+        shape, dtype: as stored.
+        sparsity: fraction of zeros.
+        patterns: N:M patterns that hold along the last dimension, the tightest first.
+        transposed_patterns: the same along the dimension before it, which is where the inputs lie in `Conv1D`
+            (GPT-2) and in some fused experts.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    sparsity: float
+    patterns: tuple[str, ...] = ()
+    transposed_patterns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All matrices of a checkpoint."""
+
+    name: str
+    matrices: tuple[Matrix, ...]
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of zeros over all matrices."""
+        total = sum(torch.Size(matrix.shape).numel() for matrix in self.matrices)
+        return sum(matrix.sparsity * torch.Size(matrix.shape).numel() for matrix in self.matrices) / max(total, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {"name": self.name, "sparsity": self.sparsity, "matrices": [asdict(matrix) for matrix in self.matrices]}
+
+
+def inspect(path: str | Path) -> Inspection:
+    """Count the zeros in every tensor of two or three dimensions.
+
+    Args:
+        path: a folder, a single .safetensors or PyTorch .bin file, a `.gguf` file, or a Hub name.
+
+    Raises:
+        UserError: there is no such checkpoint, or it holds no matrices.
+        Failure: a file is missing or broken.
+    """
+    matrices = tuple(_look(key, tensor) for key, tensor in _tensors(Path(path).expanduser(), str(path)))
+    if not matrices:
+        raise UserError(f"{path} holds no weight matrices")
+    return Inspection(str(path), matrices)
+
+
+def _tensors(path: Path, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Every float tensor of two or three dimensions, one in memory at a time where the format allows."""
+    if path.is_file() and path.suffix == ".safetensors":
+        index = read_header(path)
+    elif path.is_file() and path.suffix == ".bin":
+        for key, tensor in read_pickle(path).items():
+            if tensor.ndim in (2, 3) and tensor.is_floating_point():
+                yield key, tensor
+        return
+    else:
+        folder = resolve(path if path.exists() else name).folder
+        index = read_index(folder)
+    for key, info in index.items():
+        if len(info.shape) in (2, 3) and info.dtype.is_floating_point:
+            with safe_open(info.file, framework="pt") as file:
+                yield key, file.get_tensor(key)
+
+
+def _look(name: str, tensor: Tensor) -> Matrix:
+    zero = tensor == 0
+    sparsity = float(zero.sum()) / max(tensor.numel(), 1)
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if sparsity < 0.2:
+        return Matrix(name, tuple(tensor.shape), dtype, sparsity)
+    return Matrix(name, tuple(tensor.shape), dtype, sparsity, _holding(zero), _holding(zero.transpose(-1, -2)))
+
+
+def _holding(zero: Tensor) -> tuple[str, ...]:
+    found = []
+    for n, m in sorted(CANDIDATES, key=lambda pair: (pair[0] / pair[1], pair[1])):
+        if zero.shape[-1] % m == 0 and not bool(zero.all()):
+            groups = zero.reshape(*zero.shape[:-1], -1, m)
+            if bool((groups.sum(-1) >= m - n).all()):
+                found.append(f"{n}:{m}")
+    return tuple(found)

@@ -1,0 +1,163 @@
+"""The report of a run, as data: it is returned by `prune`, written as llmprune.json, and printed by `--json`."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import transformers
+from torch import Tensor
+
+import llmprune
+
+
+@dataclass(frozen=True)
+class LinearRecord:
+    """What became of one linear.
+
+    Attributes:
+        name, shape: the linear, (out_features, in_features).
+        method, pattern, scope: what was done; None where it was left dense.
+        kept: why it was left dense, or None.
+        sparsity: the fraction of zeros in the written weight.
+        relative_error: ‖(Ŵ−W)X‖² / ‖WX‖² on the calibration inputs; None where no inputs were seen.
+        error_from: `gram` (exact) or `sample` (estimated on some of the tokens).
+        tokens: calibration tokens that reached it.
+        damping: the relative damping that the factorisation took.
+        note: anything out of the ordinary.
+        mask_sha256: of the mask, packed to bits row by row.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    method: str | None = None
+    pattern: str | None = None
+    scope: str | None = None
+    kept: str | None = None
+    sparsity: float = 0.0
+    relative_error: float | None = None
+    error_from: str | None = None
+    tokens: int = 0
+    damping: float | None = None
+    note: str | None = None
+    mask_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A perplexity with all that gives it a meaning.
+
+    Attributes:
+        value: exp of the mean negative log likelihood per predicted token.
+        text: what it was measured on.
+        length: the context length; windows of that many tokens, without overlap.
+        windows: how many; a shorter rest is left out.
+        tokens: tokens predicted (length − 1 per window).
+        seconds: how long it took.
+    """
+
+    value: float
+    text: str
+    length: int
+    windows: int
+    tokens: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ({self.text}, context {self.length:,}, {self.tokens:,} tokens)"
+
+
+@dataclass
+class Report:
+    """A finished run.
+
+    Attributes:
+        out: where the checkpoint is.
+        model, revision: where it came from.
+        recipe: the whole recipe as plain data.
+        linears: every linear, in order.
+        weights: all weights of the checkpoint.
+        calibration: source, samples, length, seed and the sha256 of the tokens; None where no data was needed.
+        dense, sparse: perplexity before and after, if asked for.
+        seconds: time per phase and in total.
+        peak_memory: peak resident bytes of the process; `peak_device_memory` of the GPU.
+        shards: file name to sha256.
+        side_files: what was copied from the source.
+        versions: of everything that took part.
+    """
+
+    out: Path
+    model: str
+    revision: str | None
+    recipe: dict[str, Any]
+    linears: list[LinearRecord]
+    weights: int
+    calibration: dict[str, Any] | None = None
+    dense: Perplexity | None = None
+    sparse: Perplexity | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory: int = 0
+    peak_device_memory: int | None = None
+    shards: dict[str, str] = field(default_factory=dict)
+    side_files: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def pruned(self) -> list[LinearRecord]:
+        """The linears that were pruned."""
+        return [record for record in self.linears if record.kept is None]
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of zeros over the pruned linears."""
+        return _mean_sparsity(self.pruned, sum(_numel(record) for record in self.pruned))
+
+    @property
+    def model_sparsity(self) -> float:
+        """The zeros of the pruned linears as a fraction of all weights of the model."""
+        return _mean_sparsity(self.pruned, self.weights)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        data = asdict(self)
+        data["out"] = str(self.out)
+        data["linears"] = [
+            {key: value for key, value in asdict(record).items() if value is not None} for record in self.linears
+        ]
+        return {
+            "llmprune": self.versions.get("llmprune"),
+            "sparsity": self.sparsity,
+            "model_sparsity": self.model_sparsity,
+            **data,
+        }
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    return {
+        "llmprune": llmprune.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+    }
+
+
+def mask_sha256(weight: Tensor) -> str:
+    """The hash of where an (out, in) weight is not zero, packed to bits row by row."""
+    bits = numpy.packbits((weight != 0).cpu().contiguous().numpy())
+    return hashlib.sha256(bits.tobytes()).hexdigest()
+
+
+def _numel(record: LinearRecord) -> int:
+    return record.shape[0] * record.shape[1]
+
+
+def _mean_sparsity(records: list[LinearRecord], total: int) -> float:
+    return sum(record.sparsity * _numel(record) for record in records) / max(total, 1)

@@ -1,0 +1,22 @@
+"""Wanda: weights are ranked by their size times the norm of what flows through them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from llmprune.patterns import Pattern, Scope
+from llmprune.stats import LinearStats, Needs
+
+
+@dataclass(frozen=True)
+class Solver:
+    """Saliency |W_ij|·‖X_j‖₂, compared within a row, weights not updated (arXiv:2306.11695)."""
+
+    needs: ClassVar[Needs] = "norms"
+    scope: ClassVar[Scope] = "row"
+
+    def solve(self, weight: Tensor, stats: LinearStats, pattern: Pattern) -> Tensor:
+        return weight * pattern.keep(weight.abs() * stats.norms)

@@ -1,0 +1,148 @@
+"""What calibration learns about the inputs of a linear: one `LinearStats` for all linears that read the same tensor."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from llmprune.errors import SingularGram
+
+Needs = Literal["nothing", "norms", "gram"]
+LEVELS: tuple[Needs, ...] = ("nothing", "norms", "gram")
+
+SAMPLE_TOKENS = 256
+"""Input rows kept for estimating a linear's relative error where no Gram is collected."""
+
+_PANEL = 256
+
+
+class LinearStats:
+    """Sums over the calibration inputs X (tokens, in) of one linear, or of several that share their input.
+
+    Everything is accumulated in float32 on the device of the inputs.
+
+    Attributes:
+        features: in_features.
+        needs: the most that any solver of these linears asks for.
+        tokens: number of input rows seen.
+        squares: (in,) sum over tokens of x².
+        damping: the relative damping that the last factorisation really took, None before the first.
+    """
+
+    def __init__(self, features: int, needs: Needs, device: torch.device | str = "cpu") -> None:
+        self.features = features
+        self.needs = needs
+        self.tokens = 0
+        self.squares = torch.zeros(features, device=device)
+        self.damping: float | None = None
+        self._lower = torch.zeros(features, features, device=device) if needs == "gram" else None
+        self._gram: Tensor | None = None
+        self._rows: list[Tensor] = []
+        self._factor: tuple[float, Tensor] | None = None
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in a batch of inputs (..., in), of any float dtype."""
+        x = inputs.reshape(-1, self.features).float()
+        if len(x) == 0:
+            return
+        self.tokens += len(x)
+        if self._lower is None:
+            self.squares += x.square().sum(0)
+            room = SAMPLE_TOKENS - sum(map(len, self._rows))
+            if room > 0:
+                step = max(1, len(x) // min(room, 32))
+                self._rows.append(x[::step][:room].clone())
+            return
+        # XᵀX is symmetric: only the panels on and below the diagonal are computed.
+        for start in range(0, self.features, _PANEL):
+            end = min(start + _PANEL, self.features)
+            self._lower[start:end, :end].addmm_(x[:, start:end].T, x[:, :end])
+
+    def finish(self) -> None:
+        """Make the sums ready for solving; no `add` may follow."""
+        if self._lower is not None:
+            self._gram = self._lower.tril_()
+            self._gram += self._gram.tril(-1).T
+            self._lower = None
+            self.squares = self._gram.diagonal().clone()
+
+    @property
+    def norms(self) -> Tensor:
+        """(in,) ‖X_j‖₂, the norm of each input over all tokens."""
+        return self.squares.sqrt()
+
+    @property
+    def gram(self) -> Tensor:
+        """(in, in) XᵀX. Only there when `needs` is "gram", after `finish`."""
+        if self._gram is None:
+            raise RuntimeError("no Gram was collected: the solver's `needs` must be 'gram'")
+        return self._gram
+
+    @property
+    def dead(self) -> Tensor:
+        """(in,) bool: inputs that were zero on every token."""
+        return self.squares == 0
+
+    def inverse_factor(self, damping: float) -> Tensor:
+        """(in, in) the upper triangular U with (XᵀX + λI)⁻¹ = UᵀU and λ = damping · mean diagonal over live inputs.
+
+        Dead inputs get a one on the diagonal. A matrix that is still not positive definite is damped ten times more,
+        up to 1, first in float32 and then in float64; `damping` tells what was taken. Linears that share these
+        statistics share the factorisation.
+
+        Raises:
+            SingularGram: no step succeeded; the message gives the tokens and the dampings tried.
+        """
+        if self._factor is not None and self._factor[0] == damping:
+            return self._factor[1]
+        diagonal = self.gram.diagonal()
+        live = ~self.dead
+        scale = float(diagonal[live].mean()) if bool(live.any()) else 1.0
+        tried = [damping]
+        while tried[-1] < 1:
+            tried.append(min(1.0, 10 * tried[-1]))
+        for dtype in (torch.float32, torch.float64):
+            for relative in tried:
+                damped = (self.gram / scale).to(dtype)
+                damped.diagonal().add_(relative).masked_fill_(self.dead, 1.0)
+                upper = _inverse_upper(damped)
+                if upper is not None:
+                    self.damping = relative
+                    self._factor = (damping, (upper / scale**0.5).float())
+                    return self._factor[1]
+        raise SingularGram(
+            f"the Gram of {self.tokens:,} tokens x {self.features:,} inputs is not positive definite with damping "
+            f"{', '.join(f'{value:g}' for value in tried)} in float32 and float64; give it more calibration samples"
+        )
+
+    def relative_error(self, dense: Tensor, pruned: Tensor) -> float | None:
+        """‖(Ŵ−W)X‖² / ‖WX‖² of (out, in) weights, exact from the Gram, else estimated on the kept input rows.
+
+        None when no inputs were seen.
+        """
+        change = pruned - dense
+        if self.tokens == 0:
+            return None
+        if self._gram is not None:
+            lost, total = ((w @ self._gram).mul_(w).sum() for w in (change, dense))
+        else:
+            x = torch.cat(self._rows)
+            lost, total = ((x @ w.T).square().sum() for w in (change, dense))
+        return float(lost / total) if float(total) > 0 else 0.0
+
+
+def _inverse_upper(matrix: Tensor) -> Tensor | None:
+    """Upper triangular U with matrix⁻¹ = UᵀU, or None when the matrix is not positive definite.
+
+    With J the reversal of order, JAJ = LLᵀ gives A = RRᵀ for the upper triangular R = JLJ, hence A⁻¹ = R⁻ᵀR⁻¹ and
+    U = R⁻¹: one factorisation and one triangular inverse.
+    """
+    lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    if int(info) != 0:
+        return None
+    upper = lower.flip(0, 1)
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    inverse = torch.linalg.solve_triangular(upper, identity, upper=True)
+    return inverse if bool(torch.isfinite(inverse).all()) else None
