@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmprune import data, solvers
+from llmprune import data, memory, solvers
 from llmprune.errors import Failure, SingularGram
 from llmprune.evaluate import perplexity
 from llmprune.model import blocks
@@ -23,7 +23,7 @@ from llmprune.model.linears import Capture
 from llmprune.model.source import Source, resolve
 from llmprune.model.writer import Writer, check_out, fingerprint_files
 from llmprune.plan import Choice, Plan, make_plan
-from llmprune.progress import Clock, Progress, Silent, peak_memory
+from llmprune.progress import Clock, Progress, Silent
 from llmprune.recipe import Recipe, assemble
 from llmprune.report.record import LinearRecord, Report, mask_sha256, versions
 from llmprune.report.verify import compare
@@ -99,7 +99,7 @@ def prune(
     if tokens is not None:
         report.calibration = {**used["calibration"], "length": plan.length, "tokens_sha256": tokens.sha256}
     report.shards, report.side_files, report.versions = writer.hashes, writer.side_files, versions()
-    report.seconds, report.peak_memory = clock.result(), peak_memory()
+    report.seconds, report.peak_memory = clock.result(), memory.peak()
     if checkpoint.device.type == "cuda":
         report.peak_device_memory = torch.cuda.max_memory_allocated(checkpoint.device)
     writer.close(report.to_dict())
@@ -120,9 +120,11 @@ def prune_blocks(
             block = checkpoint.load_block(number)
         with clock("capture"):
             stats = capture(checkpoint, block, choices, number, activations)
+            memory.give_back()
         with clock("solve"):
             done = prune_block(checkpoint, block, choices, stats)
             del stats
+            memory.give_back()
         if tokens is not None:
             with clock("propagate"):
                 blocks.advance(checkpoint, number, activations)

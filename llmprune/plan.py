@@ -12,8 +12,9 @@ from typing import Any
 from llmprune import solvers
 from llmprune.errors import UserError, unknown
 from llmprune.model.blocks import Chain, kinds, probe
-from llmprune.model.checkpoint import Checkpoint, decoder_prefix
+from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.linears import Capture, Linear, find_linears
+from llmprune.model.skeleton import decoder_prefix
 from llmprune.patterns import NM, Unstructured, parse
 from llmprune.recipe import Recipe
 from llmprune.solvers import Solver

@@ -1,14 +1,10 @@
-"""How far the work is, how long its parts took, and how much memory it needed."""
+"""How far the work is, and how long its parts took."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Protocol, TypeVar
 
 from rich.console import Console
@@ -95,29 +91,3 @@ class Clock:
         return {
             phase: round(value, 3) for phase, value in {**self.seconds, "total": time.monotonic() - self._began}.items()
         }
-
-
-def peak_memory() -> int:
-    """The most resident memory that this process has had so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        # Linux's ru_maxrss also counts what the parent process held when it started this one.
-        line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
-        if line is not None:
-            return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def available_memory() -> int:
-    """Bytes of memory that can be had now, or a cautious guess where the system does not tell."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        # What is free, and what the system keeps only as a cache of files.
-        line = next((line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")), None)
-        if line is not None:
-            return int(line.split()[1]) * 1024
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return 4 * 2**30

@@ -105,12 +105,12 @@ class LinearStats:
             tried.append(min(1.0, 10 * tried[-1]))
         for dtype in (torch.float32, torch.float64):
             for relative in tried:
-                damped = (self.gram / scale).to(dtype)
-                damped.diagonal().add_(relative).masked_fill_(self.dead, 1.0)
+                damped = self.gram.flip(0, 1).to(dtype).div_(scale)
+                damped.diagonal().add_(relative).masked_fill_(self.dead.flip(0), 1.0)
                 upper = _inverse_upper(damped)
                 if upper is not None:
                     self.damping = relative
-                    self._factor = (damping, (upper / scale**0.5).float())
+                    self._factor = (damping, upper.div_(scale**0.5).float())
                     return self._factor[1]
         raise SingularGram(
             f"the Gram of {self.tokens:,} tokens x {self.features:,} inputs is not positive definite with damping "
@@ -134,15 +134,18 @@ class LinearStats:
 
 
 def _inverse_upper(matrix: Tensor) -> Tensor | None:
-    """Upper triangular U with matrix⁻¹ = UᵀU, or None when the matrix is not positive definite.
+    """Upper triangular U with A⁻¹ = UᵀU, or None when A is not positive definite.
 
     With J the reversal of order, JAJ = LLᵀ gives A = RRᵀ for the upper triangular R = JLJ, hence A⁻¹ = R⁻ᵀR⁻¹ and
-    U = R⁻¹: one factorisation and one triangular inverse.
+    U = R⁻¹ = JL⁻¹J: one factorisation and one triangular inverse, each in place.
+
+    Args:
+        matrix: JAJ, symmetric; it is overwritten.
     """
-    lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    lower, info = matrix.mT, torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, info))  # in the order of LAPACK no copy is made
     if int(info) != 0:
         return None
-    upper = lower.flip(0, 1)
-    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    inverse = torch.linalg.solve_triangular(upper, identity, upper=True)
-    return inverse if bool(torch.isfinite(inverse).all()) else None
+    inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device).mT
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    return inverse.flip(0, 1) if bool(torch.isfinite(inverse).all()) else None

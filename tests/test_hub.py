@@ -25,6 +25,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 def prune(hub: Hub, tmp_path: Path, model: str) -> subprocess.CompletedProcess[str]:
     settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_ETAG_TIMEOUT": "5"}
+    settings["HF_HUB_OFFLINE"] = "0"
     command = [sys.executable, "-m", "llmprune", "prune", model, "-o", str(tmp_path / "out"), "--method", "magnitude"]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **settings}, check=False)
 

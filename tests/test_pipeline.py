@@ -606,10 +606,10 @@ class TestVerifyAndInspect:
 
 PEAK = """
 import sys, llmprune
-from llmprune.progress import peak_memory
+from llmprune import memory
 model, out, text = sys.argv[1:]
 llmprune.prune(model, out=out, sparsity="2:4", method="sparsegpt", calibration=text, samples=8, length=64)
-print(peak_memory())
+print(memory.peak())
 """
 
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llmprune import data
+from llmprune import data, memory
 from llmprune.errors import Failure, UserError
 from llmprune.model import blocks
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.source import resolve
 from llmprune.plan import batch_size, sequence_length
-from llmprune.progress import Progress, Silent, available_memory
+from llmprune.progress import Progress, Silent
 from llmprune.recipe import Evaluation
 from llmprune.report.record import Perplexity
 
@@ -112,7 +112,7 @@ def measure(checkpoint: Checkpoint, text: Text, progress: Progress, title: str =
     count, length = text.windows.shape
     size = checkpoint.hidden_size * length * checkpoint.dtype.itemsize
     batch = batch_size(checkpoint, length)
-    at_once = max(1, available_memory() // 4 // size // batch) * batch
+    at_once = max(1, memory.available() // 4 // size // batch) * batch
     passes = torch.split(text.windows, at_once)
     total = 0.0
     steps = [(number, block) for number in range(len(passes)) for block in range(len(checkpoint.blocks))]

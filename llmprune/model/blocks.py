@@ -11,50 +11,18 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmprune.errors import Failure, LLMPruneError, UserError
-
-if TYPE_CHECKING:
-    from llmprune.model.checkpoint import Checkpoint
+from llmprune.model.checkpoint import Checkpoint
 
 PROBE_TOKENS = 16
 
 HIDDEN = object()
 """Stands in a recorded call where the hidden states go."""
-
-
-def find_blocks(model: Any) -> list[str]:
-    """Names of the decoder's blocks, in order.
-
-    They are the outermost modules that transformers marks as not to be split over devices; where a family marks none,
-    the one list of modules that has as many entries as the config counts layers.
-
-    Raises:
-        UserError: no such list, or several.
-    """
-    kind = type(model).__name__
-    if model.config.is_encoder_decoder:
-        raise UserError(f"{kind} is an encoder-decoder; only decoders are pruned")
-    decoder = model.get_decoder()
-    names = {module: name for name, module in model.named_modules()}
-    marked = set(model._no_split_modules or ())
-    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    stacks: dict[str, list[str]] = {}
-    for name, module in decoder.named_modules(prefix=names[decoder]):
-        if not isinstance(module, nn.ModuleList) or len(module) == 0:
-            continue
-        if any(name.startswith(stack + ".") for stack in stacks):
-            continue
-        if all(type(child).__name__ in marked for child in module) or (not marked and len(module) == layers):
-            stacks[name] = [f"{name}.{place}" for place in range(len(module))]
-    if len(stacks) != 1:
-        found = f"several stacks of blocks ({', '.join(stacks)})" if stacks else "no stack of decoder blocks"
-        raise UserError(f"{kind} cannot be walked block by block: {found}")
-    return next(iter(stacks.values()))
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,7 @@ back, are private to transformers 5; all use of them is in this file.
 from __future__ import annotations
 
 import copy
-import ctypes
-import json
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,12 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -32,51 +27,11 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from llmprune import memory
 from llmprune.errors import Failure, UserError
-from llmprune.model.blocks import find_blocks
+from llmprune.model.index import read_index
+from llmprune.model.skeleton import decoder_prefix, find_blocks, make_skeleton, pick_device, read_config
 from llmprune.model.source import Source, quiet
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "C64": torch.complex64,
-}
-
-
-_C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """A tensor as a checkpoint stores it."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return int(torch.Size(self.shape).numel())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on disk."""
-        return self.numel * self.dtype.itemsize
 
 
 @dataclass
@@ -126,9 +81,9 @@ class Checkpoint:
         self.device = pick_device(device)
         self.index = read_index(source.folder)
         with quiet():
-            self.config = _read_config(source)
+            self.config = read_config(source)
             self.dtype = self._run_dtype(dtype)
-            self.model = _skeleton(self.config, self.dtype)
+            self.model = make_skeleton(self.config, self.dtype)
         self.model.eval()
         self.blocks = find_blocks(self.model)
         self._run_dtypes = self._plan_dtypes()
@@ -226,7 +181,7 @@ class Checkpoint:
         for name, buffer in list(self.model.named_buffers()):
             if name.startswith(prefix) and name in self._stored and buffer.device.type != "cpu":
                 self._set(name, buffer.cpu())
-        _return_memory()
+        memory.give_back()
 
     def unload_block(self, number: int) -> None:
         """Put one block's weights back on the meta device."""
@@ -456,122 +411,6 @@ class Checkpoint:
             module._buffers[leaf] = value
         else:
             module._parameters[leaf] = nn.Parameter(value.detach(), requires_grad=False)
-
-
-def _return_memory() -> None:
-    """Let the C library give freed memory back; glibc would keep a little more of it with every block."""
-    trim = getattr(_C_LIBRARY, "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def decoder_prefix(model: Any) -> str:
-    """The name of the decoder inside the model, with a trailing dot; empty when the model is its own decoder."""
-    decoder = model.get_decoder()
-    return next((f"{name}." if name else "" for name, module in model.named_modules() if module is decoder), "")
-
-
-def pick_device(asked: str) -> torch.device:
-    """The torch device to run on; `auto` takes a GPU where there is one.
-
-    Raises:
-        UserError: there is no such device here.
-    """
-    if asked == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(asked)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {asked!r} cannot be used here: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def read_index(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of the checkpoint in a folder, from the headers of its safetensors files alone.
-
-    As transformers does, `model.safetensors` goes before an index; other files are not looked at.
-
-    Raises:
-        UserError: the folder holds no safetensors, or several that no index ties together.
-        Failure: a shard is missing or broken.
-    """
-    single, listing = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return read_header(single)
-    if listing.is_file():
-        return _read_listing(listing)
-    files = sorted(folder.glob("*.safetensors"))
-    if len(files) == 1:
-        return read_header(files[0])
-    if files:
-        listed = ", ".join(path.name for path in files[:3])
-        raise UserError(
-            f"{folder} holds {len(files)} safetensors files ({listed}, ...) and no index that ties them together"
-        )
-    raise UserError(f"no *.safetensors in {folder}")
-
-
-def _read_listing(listing: Path) -> dict[str, TensorInfo]:
-    try:
-        weight_map = json.loads(listing.read_text(encoding="utf-8"))["weight_map"]
-        names = {str(key): str(name) for key, name in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Failure(f"{listing} is broken: {type(error).__name__}: {error}; download it again") from None
-    index: dict[str, TensorInfo] = {}
-    for name in sorted(set(names.values())):
-        index.update(read_header(listing.parent / name))
-    for key, name in names.items():
-        if key not in index or index[key].file.name != name:
-            raise Failure(
-                f"{listing.name} promises {key} in {name}, but it is not there: the shard is not the right one"
-            )
-    return {key: index[key] for key in names}
-
-
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file.
-
-    Raises:
-        Failure: the file is missing, cut short or broken.
-    """
-    if not path.is_file():
-        raise Failure(f"shard {path.name} is missing from {path.parent}: download the model again")
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {}
-            for key in file.keys():  # noqa: SIM118
-                part = file.get_slice(key)
-                dtype = DTYPES.get(part.get_dtype())
-                if dtype is None:
-                    raise Failure(f"{key} in {path} is stored as {part.get_dtype()}, which is not supported")
-                found[key] = TensorInfo(path, dtype, tuple(part.get_shape()))
-            return found
-    except (SafetensorError, OSError) as error:
-        size = path.stat().st_size
-        raise Failure(f"shard {path} ({size:,} bytes) is broken or cut short: {error}; download it again") from None
-
-
-def _read_config(source: Source) -> Any:
-    if not (source.folder / "config.json").is_file():
-        raise UserError(f"no config.json in {source.folder}: a model folder holds config.json and *.safetensors")
-    try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-    except Exception as error:  # what is wrong in a config surfaces in many kinds, depending on the family
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{source.name}: config.json cannot be used: {reason}") from None
-    if quantised := getattr(config, "quantization_config", None):
-        kind = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
-        raise UserError(f"{source.name} is quantised ({kind}); prune the unquantised model, and quantise afterwards")
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise UserError(f"{source.name} is a {config.model_type!r} model, and transformers has no causal LM for that")
-    return config
-
-
-def _skeleton(config: Any, dtype: torch.dtype) -> Any:
-    # Buffers stay real: rotary tables are computed at construction and stored in no file.
-    with accelerate.init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

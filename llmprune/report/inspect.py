@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llmprune.errors import UserError
-from llmprune.model.checkpoint import read_header, read_index
+from llmprune.model.index import read_header, read_index
 from llmprune.model.source import read_pickle, resolve
 
 CANDIDATES = ((1, 2), (1, 4), (2, 4), (3, 4), (2, 8), (4, 8), (6, 8), (8, 16))

@@ -45,7 +45,7 @@ class Solver:
         width = max(pattern.group, self.block_size // pattern.group * pattern.group)
         for start in range(0, len(columns), width):
             end = min(start + width, len(columns))
-            block, local = columns[start:end], upper[start:end, start:end]
+            block, local = columns[start:end], upper[start:end, start:end].contiguous()
             chosen_together = pattern.group if pattern.group > 1 else end - start
             keep = torch.empty_like(block, dtype=torch.bool)
             errors = torch.empty_like(block)

@@ -1,0 +1,116 @@
+"""What a safetensors checkpoint holds: every tensor with its file, dtype and shape, from the headers alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from llmprune.errors import Failure, UserError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as a checkpoint stores it."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.numel * self.dtype.itemsize
+
+
+def read_index(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor of the checkpoint in a folder, from the headers of its safetensors files alone.
+
+    As transformers does, `model.safetensors` goes before an index; other files are not looked at.
+
+    Raises:
+        UserError: the folder holds no safetensors, or several that no index ties together.
+        Failure: a shard is missing or broken.
+    """
+    single, listing = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return read_header(single)
+    if listing.is_file():
+        return _read_listing(listing)
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return read_header(files[0])
+    if files:
+        listed = ", ".join(path.name for path in files[:3])
+        raise UserError(
+            f"{folder} holds {len(files)} safetensors files ({listed}, ...) and no index that ties them together"
+        )
+    raise UserError(f"no *.safetensors in {folder}")
+
+
+def _read_listing(listing: Path) -> dict[str, TensorInfo]:
+    try:
+        weight_map = json.loads(listing.read_text(encoding="utf-8"))["weight_map"]
+        names = {str(key): str(name) for key, name in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Failure(f"{listing} is broken: {type(error).__name__}: {error}; download it again") from None
+    index: dict[str, TensorInfo] = {}
+    for name in sorted(set(names.values())):
+        index.update(read_header(listing.parent / name))
+    for key, name in names.items():
+        if key not in index or index[key].file.name != name:
+            raise Failure(
+                f"{listing.name} promises {key} in {name}, but it is not there: the shard is not the right one"
+            )
+    return {key: index[key] for key in names}
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file.
+
+    Raises:
+        Failure: the file is missing, cut short or broken.
+    """
+    if not path.is_file():
+        raise Failure(f"shard {path.name} is missing from {path.parent}: download the model again")
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {}
+            for key in file.keys():  # noqa: SIM118
+                part = file.get_slice(key)
+                dtype = DTYPES.get(part.get_dtype())
+                if dtype is None:
+                    raise Failure(f"{key} in {path} is stored as {part.get_dtype()}, which is not supported")
+                found[key] = TensorInfo(path, dtype, tuple(part.get_shape()))
+            return found
+    except (SafetensorError, OSError) as error:
+        size = path.stat().st_size
+        raise Failure(f"shard {path} ({size:,} bytes) is broken or cut short: {error}; download it again") from None
