@@ -124,7 +124,6 @@ def prune_blocks(
         with clock("solve"):
             done = prune_block(checkpoint, block, choices, stats)
             del stats
-            memory.give_back()
         if tokens is not None:
             with clock("propagate"):
                 blocks.advance(checkpoint, number, activations)
@@ -183,6 +182,8 @@ def prune_block(
             view.copy_(after.masked_fill(after == 0, 0.0))  # no zero is written as -0
             check(view, choice)
             done[choice.linear.name] = _record(choice, view, before, after, seen, note)
+        del dense, pruned, before, after
+        memory.give_back()
     block.refresh()
     kept = {
         choice.linear.name: LinearRecord(choice.linear.name, choice.linear.shape, kept=choice.kept)
