@@ -22,6 +22,12 @@ class Failure(LLMPruneError):
     """The request was sound, but the work could not be finished (a full disk, NaN weights, a broken file)."""
 
 
+class Interrupted(LLMPruneError, KeyboardInterrupt):
+    """The user stopped the work; what was finished is kept."""
+
+    exit_code = 130
+
+
 class SingularGram(Failure):
     """A Gram matrix that cannot be factorised, even after every step of extra damping."""
 

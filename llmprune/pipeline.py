@@ -7,7 +7,8 @@ writes. At any time one block, its statistics and the activations between two bl
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,17 @@ import torch
 from torch import Tensor
 
 from llmprune import data, memory, solvers
-from llmprune.errors import Failure, SingularGram
+from llmprune.errors import Failure, Interrupted, SingularGram
 from llmprune.evaluate import perplexity
 from llmprune.model import blocks
 from llmprune.model.checkpoint import Checkpoint, LoadedBlock
 from llmprune.model.linears import Capture
 from llmprune.model.source import Source, resolve
-from llmprune.model.writer import Writer, check_out, fingerprint_files
+from llmprune.model.writer import Writer, check_out, fingerprint_files, writing
 from llmprune.plan import Choice, Plan, make_plan
 from llmprune.progress import Clock, Progress, Silent
 from llmprune.recipe import Recipe, assemble
-from llmprune.report.record import LinearRecord, Report, mask_sha256, versions
+from llmprune.report.record import BlockRecord, LinearRecord, Perplexity, Report, mask_sha256, versions
 from llmprune.report.verify import compare
 from llmprune.solvers import Solver
 from llmprune.stats import LinearStats
@@ -47,7 +48,7 @@ def prune(
 
     Args:
         model: a Hub name (`owner/name`, `owner/name@revision`), a folder, or a `.gguf` file.
-        out: the folder to write; it must not hold another run.
+        out: the folder to write. An unfinished run of the same request is gone on with; any other is refused.
         recipe: a `Recipe`, plain data, or a YAML file.
         restart: do away with an earlier run in `out`.
         progress: where to show how far the work is; nowhere by default.
@@ -74,66 +75,82 @@ def prune(
             if checkpoint.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(checkpoint.device)
             text = perplexity.read_text(checkpoint, chosen.evaluate) if chosen.evaluate.text else None
-        with clock("evaluate"):
-            dense = perplexity.dense(checkpoint, text, chosen.evaluate, shown) if text else None
-        fingerprint = {
-            "recipe": chosen.to_dict(),
-            "revision": checkpoint.source.revision,
-            "files": fingerprint_files(checkpoint),
-            "tokens": tokens.sha256 if tokens else None,
-            "llmprune": versions()["llmprune"],
-        }
-        writer = Writer(out, checkpoint, chosen.shard_size, fingerprint, restart)
-        records = prune_blocks(checkpoint, plan, tokens, writer, clock, shown)
-        with clock("write"), shown.waiting("writing what surrounds the blocks"):
-            writer.finish()
-        with clock("verify"):
-            compare(writer.out, [vars(record) for record in records], writer.hashes, shown).raise_for_problems()
-        sparse = None
-        if text is not None:
-            with clock("evaluate"):
-                written = Checkpoint(Source(str(out), writer.out), chosen.device, chosen.dtype)
-                sparse = perplexity.measure(written, text, shown, "evaluating the sparse model")
-    source, used = checkpoint.source, chosen.to_dict()
-    report = Report(writer.out, source.name, source.revision, used, records, plan.weights, dense=dense, sparse=sparse)
-    if tokens is not None:
-        report.calibration = {**used["calibration"], "length": plan.length, "tokens_sha256": tokens.sha256}
-    report.shards, report.side_files, report.versions = writer.hashes, writer.side_files, versions()
-    report.seconds, report.peak_memory = clock.result(), memory.peak()
-    if checkpoint.device.type == "cuda":
-        report.peak_device_memory = torch.cuda.max_memory_allocated(checkpoint.device)
-    writer.close(report.to_dict())
+        with clock("hash"), shown.waiting("hashing the model's files"):
+            fingerprint = _fingerprint(checkpoint, chosen, tokens)
+        with writing(out, checkpoint, chosen.shard_size, restart) as writer, _interruptible(writer, plan):
+            resumed = not restart and writer.recover(fingerprint, shown)
+            if not resumed:
+                with clock("evaluate"):
+                    before = perplexity.dense(checkpoint, text, chosen.evaluate, shown) if text else None
+                writer.begin(fingerprint, vars(before) if before else None)
+            report = Report(
+                writer.out, checkpoint.source.name, checkpoint.source.revision, chosen.to_dict(), plan.weights
+            )
+            report.resumed = len(writer.records) if resumed else None
+            prune_blocks(checkpoint, plan, tokens, writer, clock, shown)
+            with clock("write"), shown.waiting("writing what surrounds the blocks"):
+                writer.finish()
+            for record in writer.records:
+                report.add_block(record)
+            with clock("verify"):
+                linears = [vars(record) for record in report.linears]
+                compare(writer.out, linears, writer.hashes, shown).raise_for_problems()
+            if text is not None:
+                report.dense = Perplexity(**writer.dense) if writer.dense else None
+                with clock("evaluate"):
+                    written = Checkpoint(Source(str(out), writer.out), chosen.device, chosen.dtype)
+                    report.sparse = perplexity.measure(written, text, shown, "evaluating the sparse model")
+            if tokens is not None:
+                drawn = {"length": plan.length, "tokens_sha256": tokens.sha256}
+                report.calibration = {**report.recipe["calibration"], **drawn}
+            report.shards, report.side_files, report.versions = writer.hashes, writer.side_files, versions()
+            report.seconds, report.peak_memory = clock.result(), memory.peak()
+            report.peak_device_memory = _peak_device_memory(checkpoint.device)
+            writer.close(report.to_dict())
     return report
 
 
 def prune_blocks(
     checkpoint: Checkpoint, plan: Plan, tokens: data.Tokens | None, writer: Writer, clock: Clock, progress: Progress
-) -> list[LinearRecord]:
-    """Prune and write all blocks in order; the inputs of each come from the pruned blocks before it."""
-    records: list[LinearRecord] = []
+) -> None:
+    """Prune and write all blocks in order; the inputs of each come from the pruned blocks before it.
+
+    Blocks that the writer has already are only run, as OUT holds them.
+    """
+    finished = len(writer.records)
+    if finished == len(plan.blocks):
+        return
     activations = blocks.Activations()
     if tokens is not None:
         with clock("embed"), progress.waiting("embedding the calibration text"):
             activations = blocks.start(checkpoint, plan.chain, tokens.batches(plan.batch))
     for number, choices in progress.over(list(enumerate(plan.blocks)), "pruning blocks"):
+        if number < finished and tokens is None:
+            continue
+        clock.lap()
         with clock("read"):
             block = checkpoint.load_block(number)
-        with clock("capture"):
-            stats = capture(checkpoint, block, choices, number, activations)
-            memory.give_back()
-        with clock("solve"):
-            done = prune_block(checkpoint, block, choices, stats)
-            del stats
+            checkpoint.prefetch(number + 1)
+        if number >= finished:
+            with clock("capture"):
+                stats = capture(checkpoint, block, choices, number, activations)
+                memory.give_back()
+            with clock("write"):
+                writer.settle()
+            with clock("solve"):
+                done = prune_block(checkpoint, block, choices, stats)
+                del stats
         if tokens is not None:
             with clock("propagate"):
                 blocks.advance(checkpoint, number, activations)
-        with clock("write"):
+        if number >= finished:
+            spent = BlockRecord(block.name, clock.lap(), memory.peak(), _peak_device_memory(checkpoint.device))
             changed = {choice.linear.parameter for choice in choices if choice.kept is None}
-            writer.commit_block(number, block, changed, [vars(record) for record in done])
-            del block
-            checkpoint.unload_block(number)
-        records += done
-    return records
+            record = {**vars(spent), "linears": [vars(linear) for linear in done]}
+            with clock("write"):
+                writer.commit_block(number, block, changed, record, progress.block)
+        del block
+        checkpoint.unload_block(number)
 
 
 def capture(
@@ -241,6 +258,33 @@ def plan(
         if text is not None:
             data.check(text)
     return checkpoint, made
+
+
+@contextmanager
+def _interruptible(writer: Writer, plan: Plan) -> Iterator[None]:
+    """Every moment is a safe one to stop at; tell what there is by then."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        writer.stop()
+        done = f"{len(writer.records)} of {len(plan.blocks)} blocks are finished in {writer.out}"
+        raise Interrupted(f"stopped; {done}: the same command goes on from there") from None
+
+
+def _fingerprint(checkpoint: Checkpoint, recipe: Recipe, tokens: data.Tokens | None) -> dict[str, Any]:
+    """All that the result depends on."""
+    made_by = versions()
+    return {
+        "recipe": recipe.to_dict(),
+        "revision": checkpoint.source.revision,
+        "files": fingerprint_files(checkpoint),
+        "tokens": tokens.sha256 if tokens else None,
+        "versions": {name: made_by[name] for name in ("llmprune", "torch", "transformers")},
+    }
+
+
+def _peak_device_memory(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def _draw(checkpoint: Checkpoint, recipe: Recipe, length: int) -> data.Tokens:

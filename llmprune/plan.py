@@ -313,7 +313,8 @@ def _estimate(
         widest = max((choice.linear.shape for choice in block), key=lambda shape: shape[1], default=(0, 0))
         flow = tokens * run * (6 * hidden + 2 * sum({choice.linear.shape[0] for choice in block}))
         upcast = tokens * widest[1] * 4
-        peak_capture = max(peak_capture, loaded + grams + (flow + upcast if data else 0))
+        # The block before may still be on its way to the disk.
+        peak_capture = max(peak_capture, stored + loaded + grams + (flow + upcast if data else 0))
         work = sum({4 * choice.linear.numel for choice in block if choice.kept is None} or {0})
         factor = 4 * widest[1] ** 2 * 4 if grams else 0
         peak_solve = max(peak_solve, loaded + grams + factor + 3 * work, 2 * stored)

@@ -10,24 +10,23 @@ from __future__ import annotations
 
 import argparse
 
-from llmprune.cli.options import add_json, add_recipe, print_json, recipe_options
+from llmprune.cli.options import add_json, add_recipe, add_run, log, print_json, recipe_options
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The arguments."""
     parser.add_argument("-o", "--out", help="the folder to write [smollm2-METHOD-SPARSITY]")
     add_recipe(parser)
-    parser.add_argument("--restart", action="store_true", help="do away with an earlier run in OUT")
     add_json(parser)
+    add_run(parser)
 
 
 def run(chosen: argparse.Namespace) -> int:
     """Show it."""
     from llmprune.cli.prune import show
     from llmprune.demo import DEFAULTS, demo
-    from llmprune.progress import Bars
 
-    shown = demo(chosen.out, progress=Bars(), restart=chosen.restart, **recipe_options(chosen, DEFAULTS))
+    shown = demo(chosen.out, progress=log(chosen), restart=chosen.restart, **recipe_options(chosen, DEFAULTS))
     if chosen.json:
         print_json({**shown.report.to_dict(), "question": shown.question, "answers": shown.answers})
         return 0

@@ -6,10 +6,13 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmprune.errors import UserError
 from llmprune.recipe import SHORT, assemble, read_value
+
+if TYPE_CHECKING:
+    from llmprune.progress import Progress
 
 MODEL = "a Hub name (owner/name or owner/name@revision), a folder, or a .gguf file"
 
@@ -63,6 +66,20 @@ def recipe_options(chosen: argparse.Namespace, default: Mapping[str, Any] | None
 def add_json(parser: argparse.ArgumentParser) -> None:
     """The switch for machines."""
     parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """What to do about an earlier run, and how progress is shown."""
+    anew = "begin anew: do away with an earlier run in OUT instead of going on with it"
+    parser.add_argument("--restart", action="store_true", help=anew)
+    parser.add_argument("--log-json", action="store_true", help="show progress as lines of JSON on standard error")
+
+
+def log(chosen: argparse.Namespace) -> Progress:
+    """Where progress is shown."""
+    from llmprune.progress import Bars, JsonLines
+
+    return JsonLines() if chosen.log_json else Bars()
 
 
 def print_json(data: Any) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from llmprune.cli.options import MODEL, add_json, add_recipe, print_json, recipe_options
+from llmprune.cli.options import MODEL, add_json, add_recipe, add_run, log, print_json, recipe_options
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -15,16 +15,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=MODEL)
     parser.add_argument("-o", "--out", required=True, help="the folder to write")
     add_recipe(parser)
-    parser.add_argument("--restart", action="store_true", help="do away with an earlier run in OUT")
     add_json(parser)
+    add_run(parser)
 
 
 def run(chosen: argparse.Namespace) -> int:
     """Prune."""
     from llmprune.pipeline import prune
-    from llmprune.progress import Bars
 
-    report = prune(chosen.model, out=chosen.out, restart=chosen.restart, progress=Bars(), **recipe_options(chosen))
+    report = prune(chosen.model, out=chosen.out, restart=chosen.restart, progress=log(chosen), **recipe_options(chosen))
     if chosen.json:
         print_json(report.to_dict())
     else:

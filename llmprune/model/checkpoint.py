@@ -7,10 +7,11 @@ back, are private to transformers 5; all use of them is in this file.
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -187,9 +188,26 @@ class Checkpoint:
         """Put one block's weights back on the meta device."""
         self.unload(self.blocks[number] + ".")
 
+    def prefetch(self, number: int) -> None:
+        """Ask the system to read a block's tensors into its cache of files, where it can; returns at once."""
+        if not hasattr(os, "posix_fadvise") or number >= len(self.blocks):
+            return
+        for key in self.block_keys[number]:
+            info = self.index[key]
+            handle = os.open(info.file, os.O_RDONLY)
+            try:
+                os.posix_fadvise(handle, info.offset, info.nbytes, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(handle)
+
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """Tensors exactly as the files hold them."""
         return {key: tensor[...] for key, tensor in self._open(keys)}
+
+    def read_from(self, file: Path, keys: Iterable[str]) -> None:
+        """Take some tensors from another file from now on, which has them in the same dtype and shape."""
+        for key in keys:
+            self.index[key] = replace(self.index[key], file=file)
 
     def written_block(self, number: int, block: LoadedBlock, changed: set[str]) -> dict[str, Tensor]:
         """A block's tensors under the checkpoint's own keys, layout and dtype.

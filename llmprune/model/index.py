@@ -34,11 +34,12 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as a checkpoint stores it."""
+    """A tensor as a checkpoint stores it, `offset` bytes into its file."""
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
+    offset: int
 
     @property
     def numel(self) -> int:
@@ -104,13 +105,22 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     try:
         with safe_open(path, framework="pt") as file:
             found = {}
+            places = _offsets(path)
             for key in file.keys():  # noqa: SIM118
                 part = file.get_slice(key)
                 dtype = DTYPES.get(part.get_dtype())
                 if dtype is None:
                     raise Failure(f"{key} in {path} is stored as {part.get_dtype()}, which is not supported")
-                found[key] = TensorInfo(path, dtype, tuple(part.get_shape()))
+                found[key] = TensorInfo(path, dtype, tuple(part.get_shape()), places[key])
             return found
     except (SafetensorError, OSError) as error:
         size = path.stat().st_size
         raise Failure(f"shard {path} ({size:,} bytes) is broken or cut short: {error}; download it again") from None
+
+
+def _offsets(path: Path) -> dict[str, int]:
+    """Where each tensor begins, by the file's header: eight bytes of length, then JSON, then the tensors."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {key: 8 + length + part["data_offsets"][0] for key, part in header.items() if key != "__metadata__"}

@@ -2,26 +2,32 @@
 
 A shard is written under a temporary name, flushed to disk and renamed; then a line is added to the journal
 (`llmprune.journal.jsonl`, one JSON object a line). The first line is the header: `format` (1), `fingerprint`, all that
-the result depends on, and `side_files`, which are copied. Every further line is a committed shard: `shard`, `bytes`,
-`sha256`, `block` (its number, null for what surrounds the blocks), and with the last shard of a block `linears`, the
-records of its linears. `close` writes the report, which makes the run a finished one, and takes the journal away.
+the result depends on, `side_files`, which are copied, and `dense`, the perplexity before. Every further line is a
+committed shard: `shard`, `bytes`, `sha256`, `block` (its number, null for what surrounds the blocks), and with the last
+shard of a block `record`, what became of the block and its linears. `close` writes the report, which makes the run a
+finished one, and takes the journal away.
+
+Whenever the process ends, what OUT holds is a whole number of shards and the lines that vouch for them, perhaps with a
+torn last line, or with a shard whose line is missing: `recover` finds out how much of it can be used.
 """
 
 from __future__ import annotations
 
 import errno
 import functools
-import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -29,11 +35,13 @@ from torch import Tensor
 from llmprune.errors import Failure, UserError
 from llmprune.model.checkpoint import Checkpoint, LoadedBlock
 from llmprune.model.source import sha256_of
+from llmprune.progress import Progress
 from llmprune.recipe import parse_size
 
 JOURNAL = "llmprune.journal.jsonl"
 REPORT = "llmprune.json"
 INDEX = "model.safetensors.index.json"
+LOCK = ".llmprune.lock"
 JOURNAL_FORMAT = 1
 
 _NOT_COPIED = re.compile(
@@ -42,6 +50,7 @@ _NOT_COPIED = re.compile(
 CHAT_TEMPLATES = "additional_chat_templates"
 """Where transformers keeps chat templates beside the main one."""
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -78,47 +87,130 @@ def layout(checkpoint: Checkpoint, shard_size: str) -> list[Shard]:
 
 
 class Writer:
-    """Writes one run into OUT.
+    """Writes one run into OUT, or goes on with one that was cut off. Made by `writing`.
+
+    Shards are written and hashed in the background, one at a time.
 
     Attributes:
         out: the folder.
         shards: the files to be written.
         side_files: what is copied from the source.
         hashes: file name to sha256, of the shards committed so far.
+        records: of each finished block, as given to `commit_block`.
+        dense: what `begin` was given.
     """
 
-    def __init__(
-        self, out: str | Path, checkpoint: Checkpoint, shard_size: str, fingerprint: Mapping[str, Any], restart: bool
-    ) -> None:
-        """Take the folder, and write the journal's header; `check_out` tells beforehand whether it can be had."""
-        self.out = check_out(out, checkpoint, restart)
+    def __init__(self, out: Path, checkpoint: Checkpoint, shard_size: str) -> None:
+        self.out = out
         self.shards = layout(checkpoint, shard_size)
         self.side_files = side_files(checkpoint.source.folder)
         self.hashes: dict[str, str] = {}
+        self.records: list[dict[str, Any]] = []
+        self.dense: dict[str, Any] | None = None
         self._checkpoint = checkpoint
-        self._bytes = 0
+        self._background = ThreadPoolExecutor(1, "llmprune-writer")
+        self._pending: Future[None] | None = None
+
+    def recover(self, fingerprint: Mapping[str, Any], progress: Progress) -> bool:
+        """Take up the run that OUT holds, if there is one; returns whether there is.
+
+        Shards are used up to the first that is missing or whose hash is not the journal's, and whole blocks only; the
+        journal is cut back to them. Of finished blocks the checkpoint reads its tensors from OUT from now on.
+
+        Raises:
+            UserError: it is a run with another fingerprint; the message names what differs.
+        """
+        lines = read_journal(self.out / JOURNAL)
+        if not lines:
+            return False
+        header, committed = lines[0], lines[1:]
+        if difference := _difference(header.get("fingerprint"), json.loads(json.dumps(fingerprint))):
+            raise UserError(
+                f"{self.out} holds an unfinished run with {difference}: give the same to go on with it, "
+                "choose another folder, or begin anew with --restart"
+            )
+        self.dense = header.get("dense")
+        pairs = list(zip(self.shards, committed, strict=False))
+        whole = 0
+        for place, (shard, line) in enumerate(progress.over(pairs, "checking finished shards"), 1):
+            path = self.out / shard.name
+            if line.get("shard") != shard.name or not path.is_file() or sha256_of(path) != line.get("sha256"):
+                break
+            if shard.block is None or "record" in line:
+                whole = place
+        for shard, line in pairs[:whole]:
+            self.hashes[shard.name] = line["sha256"]
+            if "record" in line:
+                self.records.append(line["record"])
+            if shard.block is not None:
+                self._checkpoint.read_from(self.out / shard.name, shard.keys)
+        if len(committed) > whole or not (self.out / JOURNAL).read_bytes().endswith(b"\n"):
+            with self._failing("the journal"):
+                self._write_text(JOURNAL, "\n".join(json.dumps(line) for line in lines[: whole + 1]))
+        return True
+
+    def begin(self, fingerprint: Mapping[str, Any], dense: dict[str, Any] | None) -> None:
+        """Clear the folder of an earlier run, and write the journal's header."""
+        self.dense = dense
         with self._failing("the journal"):
-            self.out.mkdir(parents=True, exist_ok=True)
             clear(self.out)
             header = {"format": JOURNAL_FORMAT, "fingerprint": dict(fingerprint), "side_files": self.side_files}
-            self._append(header)
+            self._append({**header, "dense": dense})
 
-    def commit_block(self, number: int, block: LoadedBlock, changed: set[str], linears: list[dict[str, Any]]) -> None:
-        """Write a block: its pruned parameters from memory, everything else from the files, equal to the bit."""
+    def commit_block(
+        self,
+        number: int,
+        block: LoadedBlock,
+        changed: set[str],
+        record: dict[str, Any],
+        told: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """Write a block: its pruned parameters from memory, everything else from the files, equal to the bit.
+
+        The files are written in the background; `settle` waits for them.
+
+        Args:
+            record: goes into the journal; the seconds that writing took are put into its `seconds`.
+            told: is given the record when the block is on the disk.
+        """
+        began = time.monotonic()
         tensors = self._checkpoint.written_block(number, block, changed)
-        shards = [shard for shard in self.shards if shard.block == number]
-        for shard in shards:
-            self._commit(shard, tensors, linears if shard is shards[-1] else None)
+        self.settle()
+
+        def write() -> None:
+            shards = [shard for shard in self.shards if shard.block == number]
+            for shard in shards:
+                line = self._save(shard, tensors)
+                if shard is shards[-1]:
+                    record["seconds"]["write"] = round(time.monotonic() - began, 3)
+                    line["record"] = record
+                self._append(line)
+            self.records.append(record)
+            told(record)
+
+        self._pending = self._background.submit(write)
+
+    def settle(self) -> None:
+        """Wait until the last block is on the disk.
+
+        Raises:
+            Failure: it could not be written.
+        """
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
 
     def finish(self) -> None:
         """Write what surrounds the blocks, the index and the side files; only the report is missing then."""
+        self.settle()
         for shard in self.shards:
-            if shard.block is None:
+            if shard.block is None and shard.name not in self.hashes:
                 tensors = self._checkpoint.read(shard.keys)
                 self._checkpoint.check_finite(tensors)
-                self._commit(shard, tensors, None)
+                self._append(self._save(shard, tensors))
         weight_map = {key: shard.name for shard in self.shards for key in shard.keys}
-        index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        total = sum(self._checkpoint.index[key].nbytes for key in weight_map)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         with self._failing("the side files"):
             for name in self.side_files:
                 (self.out / name).parent.mkdir(exist_ok=True)
@@ -131,24 +223,21 @@ class Writer:
             self._write_text(REPORT, json.dumps(report, indent=2, allow_nan=False))
             (self.out / JOURNAL).unlink(missing_ok=True)
 
+    def stop(self) -> None:
+        """Let the block that is being written be the last."""
+        self._background.shutdown(wait=True)
+
     def _write_text(self, name: str, text: str) -> None:
         self._replace(name, lambda draft: draft.write_text(text + "\n", encoding="utf-8"))
 
-    def _commit(self, shard: Shard, tensors: Mapping[str, Tensor], linears: list[dict[str, Any]] | None) -> None:
+    def _save(self, shard: Shard, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Write a shard's file; returns its line for the journal."""
         chosen = {key: tensors[key] for key in shard.keys}
         with self._failing(shard.name):
             path = self._replace(shard.name, lambda draft: save_file(chosen, draft, metadata={"format": "pt"}))
             self.hashes[shard.name] = sha256_of(path)
-            self._bytes += sum(tensor.nbytes for tensor in chosen.values())
-            line: dict[str, Any] = {
-                "shard": shard.name,
-                "bytes": path.stat().st_size,
-                "sha256": self.hashes[shard.name],
-            }
-            line["block"] = shard.block
-            if linears is not None:
-                line["linears"] = linears
-            self._append(line)
+            size = path.stat().st_size
+        return {"shard": shard.name, "bytes": size, "sha256": self.hashes[shard.name], "block": shard.block}
 
     def _replace(self, name: str, write: Any) -> Path:
         path = self.out / name
@@ -164,7 +253,7 @@ class Writer:
         return path
 
     def _append(self, line: dict[str, Any]) -> None:
-        with (self.out / JOURNAL).open("a", encoding="utf-8") as file:
+        with self._failing("the journal"), (self.out / JOURNAL).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -176,12 +265,78 @@ class Writer:
         except (OSError, SafetensorError) as error:
             full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
             reason = "no space left on the disk" if full else str(error)
-            done = f"; {len(self.hashes)} finished shards stay there, begin anew with --restart" if self.hashes else ""
-            raise Failure(f"writing {what} to {self.out} failed: {reason}{done}") from None
+            kept = f"; {len(self.records)} finished blocks stay there, and the same command goes on from them"
+            raise Failure(f"writing {what} to {self.out} failed: {reason}{kept if self.records else ''}") from None
+
+
+@contextmanager
+def writing(out: str | Path, checkpoint: Checkpoint, shard_size: str, restart: bool) -> Iterator[Writer]:
+    """A writer for OUT, to the exclusion of other processes; a folder in which nothing came about is removed again.
+
+    Raises:
+        UserError: OUT cannot be had, or another process is writing to it.
+    """
+    folder = check_out(out, checkpoint, restart)
+    new = not folder.exists()
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"another run of llmprune is writing to {out}: wait for its end, or choose another folder"
+        ) from None
+    except OSError as error:
+        raise Failure(f"{out} cannot be written to: {error}") from None
+    try:
+        check_out(out, checkpoint, restart)  # the state of things now that nobody else can change it
+        writer = Writer(folder, checkpoint, shard_size)
+        try:
+            yield writer
+        finally:
+            writer.stop()
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
+        if new and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """The lines of a journal up to the first that is torn; none where there is no journal, or no header in it.
+
+    Raises:
+        UserError: it is of another format.
+    """
+    lines: list[dict[str, Any]] = []
+    if path.is_file():
+        for text in path.read_bytes().split(b"\n"):
+            try:
+                line = json.loads(text)
+            except ValueError:
+                break
+            if not isinstance(line, dict):
+                break
+            lines.append(line)
+    if lines and lines[0].get("format") != JOURNAL_FORMAT:
+        raise UserError(
+            f"{path} has the format {lines[0].get('format')}, this version of llmprune reads {JOURNAL_FORMAT}: "
+            "go on with the version that began the run, or begin anew with --restart"
+        )
+    return lines
+
+
+def _difference(was: Any, now: Any, name: str = "") -> str:
+    """The first place where two fingerprints differ, in words; empty where they are the same."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        keys = dict.fromkeys([*now, *was])
+        found = (_difference(was.get(key), now.get(key), f"{name}.{key}" if name else key) for key in keys)
+        return next((words for words in found if words), "")
+    return "" if was == now else f"another {name} ({json.dumps(was)} there, {json.dumps(now)} here)"
 
 
 def check_out(out: str | Path, checkpoint: Checkpoint, restart: bool) -> Path:
-    """See that a run can be written to a folder; nothing is changed.
+    """See that a run can be written to a folder, or taken up there; nothing is changed.
 
     Raises:
         UserError: it holds another run or other files, cannot be written to, or the disk is too small.
@@ -192,11 +347,12 @@ def check_out(out: str | Path, checkpoint: Checkpoint, restart: bool) -> Path:
     if folder.exists():
         if not folder.is_dir():
             raise UserError(f"{out} is a file; -o takes a folder")
-        ours = [name for name in (REPORT, JOURNAL) if (folder / name).exists()]
-        if ours and not restart:
-            kind = "a finished" if ours[0] == REPORT else "an unfinished"
-            raise UserError(f"{out} holds {kind} run of llmprune: choose another folder, or begin anew with --restart")
-        if not ours and any(folder.iterdir()):
+        finished, unfinished = (folder / REPORT).exists(), (folder / JOURNAL).exists()
+        if finished and not unfinished and not restart:
+            raise UserError(
+                f"{out} holds a finished run of llmprune: choose another folder, or begin anew with --restart"
+            )
+        if not finished and not unfinished and any(path.name != LOCK for path in folder.iterdir()):
             raise UserError(f"{out} is not empty, and what it holds was not written by llmprune: choose another folder")
     place = next(path for path in (folder, *folder.parents) if path.exists())
     if not place.is_dir():
@@ -242,15 +398,18 @@ def _written(folder: Path) -> list[Path]:
     return [*found, *drafts, *(path for path in folder.iterdir() if _SHARD.fullmatch(path.name)), *marks]
 
 
-def fingerprint_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """Each source file with its size and the sha256 of its header, which names all its tensors."""
-    files = sorted({info.file for info in checkpoint.index.values()})
-    found = {}
-    for path in files:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            found[path.name] = {"bytes": path.stat().st_size, "header": hashlib.sha256(file.read(size)).hexdigest()}
-    return found
+def fingerprint_files(checkpoint: Checkpoint) -> dict[str, str]:
+    """The sha256 of each file that the result depends on."""
+    folder = checkpoint.source.folder
+    files = sorted({info.file for info in checkpoint.index.values()} | {folder / name for name in side_files(folder)})
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        return dict(zip((str(path.relative_to(folder)) for path in files), pool.map(_content, files), strict=True))
+
+
+def _content(path: Path) -> str:
+    """A file's sha256; in the Hub's cache the name of a large file is its sha256 already."""
+    blob = path.resolve()
+    return blob.name if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name) else sha256_of(path)
 
 
 def _sync(path: Path) -> None:

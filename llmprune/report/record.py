@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,28 @@ class LinearRecord:
     note: str | None = None
     mask_sha256: str | None = None
 
+    @classmethod
+    def read(cls, data: Mapping[str, Any]) -> LinearRecord:
+        """A record from the plain data of a journal or a report."""
+        return cls(**{**data, "shape": tuple(data["shape"])})
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """How a block was worked on.
+
+    Attributes:
+        name: the block.
+        seconds: for `read`, `capture`, `solve`, `propagate` and `write`; writing goes on beside the next block.
+        peak_memory: the most that the process had held when the block was solved, in bytes.
+        peak_device_memory: the same for a GPU.
+    """
+
+    name: str
+    seconds: dict[str, float]
+    peak_memory: int
+    peak_device_memory: int | None = None
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -82,10 +105,12 @@ class Report:
         model, revision: where it came from.
         recipe: the whole recipe as plain data.
         linears: every linear, in order.
+        blocks: every block, in order.
+        resumed: how many blocks an earlier process had finished, from which this one went on; None where it began anew.
         weights: all weights of the checkpoint.
         calibration: source, samples, length, seed and the sha256 of the tokens; None where no data was needed.
         dense, sparse: perplexity before and after, if asked for.
-        seconds: time per phase and in total.
+        seconds: time per phase and in total, of the process that finished the run.
         peak_memory: peak resident bytes of the process; `peak_device_memory` of the GPU.
         shards: file name to sha256.
         side_files: what was copied from the source.
@@ -96,8 +121,10 @@ class Report:
     model: str
     revision: str | None
     recipe: dict[str, Any]
-    linears: list[LinearRecord]
     weights: int
+    linears: list[LinearRecord] = field(default_factory=list)
+    blocks: list[BlockRecord] = field(default_factory=list)
+    resumed: int | None = None
     calibration: dict[str, Any] | None = None
     dense: Perplexity | None = None
     sparse: Perplexity | None = None
@@ -122,6 +149,11 @@ class Report:
     def model_sparsity(self) -> float:
         """The zeros of the pruned linears as a fraction of all weights of the model."""
         return _mean_sparsity(self.pruned, self.weights)
+
+    def add_block(self, record: Mapping[str, Any]) -> None:
+        """Take in the plain data of a block and its linears, as the journal has it."""
+        self.linears += map(LinearRecord.read, record["linears"])
+        self.blocks.append(BlockRecord(**{key: value for key, value in record.items() if key != "linears"}))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""

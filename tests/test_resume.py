@@ -1,0 +1,404 @@
+"""A run that was cut off at any moment goes on, and its output is the same to the byte."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import llmprune
+from llmprune import pipeline
+from llmprune.errors import Failure, Interrupted, UserError
+from llmprune.model import writer
+from llmprune.model.writer import JOURNAL, REPORT
+from llmprune.progress import Silent
+from tests.families import make
+
+BLOCKS = 6
+SETTINGS: dict[str, Any] = {"sparsity": "2:4", "method": "sparsegpt", "samples": 8, "length": 32}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make("llama", tmp_path_factory.mktemp("model") / "llama", num_hidden_layers=BLOCKS)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("Brevity is the soul of wit, and tediousness the limbs and outward flourishes. " * 60)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, text: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What an uninterrupted run writes."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    llmprune.prune(model, out=out, calibration=text, **SETTINGS)
+    return digests(out)
+
+
+def digests(out: Path) -> dict[str, str]:
+    """Name to hash of all files but the report, which tells times."""
+    files = (path for path in out.rglob("*") if path.is_file() and path.name != REPORT)
+    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def victim(model: str, out: str, text: str, moment: str, count: int | float) -> None:
+    """A run in a process of its own that ends itself at a given moment, the `count`th of its kind."""
+    torch.set_num_threads(2)
+    left = [count]
+
+    def due() -> bool:
+        left[0] -= 1
+        return left[0] < 0
+
+    append, rename, close = writer.Writer._append, Path.rename, writer.Writer.close
+
+    def half_a_shard(tensors: Any, path: Path, metadata: Any) -> None:
+        save_file(tensors, path, metadata=metadata)
+        if due():
+            os.truncate(path, path.stat().st_size // 2)
+            kill()
+
+    def before_the_rename(path: Path, target: Path) -> Path:
+        return kill() or path if due() else rename(path, target)  # type: ignore[func-returns-value]
+
+    def before_the_line(self: writer.Writer, line: dict[str, Any]) -> None:
+        if due():
+            kill()
+        append(self, line)
+
+    def half_a_line(self: writer.Writer, line: dict[str, Any]) -> None:
+        if due():
+            with (self.out / JOURNAL).open("a") as file:
+                file.write(json.dumps(line)[:40])
+                file.flush()
+                kill()
+        append(self, line)
+
+    def before_the_report(self: writer.Writer, report: dict[str, Any]) -> None:
+        kill()
+
+    def before_the_journal_goes(self: writer.Writer, report: dict[str, Any]) -> None:
+        Path.unlink = lambda path, missing_ok=False: kill()  # type: ignore[assignment,method-assign]
+        close(self, report)
+
+    if moment == "half a shard":
+        writer.save_file = half_a_shard  # type: ignore[attr-defined]
+    elif moment == "before the rename":
+        Path.rename = before_the_rename  # type: ignore[method-assign,assignment]
+    elif moment == "before the line":
+        writer.Writer._append = before_the_line  # type: ignore[method-assign]
+    elif moment == "half a line":
+        writer.Writer._append = half_a_line  # type: ignore[method-assign]
+    elif moment == "before the report":
+        writer.Writer.close = before_the_report  # type: ignore[method-assign]
+    elif moment == "before the journal goes":
+        writer.Writer.close = before_the_journal_goes  # type: ignore[method-assign]
+    else:
+        clock = threading.Timer(count, kill)
+        clock.daemon = True
+        clock.start()
+    llmprune.prune(model, out=out, calibration=text, **SETTINGS)
+
+
+def run_victim(model: Path, out: Path, text: str, moment: str, count: float) -> int | None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["llmprune.pipeline", "tests.test_resume"])
+    process = context.Process(target=victim, args=(str(model), str(out), text, moment, count))
+    process.start()
+    process.join(120)
+    return process.exitcode
+
+
+def is_whole(out: Path) -> None:
+    """No file that has its final name is broken."""
+    for path in out.glob("*.safetensors"):
+        load_file(path)
+    for path in out.glob("*.json"):
+        json.loads(path.read_text())
+
+
+CHAINS = [
+    [("half a shard", 0), ("half a shard", 0), ("half a shard", 3), ("half a line", 0)],
+    [("before the rename", 2), ("before the line", 3), ("half a line", 1)],
+    [("half a line", 0), ("before the line", 0), ("before the line", 1), ("half a line", 6)],
+    [("before the line", 7), ("before the report", 0), ("before the journal goes", 0)],
+    [("half a shard", 6), ("before the rename", 0), ("before the rename", 5)],
+]
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: ", ".join(f"{moment} {count}" for moment, count in chain))
+def test_killed_in_the_worst_moments(
+    chain: list[tuple[str, int]], model: Path, text: str, whole: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for moment, count in chain:
+        assert run_victim(model, out, text, moment, count) == -signal.SIGKILL
+        is_whole(out)
+    report = llmprune.prune(model, out=out, calibration=text, **SETTINGS)
+    assert digests(out) == whole
+    assert llmprune.verify(out).ok
+    assert len(report.blocks) == BLOCKS
+    assert len(report.linears) == 7 * BLOCKS
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_at_random_moments(seed: int, model: Path, text: str, whole: dict[str, str], tmp_path: Path) -> None:
+    out, chance = tmp_path / "out", random.Random(seed)
+    for _ in range(3):
+        code = run_victim(model, out, text, "time", chance.uniform(0.01, 1.2))
+        if code == 0:
+            shutil.rmtree(out)  # it was done before it could be killed: begin anew
+            continue
+        assert code == -signal.SIGKILL
+        if out.exists():
+            is_whole(out)
+    llmprune.prune(model, out=out, calibration=text, **SETTINGS)
+    assert digests(out) == whole
+
+
+class Stopping(Silent):
+    """Stops a run when some blocks are done, as a user would by Ctrl-C."""
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
+
+    def over(self, items: Any, title: str) -> Iterator[Any]:
+        for number, item in enumerate(items):
+            if title == "pruning blocks" and number == self.blocks:
+                raise KeyboardInterrupt
+            yield item
+
+
+def stop_after(blocks: int, model: Path, out: Path, text: str, **changes: Any) -> None:
+    with pytest.raises(Interrupted, match=f"{blocks} of {BLOCKS} blocks are finished in .*the same command goes on"):
+        llmprune.prune(model, out=out, calibration=text, progress=Stopping(blocks), **{**SETTINGS, **changes})
+
+
+class TestRecovery:
+    def test_finished_blocks_are_not_pruned_again(
+        self, model: Path, text: str, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = tmp_path / "out"
+        stop_after(4, model, out, text)
+        pruned: list[str] = []
+        prune_block = pipeline.prune_block
+
+        def counting(checkpoint: Any, block: Any, *arguments: Any) -> Any:
+            pruned.append(block.name)
+            return prune_block(checkpoint, block, *arguments)
+
+        monkeypatch.setattr(pipeline, "prune_block", counting)
+        report = llmprune.prune(model, out=out, calibration=text, **SETTINGS)
+        assert pruned == ["model.layers.4", "model.layers.5"]
+        assert report.resumed == 4
+        assert digests(out) == whole
+
+    @pytest.mark.parametrize("harm", ["flipped", "cut", "gone"])
+    @pytest.mark.parametrize("shard", [2, 4])
+    def test_a_shard_that_was_harmed_is_found_and_redone_with_all_after_it(
+        self, harm: str, shard: int, model: Path, text: str, whole: dict[str, str], tmp_path: Path
+    ) -> None:
+        out = tmp_path / "out"
+        stop_after(4, model, out, text)
+        path = out / f"model-{shard:05d}-of-{BLOCKS + 1:05d}.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-5] ^= 1
+        if harm == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(data if harm == "flipped" else data[:-5])
+        assert llmprune.prune(model, out=out, calibration=text, **SETTINGS).resumed == shard - 1
+        assert digests(out) == whole
+
+    def test_blocks_of_several_shards(self, model: Path, text: str, tmp_path: Path) -> None:
+        changes = {"shard_size": "20KB"}
+        llmprune.prune(model, out=tmp_path / "whole", calibration=text, **SETTINGS, **changes)
+        out = tmp_path / "out"
+        stop_after(3, model, out, text, **changes)
+        lines = (out / JOURNAL).read_text().splitlines(keepends=True)
+        assert len(lines) > 7  # the header, and more than one a block
+        (out / JOURNAL).write_text("".join(lines[:-1]))  # the last block lacks its last shard
+        assert llmprune.prune(model, out=out, calibration=text, **SETTINGS, **changes).resumed == 2
+        assert digests(out) == digests(tmp_path / "whole")
+
+    def test_methods_without_data_skip_what_is_done(self, model: Path, text: str, tmp_path: Path) -> None:
+        settings = {**SETTINGS, "method": "magnitude"}
+        llmprune.prune(model, out=tmp_path / "whole", calibration=text, **settings)
+        stop_after(3, model, tmp_path / "out", text, method="magnitude")
+        assert llmprune.prune(model, out=tmp_path / "out", calibration=text, **settings).resumed == 3
+        assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+    def test_the_dense_model_is_measured_once(
+        self, model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        changes = {"evaluate": {"text": text, "length": 32, "max_perplexity": 1e9}}
+        whole = llmprune.prune(model, out=tmp_path / "whole", calibration=text, **SETTINGS, **changes)
+        stop_after(2, model, tmp_path / "out", text, **changes)
+        monkeypatch.setattr(pipeline.perplexity, "dense", lambda *_: pytest.fail("measured again"))
+        report = llmprune.prune(model, out=tmp_path / "out", calibration=text, **SETTINGS, **changes)
+        assert report.dense is not None
+        assert whole.dense is not None
+        assert report.dense.value == whole.dense.value
+        assert report.sparse is not None
+        assert whole.sparse is not None
+        assert report.sparse.value == whole.sparse.value
+
+    def test_restart_begins_anew(self, model: Path, text: str, whole: dict[str, str], tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        stop_after(3, model, out, text, sparsity="4:8")
+        report = llmprune.prune(model, out=out, calibration=text, restart=True, **SETTINGS)
+        assert report.resumed is None
+        assert digests(out) == whole
+
+
+class TestAnotherRun:
+    @pytest.mark.parametrize(
+        ("changes", "named"),
+        [
+            ({"sparsity": "1:4"}, r"another recipe\.sparsity \(\"2:4\" there, \"1:4\" here\)"),
+            ({"method": "wanda"}, r"another recipe\.method"),
+            ({"seed": 1}, r"another recipe\.calibration\.seed \(0 there, 1 here\)"),
+            ({"ignore": ["*.o_proj"]}, r"another recipe\.ignore"),
+        ],
+    )
+    def test_another_request_is_refused_by_name(
+        self, changes: dict[str, Any], named: str, model: Path, text: str, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "out"
+        stop_after(2, model, out, text)
+        before = digests(out)
+        with pytest.raises(UserError, match=f"{named}.*: give the same .* --restart"):
+            llmprune.prune(model, out=out, calibration=text, **{**SETTINGS, **changes})
+        assert digests(out) == before
+
+    def test_other_weights_of_the_same_shapes(self, model: Path, text: str, tmp_path: Path) -> None:
+        copy, out = Path(shutil.copytree(model, tmp_path / "copy")), tmp_path / "out"
+        stop_after(2, copy, out, text)
+        stored = load_file(copy / "model.safetensors")
+        stored["model.layers.5.mlp.up_proj.weight"][3, 3] += 1
+        save_file(stored, copy / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError, match=r"another files\.model\.safetensors"):
+            llmprune.prune(copy, out=out, calibration=text, **SETTINGS)
+
+    def test_other_calibration_text(self, model: Path, text: str, tmp_path: Path) -> None:
+        own = Path(shutil.copyfile(text, tmp_path / "own.txt"))
+        stop_after(2, model, tmp_path / "out", str(own))
+        own.write_text(own.read_text().replace("wit", "fun"))
+        with pytest.raises(UserError, match="another tokens"):
+            llmprune.prune(model, out=tmp_path / "out", calibration=str(own), **SETTINGS)
+
+    def test_another_version(self, model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        stop_after(2, model, tmp_path / "out", text)
+        monkeypatch.setattr(llmprune, "__version__", "9.9")
+        with pytest.raises(UserError, match=r"another versions\.llmprune"):
+            llmprune.prune(model, out=tmp_path / "out", calibration=text, **SETTINGS)
+
+    def test_another_format_of_the_journal(self, model: Path, text: str, tmp_path: Path) -> None:
+        stop_after(2, model, tmp_path / "out", text)
+        journal = tmp_path / "out" / JOURNAL
+        journal.write_text(journal.read_text().replace('"format": 1', '"format": 7', 1))
+        with pytest.raises(UserError, match="format 7, this version of llmprune reads 1"):
+            llmprune.prune(model, out=tmp_path / "out", calibration=text, **SETTINGS)
+
+    def test_two_at_once(self, model: Path, text: str, whole: dict[str, str], tmp_path: Path) -> None:
+        out = tmp_path / "out"
+
+        class Second(Silent):
+            refused = False
+
+            def over(self, items: Any, title: str) -> Iterator[Any]:
+                for item in items:
+                    if title == "pruning blocks" and not self.refused:
+                        for restart in (False, True):
+                            with pytest.raises(UserError, match="another run of llmprune is writing to .*/out: wait"):
+                                llmprune.prune(model, out=out, calibration=text, restart=restart, **SETTINGS)
+                        self.refused = True
+                    yield item
+
+        second = Second()
+        llmprune.prune(model, out=out, calibration=text, progress=second, **SETTINGS)
+        assert second.refused
+        assert digests(out) == whole
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 4 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True, check=False
+    )  # fmt: skip
+    if not mounted or mounted.returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=False)
+
+
+def test_a_disk_that_fills_up(model: Path, text: str, whole: dict[str, str], small_disk: Path) -> None:
+    """Something else takes the rest of the disk while the third block is at work."""
+    out, filler = small_disk / "out", small_disk / "filler"
+
+    class Filling(Silent):
+        def over(self, items: Any, title: str) -> Iterator[Any]:
+            for number, item in enumerate(items):
+                if title == "pruning blocks" and number == 2:
+                    free = shutil.disk_usage(small_disk).free
+                    filler.write_bytes(bytes(free - 2**15))
+                yield item
+
+    with pytest.raises(Failure, match=r"no space left on the disk; [123] finished blocks stay there"):
+        llmprune.prune(model, out=out, calibration=text, progress=Filling(), **SETTINGS)
+    is_whole(out)
+    filler.unlink()
+    report = llmprune.prune(model, out=out, calibration=text, **SETTINGS)
+    assert report.resumed in (1, 2, 3)
+    assert digests(out) == whole
+
+
+def test_ctrl_c_on_the_command_line(model: Path, text: str, whole: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    settings = [f"--{key}={value}" for key, value in SETTINGS.items()]
+    command = [sys.executable, "-m", "llmprune", "prune", str(model), "-o", str(out), "--calibration", text, *settings]
+    with subprocess.Popen([*command, "--log-json"], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        events = []
+        for line in process.stderr:
+            if not line.startswith("{"):
+                break
+            events.append(json.loads(line))
+            if events[-1].get("name") == "model.layers.0":
+                process.send_signal(signal.SIGINT)
+        if process.wait() != 0:  # it may have been at its end already
+            assert process.returncode == 130
+            assert "blocks are finished in" in line
+    blocks = [event for event in events if event["event"] == "block"]
+    assert blocks
+    assert set(blocks[0]["seconds"]) == {"read", "capture", "solve", "propagate", "write"}
+    assert blocks[0]["peak_memory"] > 2**20
+    if process.returncode:
+        llmprune.prune(model, out=out, calibration=text, **SETTINGS)
+    assert digests(out) == whole
