@@ -331,7 +331,7 @@ class TestAnotherRun:
                 for item in items:
                     if title == "pruning blocks" and not self.refused:
                         for restart in (False, True):
-                            with pytest.raises(UserError, match="another run of llmprune is writing to .*/out: wait"):
+                            with pytest.raises(UserError, match=r"another run of llmprune is writing to .*/out: wait"):
                                 llmprune.prune(model, out=out, calibration=text, restart=restart, **SETTINGS)
                         self.refused = True
                     yield item

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import Failure, SingularGram
-from llmprune.model.linears import Capture, Linear
+from llmprune.model.linears import Capture, Linear, find_linears
 from llmprune.stats import LEVELS, LinearStats, Needs
 
 WIDTHS = [1, 7, 100, 255, 256, 257, 600]
@@ -315,3 +315,42 @@ def test_linears_that_no_longer_share_are_an_error(leader_seen: bool) -> None:
         watch.saw("q", x)
     with pytest.raises(Failure, match="k no longer shares its input with q"):
         watch.saw("k", x.clone())
+
+
+class Block(torch.nn.Module):
+    """Two linears, the second perhaps run twice, of which the outer one sees what the inner one gave."""
+
+    def __init__(self, twice: bool) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(8, 12), torch.nn.Linear(12, 8)
+        self.twice = twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.twice:
+            x = x + self.down(self.up(x).relu())
+        return x + self.down(self.up(x).relu())
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_what_is_not_computed_changes_no_statistics(twice: bool) -> None:
+    torch.manual_seed(0)
+    block = Block(twice)
+    linears = find_linears(block, "block")
+    seen: dict[str, list[Tensor]] = {linear.name: [] for linear in linears}
+    watch = Capture(linears, {linear.name: "gram" for linear in linears}, torch.device("cpu"))
+    batches = [inputs(20, 8, seed) for seed in range(4)]
+    outputs = []
+    with torch.no_grad(), watch.watching(block, "block"):
+        for x in batches:
+            outputs.append(block(x))
+            watch.next_batch()
+    watch.finish()
+    for name, module in (("block.up", block.up), ("block.down", block.down)):
+        module.register_forward_pre_hook(lambda _, given, name=name: seen[name].append(given[0]))
+    with torch.no_grad():
+        whole = [block(x) for x in batches]
+    for name, parts in seen.items():
+        x = torch.cat(parts).double()
+        torch.testing.assert_close(watch.stats[name].gram.double(), x.T @ x, rtol=1e-5, atol=1e-5)
+    assert torch.equal(outputs[0], whole[0])
+    assert torch.equal(outputs[3], whole[3]) == twice  # the last linear is left out where that is safe

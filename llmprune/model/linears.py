@@ -99,6 +99,9 @@ def _experts(module: Any, path: str) -> Iterator[Linear]:
 class Capture:
     """Collects the statistics of a block's linears while it runs; linears that are given the same tensor share them.
 
+    What the block returns is not to be used: from the second batch on, the module whose inputs are seen last gives
+    zeros instead of being computed, because nothing after it is of interest.
+
     Attributes:
         stats: linear's name to its statistics; linears that were given nothing have none.
     """
@@ -113,13 +116,16 @@ class Capture:
         self._linears = linears
         self.needs = needs
         self._device = device
+        self._modules: dict[str, nn.Module] = {}
         self._leader: dict[str, str] = {}
+        self._order: list[str] = []
+        self.last: str | None = None  # the module that is not computed any more
         self._current: dict[str, Tensor] = {}
 
     @contextlib.contextmanager
     def watching(self, block: nn.Module, name: str) -> Iterator[None]:
         """Watch the block's linears while something runs inside; only the statistics are held on to afterwards."""
-        modules = dict(block.named_modules(prefix=name))
+        self._modules = modules = dict(block.named_modules(prefix=name))
         handles, fused = [], {}
         for linear in self._linears:
             if linear.expert is None:
@@ -133,11 +139,20 @@ class Capture:
         finally:
             for handle in handles:
                 handle.remove()
+            if self.last is not None and self.last not in fused:
+                del modules[self.last].forward
             self._current.clear()
 
     def next_batch(self) -> None:
-        """Tell that the tensors seen so far are gone."""
+        """Tell that a batch is through, and that the tensors seen in it are gone."""
         self._current.clear()
+        if self.last is None and self._order and self._order.count(self._order[-1]) == 1:
+            linear = next(linear for linear in self._linears if linear.name == self._order[-1])
+            if (module := self._modules.get(linear.module)) is not None:
+                self.last = linear.module
+                if linear.expert is None:
+                    module.forward = functools.partial(_zeros, linear.shape[0])
+        self._order.clear()
 
     def finish(self) -> None:
         """Make all statistics ready for solving."""
@@ -146,6 +161,8 @@ class Capture:
 
     def saw(self, name: str, inputs: Tensor) -> None:
         """Take in the inputs (..., in) of one linear."""
+        if self.last is None:
+            self._order.append(name)
         leader = self._leader.get(name)
         if leader is None:
             shared = (other for other, tensor in self._current.items() if _same(tensor, inputs))
@@ -165,6 +182,10 @@ class Capture:
             self.saw(name, inputs[0])
 
         return hook
+
+
+def _zeros(features: int, inputs: Tensor) -> Tensor:
+    return inputs.new_zeros(*inputs.shape[:-1], features)
 
 
 def _same(first: Tensor, second: Tensor) -> bool:
@@ -200,6 +221,8 @@ def _run_experts(
         inner = module._apply_gate(inner) if up == "gate_up_proj" else module.act_fn(inner)
         if (name := f"{path}.{expert}.down_proj") in capture.needs:
             capture.saw(name, inner)
+        if capture.last == path:
+            continue
         output = _project(module, "down_proj", expert, inner)
         if getattr(module, "has_post_expert_norm", False):
             output = module.post_expert_norm(output)
