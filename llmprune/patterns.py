@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -73,9 +74,8 @@ class Unstructured:
     def keep(self, saliency: Tensor, before: int = 0) -> Tensor:
         rows, width = saliency.shape
         if self.scope == "row":
-            return ~_lowest(saliency, self._pruned(before + width) - self._pruned(before))
-        count = self._pruned(rows * (before + width)) - self._pruned(rows * before)
-        return ~_lowest(saliency.reshape(1, -1), count).reshape(saliency.shape)
+            return ~_lowest(saliency, self._pruned(before + width) - self._pruned(before), -1)
+        return ~_lowest(saliency, self._pruned(rows * (before + width)) - self._pruned(rows * before), None)
 
     def holds(self, weight: Tensor) -> bool:
         zeros = weight == 0
@@ -152,14 +152,31 @@ def parse(text: str | float | Pattern, scope: Scope = "row") -> Unstructured | N
     return Unstructured(value, scope)
 
 
-def _lowest(rows: Tensor, count: int) -> Tensor:
-    """(groups, n) -> bool, True at the `count` lowest entries of each row; among equals the earlier ones."""
+def _lowest(saliency: Tensor, count: int, dim: int | None) -> Tensor:
+    """True at the `count` lowest of each row (dim -1) or of all (dim None); among equals at the earlier ones."""
     if count == 0:
-        return torch.zeros_like(rows, dtype=torch.bool)
-    threshold = rows.kthvalue(count, dim=-1, keepdim=True).values
-    below = rows < threshold
-    equal = rows == threshold
-    missing = count - below.sum(-1, keepdim=True)
-    if bool((equal.sum(-1, keepdim=True) == missing).all()):
-        return below | equal
-    return below | (equal & (equal.cumsum(-1) <= missing))
+        return torch.zeros_like(saliency, dtype=torch.bool)
+    threshold = _nth(saliency, count, dim)
+    below, equal = saliency < threshold, saliency == threshold
+    if dim is None:
+        missing = count - int(below.sum())
+        if int(equal.sum()) == missing:
+            return below.logical_or_(equal)
+        return below | (equal & (equal.reshape(-1).cumsum(0).reshape(equal.shape) <= missing))
+    short = count - below.sum(dim, keepdim=True)
+    if bool((equal.sum(dim, keepdim=True) == short).all()):
+        return below.logical_or_(equal)
+    return below | (equal & (equal.cumsum(dim) <= short))
+
+
+def _nth(values: Tensor, count: int, dim: int | None) -> Tensor:
+    """The `count`th lowest value of each row (dim -1, kept as a dimension) or of all (dim None)."""
+    if dim is None:
+        # The order does not matter: no copy is made where rows and columns are swapped in memory.
+        values = (values if values.is_contiguous() else values.T).reshape(1, -1)
+    if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64):
+        # On a CPU numpy's selection is many times as fast as torch's.
+        found = torch.from_numpy(numpy.partition(values.detach().numpy(), count - 1, axis=-1)[:, count - 1 : count])
+    else:
+        found = values.kthvalue(count, dim=-1, keepdim=True).values
+    return found.squeeze() if dim is None else found

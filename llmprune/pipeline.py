@@ -19,6 +19,7 @@ from llmprune import data, memory, solvers
 from llmprune.errors import Failure, Interrupted, SingularGram
 from llmprune.evaluate import perplexity
 from llmprune.model import blocks
+from llmprune.model.attention import quick_attention
 from llmprune.model.checkpoint import Checkpoint, LoadedBlock
 from llmprune.model.linears import Capture
 from llmprune.model.source import Source, resolve
@@ -87,7 +88,8 @@ def prune(
                 writer.out, checkpoint.source.name, checkpoint.source.revision, chosen.to_dict(), plan.weights
             )
             report.resumed = len(writer.records) if resumed else None
-            prune_blocks(checkpoint, plan, tokens, writer, clock, shown)
+            with quick_attention(checkpoint.device, checkpoint.dtype):
+                prune_blocks(checkpoint, plan, tokens, writer, clock, shown)
             with clock("write"), shown.waiting("writing what surrounds the blocks"):
                 writer.finish()
             for record in writer.records:

@@ -11,6 +11,9 @@ from torch import Tensor
 from llmprune.patterns import Pattern, Scope
 from llmprune.stats import LinearStats, Needs
 
+RUN = 32
+"""Columns whose errors are carried on one by one."""
+
 
 @dataclass(frozen=True)
 class Solver:
@@ -41,21 +44,42 @@ class Solver:
         upper = stats.inverse_factor(self.damping)  # (in, in)
         columns = weight.T.clone(memory_format=torch.contiguous_format)  # (in, out): a column is a contiguous row here
         columns[stats.dead] = 0
-        scale = upper.diagonal()[:, None]
         width = max(pattern.group, self.block_size // pattern.group * pattern.group)
         for start in range(0, len(columns), width):
             end = min(start + width, len(columns))
-            block, local = columns[start:end], upper[start:end, start:end].contiguous()
-            chosen_together = pattern.group if pattern.group > 1 else end - start
-            keep = torch.empty_like(block, dtype=torch.bool)
-            errors = torch.empty_like(block)
-            for j in range(end - start):
-                if j % chosen_together == 0:
-                    ahead = slice(j, j + chosen_together)
-                    saliency = (block[ahead] / scale[start:end][ahead]).square()
-                    keep[ahead] = pattern.keep(saliency.T, before=start + j).T
-                torch.div(block[j].masked_fill(keep[j], 0.0), local[j, j], out=errors[j])
-                block[j:].addr_(local[j, j:], errors[j], alpha=-1)
-            block.masked_fill_(~keep, 0.0)
+            errors = self._block(columns[start:end], upper[start:end, start:end].contiguous(), pattern, start)
             columns[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
         return columns.T.contiguous()
+
+    def _block(self, block: Tensor, upper: Tensor, pattern: Pattern, before: int) -> Tensor:
+        """Prune one block of columns in place.
+
+        Each error is carried on to the columns of its own short run at once, to the rest of the block by one matrix
+        product a run.
+
+        Args:
+            block: (columns, out).
+            upper: (columns, columns), the part of U that belongs to it.
+            before: columns that stand before the block.
+
+        Returns:
+            (columns, out): what has to be made up for by the columns after the block, for each column's error.
+        """
+        width = len(block)
+        scale = upper.diagonal()[:, None]
+        pruned, errors = torch.empty_like(block), torch.empty_like(block)
+        together = pattern.group if pattern.group > 1 else width
+        run = max(pattern.group, RUN // pattern.group * pattern.group)
+        rows, parts, lines = block.unbind(), errors.unbind(), upper.unbind()
+        for start in range(0, width, run):
+            end = min(start + run, width)
+            for j in range(start, end):
+                if j % together == 0:
+                    ahead = slice(j, j + together)
+                    keep = pattern.keep((block[ahead] / scale[ahead]).square_().T, before=before + j).T
+                    torch.div(~keep, scale[ahead], out=pruned[ahead])
+                torch.mul(rows[j], pruned[j], out=parts[j])
+                block[j + 1 : end].addr_(lines[j][j + 1 : end], parts[j], alpha=-1)
+            block[end:].addmm_(upper[start:end, end:].T, errors[start:end], alpha=-1)
+        block.masked_fill_(pruned != 0, 0.0)
+        return errors

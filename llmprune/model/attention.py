@@ -1,0 +1,89 @@
+"""Causal attention in bfloat16 for CPUs on which torch's own is slow.
+
+Without AMX, torch's fused kernel multiplies bfloat16 matrices in float32, and takes half of a small model's forward;
+the plain matrix product, which oneDNN runs in bfloat16, is several times as fast. Scores are rounded to bfloat16 here,
+as in transformers' eager attention.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from llmprune.stats import fast_bfloat16
+
+SCORES = 2**22
+"""Scores held at once; more would no longer fit into the caches."""
+
+
+def quick_attention(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """Inside, plain causal attention is computed by `causal_attention` where that pays; all other calls are torch's."""
+    pays = device.type == "cpu" and dtype == torch.bfloat16 and _products_are_fast()
+    return _Quick() if pays else contextlib.nullcontext()
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """softmax(scale · QKᵀ + causal mask) V, for some queries at a time.
+
+    Args:
+        query, key, value: (sequences, heads, length, width); there may be fewer heads of keys and values, which are
+            shared then.
+
+    Returns:
+        (sequences, heads, length, width of value)
+    """
+    heads, length = query.shape[1:3]
+    shared = heads // key.shape[1]
+    if shared > 1:
+        key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
+    query = query * scale
+    result = query.new_empty(*query.shape[:3], value.shape[3])
+    step = max(32, min(256, SCORES // (heads * length)))
+    later = query.new_full((step, step), float("-inf")).triu(1)
+    for sequence in range(len(query)):
+        q, k, v = query[sequence], key[sequence], value[sequence]
+        for start in range(0, length, step):
+            end = min(start + step, length)
+            scores = q[:, start:end] @ k[:, :end].mT
+            scores[..., start:] += later[: end - start, : end - start]
+            result[sequence, :, start:end] = scores.softmax(-1) @ v[:, :end]
+    return result
+
+
+class _Quick(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is functional.scaled_dot_product_attention:
+            return _attend(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    plain = is_causal and attn_mask is None and dropout_p == 0 and query.ndim == 4 and not query.requires_grad
+    if plain and query.shape[2] == key.shape[2] and query.dtype == key.dtype == value.dtype == torch.bfloat16:
+        return causal_attention(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def _products_are_fast() -> bool:
+    """Whether oneDNN multiplies in bfloat16 here, and torch's attention, which wants AMX for that, does not."""
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    return fast_bfloat16() and not amx()
