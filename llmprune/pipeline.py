@@ -67,6 +67,7 @@ def prune(
     chosen = assemble(recipe, options)
     shown = progress or Silent()
     clock = Clock()
+    memory.hold_on()
     with torch.no_grad():
         with clock("plan"), shown.waiting("planning"):
             checkpoint = Checkpoint(resolve(model, chosen.dtype), chosen.device, chosen.dtype)
