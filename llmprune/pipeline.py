@@ -187,7 +187,9 @@ def prune_block(
         first = stack[0]
         seen = stats.get(first.linear.name) or LinearStats(first.linear.shape[1], "nothing", checkpoint.device)
         views = [choice.linear.view(block.state[choice.linear.parameter]) for choice in stack]
-        dense = torch.cat([view.to(checkpoint.device, torch.float32) for view in views])
+        together = torch.cat(views) if len(views) > 1 else views[0]
+        plain = torch.contiguous_format
+        dense = together.to(checkpoint.device, torch.float32, copy=True, memory_format=plain)
         name = ", ".join(choice.linear.name for choice in stack)
         solver, note = usable(first.solver, seen, name)
         try:
@@ -199,10 +201,10 @@ def prune_block(
         for choice, view, before, after in zip(
             stack, views, torch.split(dense, sizes), torch.split(pruned, sizes), strict=True
         ):
-            view.copy_(after.masked_fill(after == 0, 0.0))  # no zero is written as -0
+            view.copy_(after.add_(0.0))  # no zero is written as -0
             check(view, choice)
             done[choice.linear.name] = _record(choice, view, before, after, seen, note)
-        del dense, pruned, before, after
+        del together, dense, pruned, before, after
         memory.give_back()
     block.refresh()
     kept = {

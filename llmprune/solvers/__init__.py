@@ -36,7 +36,7 @@ class Solver(Protocol):
             pattern: where zeros must stand.
 
         Returns:
-            (out, in) float32 with exact zeros.
+            (out, in) float32 with exact zeros, in memory of its own.
         """
 
 

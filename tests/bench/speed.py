@@ -1,0 +1,145 @@
+"""Where the time goes, against what the machine can do at best, and how it grows with the work.
+
+python -m tests.bench.speed MODEL --calibration C4.jsonl [--samples 32] [--length 1024] [--rounds 3] [--dtype bfloat16]
+python -m tests.bench.speed --growth
+
+The first prunes MODEL to 50 % with Wanda and SparseGPT, each run in a process of its own, and prints the medians. The
+least time for the forwards and the Grams is their floating point operations, by the linears alone, over the rate that a
+plain matrix product reached on this machine just before. The second doubles the blocks, the tokens and the width of a
+random Llama in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmprune.pipeline import plan
+from tests.families import make
+
+METHODS = ("wanda", "sparsegpt")
+
+
+def rate(dtype: torch.dtype, size: tuple[int, int, int] = (2048, 1536, 576)) -> float:
+    """Operations per second of a matrix product of this size, the median of 30."""
+    rows, columns, inner = size
+    a, b = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
+    seconds = []
+    for _ in range(30):
+        began = time.perf_counter()
+        a @ b.T
+        seconds.append(time.perf_counter() - began)
+    return 2.0 * rows * columns * inner / statistics.median(seconds)
+
+
+def operations(model: str, options: dict[str, Any], tokens: int) -> tuple[float, float]:
+    """Of one forward of all tokens through the blocks' linears, and of all Grams, half of each because of symmetry."""
+    _, made = plan(model, **options)
+    forward = sum(2.0 * choice.linear.numel * tokens for choice in made.choices)
+    inputs = {(choice.linear.name.rsplit(".", 1)[0], choice.linear.shape[1]) for choice in made.pruned}
+    # Of a Llama's self_attention, o_proj reads something else than q, k and v, though it may be as wide.
+    inputs |= {(choice.linear.name, choice.linear.shape[1]) for choice in made.pruned if "o_proj" in choice.linear.name}
+    return forward, sum(1.0 * width * width * tokens for _, width in inputs)
+
+
+def prune(model: str | Path, arguments: list[str]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "llmprune", "prune", str(model), "-o", f"{folder}/out", *arguments, "--json"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+def table(heading: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    for row in (heading, ("---",) * len(heading), *rows):
+        print("| " + " | ".join(row) + " |")
+    print()
+
+
+def account(chosen: argparse.Namespace) -> None:
+    dtype = getattr(torch, chosen.dtype)
+    rates = {kind: rate(kind) for kind in {dtype, torch.float32}}
+    print(", ".join(f"{str(kind).removeprefix('torch.')} {value / 1e9:.0f} GFLOP/s" for kind, value in rates.items()))
+    tokens = chosen.samples * chosen.length
+    given = ["--calibration", chosen.calibration, "--samples", str(chosen.samples), "--length", str(chosen.length)]
+    for method in chosen.methods:
+        arguments = ["--method", method, "--sparsity", chosen.sparsity, "--dtype", chosen.dtype, *given]
+        reports = [prune(chosen.model, arguments) for _ in range(chosen.rounds)]
+        forward, grams = operations(chosen.model, {"method": method, "sparsity": chosen.sparsity}, tokens)
+        least = {"capture": forward / rates[dtype], "propagate": forward / rates[dtype]}
+        if method == "sparsegpt":
+            least["capture"] += grams / rates[dtype]
+        rows = []
+        for phase in reports[0]["seconds"]:
+            seconds = statistics.median(report["seconds"][phase] for report in reports)
+            bound = sum(least.values()) if phase == "total" else least.get(phase)
+            share = ("", "") if bound is None else (f"{bound:.1f} s", f"{seconds / bound:.2f}")
+            rows.append((phase, f"{seconds:.1f} s", *share))
+        peak = statistics.median(report["peak_memory"] for report in reports)
+        print(f"{method}, {chosen.sparsity}, median of {chosen.rounds}, peak memory {peak / 2**30:.2f} GiB\n")
+        table(("phase", "time", "at the rate of a product", "ratio"), rows)
+
+
+def growth(chosen: argparse.Namespace) -> None:
+    base = {"blocks": 4, "tokens": 16384, "width": 512}
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "text.txt"
+        text.write_text("Nothing will come of nothing: speak again. " * 20_000)
+        for doubled in (None, *base):
+            size = {name: value * (2 if name == doubled else 1) for name, value in base.items()}
+            source = make(
+                "llama", Path(folder) / str(doubled), num_hidden_layers=size["blocks"], hidden_size=size["width"],
+                intermediate_size=4 * size["width"], num_attention_heads=size["width"] // 64, head_dim=64,
+                max_position_embeddings=512, dtype=getattr(torch, chosen.dtype),
+            )  # fmt: skip
+            given = ["--calibration", str(text), "--samples", str(size["tokens"] // 512), "--length", "512"]
+            row = ["base" if doubled is None else f"{doubled} x 2"]
+            for method in chosen.methods:
+                arguments = ["--method", method, "--sparsity", chosen.sparsity, "--dtype", chosen.dtype, *given]
+                runs = [prune(source, arguments)["blocks"] for _ in range(chosen.rounds)]
+                row.append(f"{statistics.median(sum(sum(b['seconds'].values()) for b in run) for run in runs):.2f}")
+            rows.append(tuple(row))
+    first = rows[0]
+    ratios = [
+        (
+            row[0],
+            *(f"{mine} s ({float(mine) / float(least):.2f})" for mine, least in zip(row[1:], first[1:], strict=True)),
+        )
+        for row in rows
+    ]
+    print(f"random Llama, {base}, seconds in the blocks and the ratio to the base, median of {chosen.rounds}\n")
+    table(("", *chosen.methods), ratios)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--calibration")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--sparsity", default="50%")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--growth", action="store_true")
+    chosen = parser.parse_args()
+    if chosen.growth:
+        growth(chosen)
+    elif chosen.model and chosen.calibration:
+        account(chosen)
+    else:
+        parser.error("give MODEL and --calibration, or --growth")
+
+
+if __name__ == "__main__":
+    main()
