@@ -126,6 +126,11 @@ def builtin(part: Part) -> list[str]:
     return [topics[topic] for topic in ordered if (topic in held_out) == (part == "evaluation")]
 
 
+def hash_tokens(ids: Tensor) -> str:
+    """The sha256 of token ids as little-endian int64 bytes."""
+    return hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Tokens:
     """Token sequences for calibration.
@@ -142,7 +147,7 @@ class Tokens:
     def of(cls, ids: Tensor) -> Tokens:
         """Wrap token ids (samples, length) with their hash."""
         ids = ids.to(torch.int64).contiguous()
-        return cls(ids, hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest())
+        return cls(ids, hash_tokens(ids))
 
     def batches(self, size: int) -> list[Tensor]:
         """Split into batches of at most `size` sequences."""

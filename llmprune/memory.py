@@ -40,7 +40,7 @@ def available() -> int:
 
 
 def hold_on() -> None:
-    """Let the C library keep freed memory until `give_back`, where it is glibc.
+    """Let the C library keep what is freed until `give_back`, where it is glibc; this holds as long as the process.
 
     By itself it would give large activations back to the system after every operation, and have them zeroed page by
     page for the next one, which takes a good part of the time of a forward.

@@ -78,7 +78,7 @@ def prune(
                 torch.cuda.reset_peak_memory_stats(checkpoint.device)
             text = perplexity.read_text(checkpoint, chosen.evaluate) if chosen.evaluate.text else None
         with clock("hash"), shown.waiting("hashing the model's files"):
-            fingerprint = _fingerprint(checkpoint, chosen, tokens)
+            fingerprint = _fingerprint(checkpoint, chosen, tokens, text)
         with writing(out, checkpoint, chosen.shard_size, restart) as writer, _interruptible(writer, plan):
             resumed = not restart and writer.recover(fingerprint, shown)
             if not resumed:
@@ -97,7 +97,9 @@ def prune(
                 report.add_block(record)
             with clock("verify"):
                 linears = [vars(record) for record in report.linears]
-                compare(writer.out, linears, writer.hashes, shown).raise_for_problems()
+                verdict = compare(writer.out, linears, writer.hashes, shown)
+                verdict.problems += [f"{name} no longer holds what was written" for name in verdict.changed]
+                verdict.raise_for_problems()
             if text is not None:
                 report.dense = Perplexity(**writer.dense) if writer.dense else None
                 with clock("evaluate"):
@@ -201,7 +203,7 @@ def prune_block(
         for choice, view, before, after in zip(
             stack, views, torch.split(dense, sizes), torch.split(pruned, sizes), strict=True
         ):
-            view.copy_(after.add_(0.0))  # no zero is written as -0
+            view.copy_(after).add_(0.0)  # no zero is written as -0
             check(view, choice)
             done[choice.linear.name] = _record(choice, view, before, after, seen, note)
         del together, dense, pruned, before, after
@@ -272,18 +274,22 @@ def _interruptible(writer: Writer, plan: Plan) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         writer.stop()
-        done = f"{len(writer.records)} of {len(plan.blocks)} blocks are finished in {writer.out}"
-        raise Interrupted(f"stopped; {done}: the same command goes on from there") from None
+        done = f"; {len(writer.records)} of {len(plan.blocks)} blocks are finished in {writer.out}"
+        raise Interrupted(f"stopped{done if writer.records else ''}: {writer.onward}") from None
 
 
-def _fingerprint(checkpoint: Checkpoint, recipe: Recipe, tokens: data.Tokens | None) -> dict[str, Any]:
+def _fingerprint(
+    checkpoint: Checkpoint, recipe: Recipe, tokens: data.Tokens | None, text: perplexity.Text | None
+) -> dict[str, Any]:
     """All that the result depends on."""
     made_by = versions()
     return {
         "recipe": recipe.to_dict(),
         "revision": checkpoint.source.revision,
         "files": fingerprint_files(checkpoint),
+        "device": checkpoint.device.type,
         "tokens": tokens.sha256 if tokens else None,
+        "evaluation text": text.sha256 if text else None,
         "versions": {name: made_by[name] for name in ("llmprune", "torch", "transformers")},
     }
 

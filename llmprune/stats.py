@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Literal
 
 import torch
@@ -16,16 +15,13 @@ LEVELS: tuple[Needs, ...] = ("nothing", "norms", "gram")
 SAMPLE_TOKENS = 256
 """Input rows kept for estimating a linear's relative error where no Gram is collected."""
 
-CHUNK = 512
-"""Tokens whose products are summed up in bfloat16, where the inputs are bfloat16 and the device is a CPU."""
-
 _PANEL = 256
 
 
 class LinearStats:
     """Sums over the calibration inputs X (tokens, in) of one linear, or of several that share their input.
 
-    Everything is accumulated in float32 on the device of the inputs; see `add_gram` for bfloat16.
+    Everything is accumulated in float32 on the device of the inputs.
 
     Attributes:
         features: in_features.
@@ -131,52 +127,35 @@ class LinearStats:
         else:
             x = torch.cat(self._rows)
             lost, total = ((x @ w.T).square().sum() for w in (change, dense))
-        return float(lost / total) if float(total) > 0 else 0.0
+        return max(float(lost / total), 0.0) if float(total) > 0 else 0.0
 
 
 def add_gram(lower: Tensor, x: Tensor) -> None:
     """Add XᵀX to a sum of which only the panels on and below the diagonal are kept, because it is symmetric.
 
-    Float32 inputs are multiplied in float32. Bfloat16 inputs are multiplied as they are, which is exact, and summed up
-    in float32; on a CPU the sum over each CHUNK of tokens is rounded to bfloat16 once. These errors, at most 2⁻⁸ of a
-    chunk's sum, are independent of each other, so that they fall with the root of the number of chunks.
+    All is multiplied and summed up in float32; on a GPU, bfloat16 inputs are multiplied as they are, which is exact.
 
     Args:
         lower: (in, in) float32.
         x: (tokens, in).
     """
     features = x.shape[1]
-    quick = x.dtype == torch.bfloat16 and (x.device.type == "cuda" or (x.device.type == "cpu" and fast_bfloat16()))
-    if not quick:
-        columns = x.float().T.contiguous()
+    direct = x.device.type == "cuda" and x.dtype == torch.bfloat16 and torch.version.hip is None
+    columns = x.T if direct else x.float().T.contiguous()
     for start in range(0, features, _PANEL):
         end = min(start + _PANEL, features)
-        panel = lower[start:end, :end]
-        if not quick:
-            panel += product(columns[start:end], columns[:end])
-        elif x.device.type == "cuda":
-            panel += torch.mm(x[:, start:end].T, x[:, :end], out_dtype=torch.float32)
+        if direct:
+            lower[start:end, :end] += torch.mm(columns[start:end], columns[:end].T, out_dtype=torch.float32)
         else:
-            for part in torch.split(x, CHUNK):
-                panel += part[:, start:end].T @ part[:, :end]
+            lower[start:end, :end] += product(columns[start:end], columns[:end])
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b.T in float32; on a CPU by oneDNN, which is twice as fast there as torch's own choice on AMD's."""
-    if a.device.type == "cpu" and _onednn():
+    if a.device.type == "cpu" and bool(torch.backends.mkldnn.is_available()):  # type: ignore[no-untyped-call]
         result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
         return result
     return a @ b.T
-
-
-@functools.cache
-def fast_bfloat16() -> bool:
-    """Whether oneDNN multiplies bfloat16 matrices on this CPU without converting them."""
-    return _onednn() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _onednn() -> bool:
-    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 def _inverse_upper(matrix: Tensor) -> Tensor | None:

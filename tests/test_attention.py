@@ -74,10 +74,23 @@ class TestWhichCalls:
                     query=query, key=key, value=value, is_causal=True, scale=scale, enable_gqa=True
                 )
             else:
+                key, value = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
                 got = functional.scaled_dot_product_attention(query, key, value, None, 0.0, True, scale=scale)
         assert torch.equal(got, causal_attention(query, key, value, scale or 0.25))
 
-    @pytest.mark.parametrize("case", ["mask", "not causal", "float32", "shorter", "three dimensions", "gradient"])
+    @pytest.mark.parametrize(
+        "case",
+        [
+            "mask",
+            "not causal",
+            "float32",
+            "shorter",
+            "three dimensions",
+            "gradient",
+            "one key for all",
+            "one head for all",
+        ],
+    )
     def test_everything_else_is_torchs(self, case: str) -> None:
         query, key, value = (made(1, 4, 50, 16, seed=seed) for seed in range(3))
         options: dict[str, object] = {"is_causal": case not in ("mask", "not causal")}
@@ -91,6 +104,10 @@ class TestWhichCalls:
             query, key, value = query[0], key[0], value[0]
         elif case == "gradient":
             query = query.requires_grad_()
+        elif case == "one key for all":
+            query = query.repeat(3, 1, 1, 1)
+        elif case == "one head for all":
+            key = key[:, :1]
         theirs = functional.scaled_dot_product_attention(query, key, value, **options)
         with quick_attention(CPU, torch.bfloat16):
             got = functional.scaled_dot_product_attention(query, key, value, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -264,6 +265,37 @@ class TestRecovery:
         assert whole.sparse is not None
         assert report.sparse.value == whole.sparse.value
 
+    def test_how_to_go_on_after_a_restart(self, model: Path, text: str, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        with pytest.raises(Interrupted, match="the same command without --restart goes on"):
+            llmprune.prune(model, out=out, calibration=text, restart=True, progress=Stopping(3), **SETTINGS)
+        assert llmprune.prune(model, out=out, calibration=text, **SETTINGS).resumed == 3
+
+    def test_a_journal_without_its_header_loses_nothing(self, model: Path, text: str, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        stop_after(3, model, out, text)
+        (out / JOURNAL).write_text("?" + (out / JOURNAL).read_text())
+        before = digests(out)
+        with pytest.raises(UserError, match=r"the first line of .* cannot be read"):
+            llmprune.prune(model, out=out, calibration=text, **SETTINGS)
+        assert digests(out) == before
+
+    def test_a_shard_that_changes_before_the_end_fails_the_run(
+        self, model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        finish = writer.Writer.finish
+
+        def harming(self: writer.Writer) -> None:
+            finish(self)
+            path = self.out / self.shards[-1].name
+            stored = load_file(path)
+            save_file({name: tensor + 1 for name, tensor in stored.items()}, path, metadata={"format": "pt"})
+
+        monkeypatch.setattr(writer.Writer, "finish", harming)
+        with pytest.raises(Failure, match="no longer holds what was written"):
+            llmprune.prune(model, out=tmp_path / "out", calibration=text, **SETTINGS)
+        assert not (tmp_path / "out" / REPORT).exists()
+
     def test_restart_begins_anew(self, model: Path, text: str, whole: dict[str, str], tmp_path: Path) -> None:
         out = tmp_path / "out"
         stop_after(3, model, out, text, sparsity="4:8")
@@ -273,6 +305,24 @@ class TestRecovery:
 
 
 class TestAnotherRun:
+    def test_a_report_of_somebody_else_deletes_nothing_outside(self, model: Path, text: str, tmp_path: Path) -> None:
+        out, precious = tmp_path / "out", tmp_path / "precious.txt"
+        out.mkdir()
+        precious.write_text("years of work")
+        names = ["../precious.txt", str(precious), None, "config.json"]
+        (out / REPORT).write_text(json.dumps({"side_files": names}))
+        (out / "config.json").write_text("{}")
+        llmprune.prune(model, out=out, calibration=text, restart=True, **SETTINGS)
+        assert precious.read_text() == "years of work"
+
+    def test_another_evaluation_text(self, model: Path, text: str, tmp_path: Path) -> None:
+        own = Path(shutil.copyfile(text, tmp_path / "own.txt"))
+        changes = {"evaluate": {"text": str(own), "length": 32, "max_perplexity": 1e9}}
+        stop_after(2, model, tmp_path / "out", text, **changes)
+        own.write_text(own.read_text().replace("wit", "fun"))
+        with pytest.raises(UserError, match="another evaluation text"):
+            llmprune.prune(model, out=tmp_path / "out", calibration=text, **SETTINGS, **changes)
+
     @pytest.mark.parametrize(
         ("changes", "named"),
         [
@@ -366,11 +416,12 @@ def test_a_disk_that_fills_up(model: Path, text: str, whole: dict[str, str], sma
         def over(self, items: Any, title: str) -> Iterator[Any]:
             for number, item in enumerate(items):
                 if title == "pruning blocks" and number == 2:
-                    free = shutil.disk_usage(small_disk).free
-                    filler.write_bytes(bytes(free - 2**15))
+                    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                        while True:
+                            file.write(bytes(2**12))
                 yield item
 
-    with pytest.raises(Failure, match=r"no space left on the disk; [123] finished blocks stay there"):
+    with pytest.raises(Failure, match=r"no space left on the disk; [123] finished blocks stay in it"):
         llmprune.prune(model, out=out, calibration=text, progress=Filling(), **SETTINGS)
     is_whole(out)
     filler.unlink()

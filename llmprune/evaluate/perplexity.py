@@ -40,6 +40,11 @@ class Text:
     name: str
     windows: Tensor
 
+    @property
+    def sha256(self) -> str:
+        """The hash of the tokens."""
+        return data.hash_tokens(self.windows)
+
 
 def perplexity(
     model: str | Path,

@@ -2,12 +2,13 @@
 
 Without AMX, torch's fused kernel multiplies bfloat16 matrices in float32, and takes half of a small model's forward;
 the plain matrix product, which oneDNN runs in bfloat16, is several times as fast. Scores are rounded to bfloat16 here,
-as in transformers' eager attention.
+as in transformers' eager attention, and the scaled queries are too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,8 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-
-from llmprune.stats import fast_bfloat16
 
 SCORES = 2**22
 """Scores held at once; more would no longer fit into the caches."""
@@ -75,15 +74,26 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    plain = is_causal and attn_mask is None and dropout_p == 0 and query.ndim == 4 and not query.requires_grad
-    if plain and query.shape[2] == key.shape[2] and query.dtype == key.dtype == value.dtype == torch.bfloat16:
+    plain = is_causal and attn_mask is None and dropout_p == 0 and query.ndim == key.ndim == value.ndim == 4
+    if plain and _fit(query, key, value, enable_gqa):
         return causal_attention(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
     return functional.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
 
 
+def _fit(query: Tensor, key: Tensor, value: Tensor, shared: bool) -> bool:
+    """Whether these are of one length and number, without gradients, and in bfloat16."""
+    heads = key.shape[1] == query.shape[1] or (shared and query.shape[1] % key.shape[1] == 0)
+    alike = query.shape[0] == key.shape[0] and query.shape[2:] == key.shape[2:] and key.shape[:3] == value.shape[:3]
+    narrow = query.dtype == key.dtype == value.dtype == torch.bfloat16
+    return heads and alike and narrow and not any(tensor.requires_grad for tensor in (query, key, value))
+
+
+@functools.cache
 def _products_are_fast() -> bool:
     """Whether oneDNN multiplies in bfloat16 here, and torch's attention, which wants AMX for that, does not."""
+    bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    return fast_bfloat16() and not amx()
+    onednn = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    return onednn and bfloat16() and not amx()

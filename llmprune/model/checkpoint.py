@@ -10,8 +10,8 @@ import copy
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from transformers.core_model_loading import (
 
 from llmprune import memory
 from llmprune.errors import Failure, UserError
-from llmprune.model.index import read_index
+from llmprune.model.index import read_header, read_index
 from llmprune.model.skeleton import decoder_prefix, find_blocks, make_skeleton, pick_device, read_config
 from llmprune.model.source import Source, quiet
 
@@ -192,13 +192,11 @@ class Checkpoint:
         """Ask the system to read a block's tensors into its cache of files, where it can; returns at once."""
         if not hasattr(os, "posix_fadvise") or number >= len(self.blocks):
             return
-        for key in self.block_keys[number]:
-            info = self.index[key]
-            handle = os.open(info.file, os.O_RDONLY)
-            try:
-                os.posix_fadvise(handle, info.offset, info.nbytes, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(handle)
+        with suppress(OSError):
+            for key in self.block_keys[number]:
+                info = self.index[key]
+                with info.file.open("rb") as file:
+                    os.posix_fadvise(file.fileno(), info.offset, info.nbytes, os.POSIX_FADV_WILLNEED)
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """Tensors exactly as the files hold them."""
@@ -206,8 +204,8 @@ class Checkpoint:
 
     def read_from(self, file: Path, keys: Iterable[str]) -> None:
         """Take some tensors from another file from now on, which has them in the same dtype and shape."""
-        for key in keys:
-            self.index[key] = replace(self.index[key], file=file)
+        found = read_header(file)
+        self.index.update((key, found[key]) for key in keys)
 
     def written_block(self, number: int, block: LoadedBlock, changed: set[str]) -> dict[str, Tensor]:
         """A block's tensors under the checkpoint's own keys, layout and dtype.

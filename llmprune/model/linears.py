@@ -120,6 +120,7 @@ class Capture:
         self._leader: dict[str, str] = {}
         self._order: list[str] = []
         self.last: str | None = None  # the module that is not computed any more
+        self.cut = False  # whether the rest of this batch sees zeros
         self._current: dict[str, Tensor] = {}
 
     @contextlib.contextmanager
@@ -151,8 +152,9 @@ class Capture:
             if (module := self._modules.get(linear.module)) is not None:
                 self.last = linear.module
                 if linear.expert is None:
-                    module.forward = functools.partial(_zeros, linear.shape[0])
+                    module.forward = functools.partial(self._zeros, linear.shape[0])
         self._order.clear()
+        self.cut = False
 
     def finish(self) -> None:
         """Make all statistics ready for solving."""
@@ -163,6 +165,8 @@ class Capture:
         """Take in the inputs (..., in) of one linear."""
         if self.last is None:
             self._order.append(name)
+        elif self.cut and not name.startswith(f"{self.last}."):
+            raise Failure(f"{name} is run after {self.last} only at times: the model changes its course by its data")
         leader = self._leader.get(name)
         if leader is None:
             shared = (other for other, tensor in self._current.items() if _same(tensor, inputs))
@@ -177,6 +181,10 @@ class Capture:
         elif leader not in self._current or not _same(self._current[leader], inputs):
             raise Failure(f"{name} no longer shares its input with {leader}: the model changes its course by its data")
 
+    def _zeros(self, features: int, inputs: Tensor) -> Tensor:
+        self.cut = True
+        return inputs.new_zeros(*inputs.shape[:-1], features)
+
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             self.saw(name, inputs[0])
@@ -184,13 +192,10 @@ class Capture:
         return hook
 
 
-def _zeros(features: int, inputs: Tensor) -> Tensor:
-    return inputs.new_zeros(*inputs.shape[:-1], features)
-
-
 def _same(first: Tensor, second: Tensor) -> bool:
     return first is second or (
-        first.data_ptr() == second.data_ptr()
+        first.numel() > 0
+        and first.data_ptr() == second.data_ptr()
         and first.shape == second.shape
         and first.stride() == second.stride()
         and first.dtype == second.dtype
@@ -222,6 +227,7 @@ def _run_experts(
         if (name := f"{path}.{expert}.down_proj") in capture.needs:
             capture.saw(name, inner)
         if capture.last == path:
+            capture.cut = True
             continue
         output = _project(module, "down_proj", expert, inner)
         if getattr(module, "has_post_expert_norm", False):

@@ -22,7 +22,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,10 +98,12 @@ class Writer:
         hashes: file name to sha256, of the shards committed so far.
         records: of each finished block, as given to `commit_block`.
         dense: what `begin` was given.
+        onward: what to tell somebody whose run stops.
     """
 
-    def __init__(self, out: Path, checkpoint: Checkpoint, shard_size: str) -> None:
+    def __init__(self, out: Path, checkpoint: Checkpoint, shard_size: str, restart: bool) -> None:
         self.out = out
+        self.onward = f"the same command{' without --restart' if restart else ''} goes on from there"
         self.shards = layout(checkpoint, shard_size)
         self.side_files = side_files(checkpoint.source.folder)
         self.hashes: dict[str, str] = {}
@@ -109,7 +111,7 @@ class Writer:
         self.dense: dict[str, Any] | None = None
         self._checkpoint = checkpoint
         self._background = ThreadPoolExecutor(1, "llmprune-writer")
-        self._pending: Future[None] | None = None
+        self._pending: tuple[Future[None], Callable[[], None]] | None = None
 
     def recover(self, fingerprint: Mapping[str, Any], progress: Progress) -> bool:
         """Take up the run that OUT holds, if there is one; returns whether there is.
@@ -122,6 +124,11 @@ class Writer:
         """
         lines = read_journal(self.out / JOURNAL)
         if not lines:
+            if any(_SHARD.fullmatch(path.name) for path in self.out.iterdir()):
+                raise UserError(
+                    f"the first line of {self.out / JOURNAL} cannot be read, so that the shards beside it are of an "
+                    "unknown run: choose another folder, or begin anew with --restart"
+                )
             return False
         header, committed = lines[0], lines[1:]
         if difference := _difference(header.get("fingerprint"), json.loads(json.dumps(fingerprint))):
@@ -171,7 +178,7 @@ class Writer:
 
         Args:
             record: goes into the journal; the seconds that writing took are put into its `seconds`.
-            told: is given the record when the block is on the disk.
+            told: is given the record by `settle`, when the block is on the disk.
         """
         began = time.monotonic()
         tensors = self._checkpoint.written_block(number, block, changed)
@@ -186,9 +193,8 @@ class Writer:
                     line["record"] = record
                 self._append(line)
             self.records.append(record)
-            told(record)
 
-        self._pending = self._background.submit(write)
+        self._pending = self._background.submit(write), functools.partial(told, record)
 
     def settle(self) -> None:
         """Wait until the last block is on the disk.
@@ -197,8 +203,9 @@ class Writer:
             Failure: it could not be written.
         """
         if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
+            (writing, told), self._pending = self._pending, None
+            writing.result()
+            told()
 
     def finish(self) -> None:
         """Write what surrounds the blocks, the index and the side files; only the report is missing then."""
@@ -224,8 +231,13 @@ class Writer:
             (self.out / JOURNAL).unlink(missing_ok=True)
 
     def stop(self) -> None:
-        """Let the block that is being written be the last."""
-        self._background.shutdown(wait=True)
+        """Let the block that is being written be the last; however often Ctrl-C is pressed, it is written first."""
+        while True:
+            try:
+                self._background.shutdown(wait=True)
+                return
+            except KeyboardInterrupt:
+                continue
 
     def _write_text(self, name: str, text: str) -> None:
         self._replace(name, lambda draft: draft.write_text(text + "\n", encoding="utf-8"))
@@ -265,7 +277,7 @@ class Writer:
         except (OSError, SafetensorError) as error:
             full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
             reason = "no space left on the disk" if full else str(error)
-            kept = f"; {len(self.records)} finished blocks stay there, and the same command goes on from them"
+            kept = f"; {len(self.records)} finished blocks stay in it, and {self.onward}"
             raise Failure(f"writing {what} to {self.out} failed: {reason}{kept if self.records else ''}") from None
 
 
@@ -290,7 +302,7 @@ def writing(out: str | Path, checkpoint: Checkpoint, shard_size: str, restart: b
         raise Failure(f"{out} cannot be written to: {error}") from None
     try:
         check_out(out, checkpoint, restart)  # the state of things now that nobody else can change it
-        writer = Writer(folder, checkpoint, shard_size)
+        writer = Writer(folder, checkpoint, shard_size, restart)
         try:
             yield writer
         finally:
@@ -378,6 +390,16 @@ def clear(folder: Path) -> None:
     """Remove what an earlier run of ours wrote into a folder, and nothing else; what marks it as ours goes last."""
     for path in sorted(_written(folder), key=lambda path: path.name in (REPORT, JOURNAL)):
         path.unlink()
+    with suppress(OSError):
+        (folder / CHAT_TEMPLATES).rmdir()
+
+
+def _is_side_file(name: str) -> bool:
+    """Whether a name in a report, which may be anybody's, is one that we give: inside the folder, and no weights."""
+    path = Path(name)
+    parts = path.parts
+    inside = len(parts) == 1 or (len(parts) == 2 and parts[0] == CHAT_TEMPLATES and path.suffix == ".jinja")
+    return inside and not path.is_absolute() and not _NOT_COPIED.fullmatch(path.name)
 
 
 def _written(folder: Path) -> list[Path]:
@@ -390,11 +412,11 @@ def _written(folder: Path) -> list[Path]:
             told = json.loads(
                 mark.read_text(encoding="utf-8").splitlines()[0] if mark.name == JOURNAL else mark.read_text()
             )
-            names.update(str(name) for name in told.get("side_files", ()))
-        except (ValueError, IndexError, AttributeError):
+            names.update(str(name) for name in told.get("side_files", ()) if _is_side_file(str(name)))
+        except (ValueError, IndexError, AttributeError, TypeError):
             continue
     found = [folder / name for name in names if (folder / name).is_file()]
-    drafts = (path for path in folder.iterdir() if path.name[0] == "." and path.suffix == ".draft")
+    drafts = (path for path in folder.rglob(".*.draft") if path.parent in (folder, folder / CHAT_TEMPLATES))
     return [*found, *drafts, *(path for path in folder.iterdir() if _SHARD.fullmatch(path.name)), *marks]
 
 

@@ -28,7 +28,7 @@ class LinearRecord:
         kept: why it was left dense, or None.
         sparsity: the fraction of zeros in the written weight.
         relative_error: ‖(Ŵ−W)X‖² / ‖WX‖² on the calibration inputs; None where no inputs were seen.
-        error_from: `gram` (exact) or `sample` (estimated on some of the tokens).
+        error_from: `gram` (all tokens) or `sample` (estimated on some of the tokens).
         tokens: calibration tokens that reached it.
         damping: the relative damping that the factorisation took.
         note: anything out of the ordinary.
