@@ -135,7 +135,8 @@ def answer(folder: Path, question: str = QUESTION, tokens: int = 48) -> str:
         inputs = tokenizer.apply_chat_template(
             message, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-        made = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+        # A model that was harmed may want to end at once; a sentence of it is to be seen all the same.
+        made = model.generate(**inputs, min_new_tokens=12, max_new_tokens=tokens, do_sample=False)
         text: str = tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     del model
     gc.collect()
