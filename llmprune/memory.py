@@ -15,36 +15,71 @@ _C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 def peak() -> int:
     """The most resident memory that this process has had so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        # Linux's ru_maxrss also counts what the parent process held when it started this one.
-        line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
-        if line is not None:
-            return int(line.split()[1]) * 1024
+    told = _status("VmHWM")  # Linux's ru_maxrss also counts what the parent process held when it started this one
+    if told is not None:
+        return told
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def current() -> int:
+    """The resident memory of this process, in bytes; the most that it has had where the system does not tell."""
+    told = _status("VmRSS")
+    return peak() if told is None else told
+
+
+def _status(name: str) -> int | None:
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    line = next((line for line in status.read_text().splitlines() if line.startswith(f"{name}:")), None)
+    return None if line is None else int(line.split()[1]) * 1024
+
+
 def available() -> int:
-    """Bytes of memory that can be had now, or a cautious guess where the system does not tell."""
+    """Bytes of memory that can be had now, or a cautious guess where the system does not tell.
+
+    In a container it is what its limit leaves.
+    """
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         # What is free, and what the system keeps only as a cache of files.
         line = next((line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")), None)
         if line is not None:
-            return int(line.split()[1]) * 1024
+            return max(0, min([int(line.split()[1]) * 1024, *_left_by_limits()]))
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
         return 4 * 2**30
 
 
-def hold_on() -> None:
-    """Let the C library keep what is freed until `give_back`, where it is glibc; this holds as long as the process.
+def _left_by_limits(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """What each control group that this process is in leaves of its limit; files that are cached can be let go."""
+    found = []
+    try:
+        lines = membership.read_text().splitlines()
+        own = root / next((line.split("::", 1)[1] for line in lines if "::" in line), "/").lstrip("/")
+        for group in (own, *own.parents):
+            if (limit := group / "memory.max").is_file() and (most := limit.read_text().strip()) != "max":
+                counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                cached = int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0))
+                found.append(int(most) - int((group / "memory.current").read_text()) + cached)
+            if group == root:
+                break
+    except (OSError, ValueError):
+        return found
+    return found
 
-    By itself it would give large activations back to the system after every operation, and have them zeroed page by
-    page for the next one, which takes a good part of the time of a forward.
+
+def frugal() -> None:
+    """Set up the C library and oneDNN for large tensors that come and go; this holds as long as the process.
+
+    By itself glibc would give large activations back to the system after every operation, and have them zeroed page by
+    page for the next one, which takes a good part of the time of a forward: it keeps what is freed until `give_back`.
+    oneDNN keeps half a megabyte of code for each shape that it has multiplied, a thousand of them; experts, each with
+    another number of tokens, would fill that up. What the environment says goes before.
     """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     tune = getattr(_C_LIBRARY, "mallopt", None)
     if tune is not None:
         for option, value in ((_MMAP_THRESHOLD, 2**25), (_TRIM_THRESHOLD, 2**30), (_TOP_PAD, 2**25)):

@@ -19,9 +19,10 @@ from llmprune import data, memory, solvers
 from llmprune.errors import Failure, Interrupted, SingularGram
 from llmprune.evaluate import perplexity
 from llmprune.model import blocks
+from llmprune.model.activations import Activations
 from llmprune.model.attention import quick_attention
 from llmprune.model.checkpoint import Checkpoint, LoadedBlock
-from llmprune.model.linears import Capture
+from llmprune.model.linears import Capture, Input
 from llmprune.model.source import Source, resolve
 from llmprune.model.writer import Writer, check_out, fingerprint_files, writing
 from llmprune.plan import Choice, Plan, make_plan
@@ -67,13 +68,13 @@ def prune(
     chosen = assemble(recipe, options)
     shown = progress or Silent()
     clock = Clock()
-    memory.hold_on()
+    memory.frugal()
     with torch.no_grad():
         with clock("plan"), shown.waiting("planning"):
             checkpoint = Checkpoint(resolve(model, chosen.dtype), chosen.device, chosen.dtype)
             plan = make_plan(checkpoint, chosen)
             check_out(out, checkpoint, restart)
-            tokens = _draw(checkpoint, chosen, plan.length) if plan.needs_data else None
+            tokens = _draw(checkpoint, chosen, plan.schedule.length) if plan.needs_data else None
             if checkpoint.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(checkpoint.device)
             text = perplexity.read_text(checkpoint, chosen.evaluate) if chosen.evaluate.text else None
@@ -83,7 +84,7 @@ def prune(
             resumed = not restart and writer.recover(fingerprint, shown)
             if not resumed:
                 with clock("evaluate"):
-                    before = perplexity.dense(checkpoint, text, chosen.evaluate, shown) if text else None
+                    before = perplexity.dense(checkpoint, text, chosen.evaluate, shown, plan.spare) if text else None
                 writer.begin(fingerprint, vars(before) if before else None)
             report = Report(
                 writer.out, checkpoint.source.name, checkpoint.source.revision, chosen.to_dict(), plan.weights
@@ -104,12 +105,13 @@ def prune(
                 report.dense = Perplexity(**writer.dense) if writer.dense else None
                 with clock("evaluate"):
                     written = Checkpoint(Source(str(out), writer.out), chosen.device, chosen.dtype)
-                    report.sparse = perplexity.measure(written, text, shown, "evaluating the sparse model")
+                    report.sparse = perplexity.measure(written, text, shown, "evaluating the sparse model", plan.spare)
             if tokens is not None:
-                drawn = {"length": plan.length, "tokens_sha256": tokens.sha256}
+                drawn = {"length": plan.schedule.length, "tokens_sha256": tokens.sha256}
                 report.calibration = {**report.recipe["calibration"], **drawn}
             report.shards, report.side_files, report.versions = writer.hashes, writer.side_files, versions()
             report.seconds, report.peak_memory = clock.result(), memory.peak()
+            report.predicted_memory = plan.schedule.peak.host
             report.peak_device_memory = _peak_device_memory(checkpoint.device)
             writer.close(report.to_dict())
     return report
@@ -125,35 +127,39 @@ def prune_blocks(
     finished = len(writer.records)
     if finished == len(plan.blocks):
         return
-    activations = blocks.Activations()
+    schedule = plan.schedule
+    activations = None
     if tokens is not None:
         with clock("embed"), progress.waiting("embedding the calibration text"):
-            activations = blocks.start(checkpoint, plan.chain, tokens.batches(plan.batch))
+            batches = tokens.batches(schedule.batch)
+            activations = blocks.start(checkpoint, plan.chain, batches, schedule.place, writer.out)
     for number, choices in progress.over(list(enumerate(plan.blocks)), "pruning blocks"):
-        if number < finished and tokens is None:
+        if number < finished and activations is None:
             continue
         clock.lap()
         with clock("read"):
             block = checkpoint.load_block(number)
             checkpoint.prefetch(number + 1)
-        if number >= finished:
+        done: dict[str, LinearRecord] = {}
+        for inputs in schedule.passes[number] if number >= finished else ():
             with clock("capture"):
-                stats = capture(checkpoint, block, choices, number, activations)
+                stats = capture(checkpoint, block, inputs, choices, number, activations)
                 memory.give_back()
             with clock("write"):
                 writer.settle()
             with clock("solve"):
-                done = prune_block(checkpoint, block, choices, stats)
-                del stats
-        if tokens is not None:
+                done.update(prune_block(checkpoint, block, inputs, choices, stats))
+        if activations is not None:
             with clock("propagate"):
                 blocks.advance(checkpoint, number, activations)
         if number >= finished:
             spent = BlockRecord(block.name, clock.lap(), memory.peak(), _peak_device_memory(checkpoint.device))
             changed = {choice.linear.parameter for choice in choices if choice.kept is None}
-            record = {**vars(spent), "linears": [vars(linear) for linear in done]}
+            records = [vars(done.get(choice.linear.name) or _left_dense(choice)) for choice in choices]
             with clock("write"):
-                writer.commit_block(number, block, changed, record, progress.block)
+                writer.commit_block(number, block, changed, {**vars(spent), "linears": records}, progress.block)
+                if not schedule.overlap:
+                    writer.settle()
         del block
         checkpoint.unload_block(number)
 
@@ -161,59 +167,76 @@ def prune_blocks(
 def capture(
     checkpoint: Checkpoint,
     block: LoadedBlock,
+    inputs: tuple[Input, ...],
     choices: tuple[Choice, ...],
     number: int,
-    activations: blocks.Activations,
+    activations: Activations | None,
 ) -> dict[str, LinearStats]:
-    """Run all batches through the block as it is, and collect what its linears are given."""
-    needs = {choice.linear.name: choice.solver.needs for choice in choices if choice.kept is None}
-    wanted = [choice.linear for choice in choices if choice.kept is None]
-    collected = Capture(wanted, needs, checkpoint.device)
-    if wanted:
+    """Run all batches through the block as it is, and collect statistics of some of the inputs of its linears."""
+    collected = Capture(inputs, [choice.linear for choice in choices], checkpoint.device)
+    if activations is not None:
         with collected.watching(block.module, block.name):
-            for call, hidden in zip(
-                activations.calls[number] if activations.calls else (), activations.hidden, strict=True
-            ):
-                blocks.run(block.module, call, hidden.to(checkpoint.device))
+            for batch, call in enumerate(activations.calls[number]):
+                blocks.run(block.module, call, activations.read(batch))
                 collected.next_batch()
     collected.finish()
     return collected.stats
 
 
 def prune_block(
-    checkpoint: Checkpoint, block: LoadedBlock, choices: tuple[Choice, ...], stats: dict[str, LinearStats]
-) -> list[LinearRecord]:
-    """Solve every linear of a block and put the pruned weights into it."""
+    checkpoint: Checkpoint,
+    block: LoadedBlock,
+    inputs: tuple[Input, ...],
+    choices: tuple[Choice, ...],
+    stats: dict[str, LinearStats],
+) -> dict[str, LinearRecord]:
+    """Solve the linears that are given these inputs, and put the pruned weights into the block.
+
+    Args:
+        stats: by the names of the linears; those of an input are let go as soon as its linears are solved.
+
+    Returns:
+        What became of each linear.
+    """
     done: dict[str, LinearRecord] = {}
-    for stack in _stacks(choices, stats):
-        first = stack[0]
-        seen = stats.get(first.linear.name) or LinearStats(first.linear.shape[1], "nothing", checkpoint.device)
-        views = [choice.linear.view(block.state[choice.linear.parameter]) for choice in stack]
-        together = torch.cat(views) if len(views) > 1 else views[0]
-        plain = torch.contiguous_format
-        dense = together.to(checkpoint.device, torch.float32, copy=True, memory_format=plain)
-        name = ", ".join(choice.linear.name for choice in stack)
-        solver, note = usable(first.solver, seen, name)
-        try:
-            pruned = solver.solve(dense, seen, first.pattern)
-        except SingularGram as error:
-            raise Failure(f"{name}: {error}") from None
-        note = note or _damped(solver, seen)
-        sizes = [choice.linear.shape[0] for choice in stack]
-        for choice, view, before, after in zip(
-            stack, views, torch.split(dense, sizes), torch.split(pruned, sizes), strict=True
-        ):
-            view.copy_(after).add_(0.0)  # no zero is written as -0
-            check(view, choice)
-            done[choice.linear.name] = _record(choice, view, before, after, seen, note)
-        del together, dense, pruned, before, after
-        memory.give_back()
+    for entry in inputs:
+        shared = stats[entry.linears[0]]
+        for name in entry.linears:
+            del stats[name]
+        for stack in _stacks([choice for choice in choices if choice.linear.name in entry.linears]):
+            done.update(_prune_stack(checkpoint, block, stack, shared))
+            memory.give_back()
+        del shared
     block.refresh()
-    kept = {
-        choice.linear.name: LinearRecord(choice.linear.name, choice.linear.shape, kept=choice.kept)
-        for choice in choices
-    }
-    return [done.get(choice.linear.name, kept[choice.linear.name]) for choice in choices]
+    return done
+
+
+def _prune_stack(
+    checkpoint: Checkpoint, block: LoadedBlock, stack: list[Choice], stats: LinearStats
+) -> dict[str, LinearRecord]:
+    """Solve linears that share their input, their method and their pattern as one matrix."""
+    first = stack[0]
+    views = [choice.linear.view(block.state[choice.linear.parameter]) for choice in stack]
+    together = torch.cat(views) if len(views) > 1 else views[0]
+    plain = torch.contiguous_format
+    dense = together.to(checkpoint.device, torch.float32, copy=True, memory_format=plain)
+    del together
+    name = ", ".join(choice.linear.name for choice in stack)
+    solver, note = usable(first.solver, stats, name)
+    try:
+        pruned = solver.solve(dense, stats, first.pattern)
+    except SingularGram as error:
+        raise Failure(f"{name}: {error}") from None
+    note = note or _damped(solver, stats)
+    sizes = [choice.linear.shape[0] for choice in stack]
+    done = {}
+    for choice, view, before, after in zip(
+        stack, views, torch.split(dense, sizes), torch.split(pruned, sizes), strict=True
+    ):
+        view.copy_(after).add_(0.0)  # no zero is written as -0
+        check(view, choice)
+        done[choice.linear.name] = _record(choice, view, before, after, stats, note)
+    return done
 
 
 def usable(solver: Solver, stats: LinearStats, name: str) -> tuple[Solver, str | None]:
@@ -259,6 +282,7 @@ def plan(
 ) -> tuple[Checkpoint, Plan]:
     """What `prune` would do with these arguments, before any work; see `prune`."""
     chosen = assemble(recipe, options)
+    memory.frugal()
     checkpoint = Checkpoint(resolve(model, chosen.dtype), chosen.device, chosen.dtype)
     made = make_plan(checkpoint, chosen)
     for text in (chosen.calibration.source if made.needs_data else None, chosen.evaluate.text):
@@ -306,17 +330,17 @@ def _draw(checkpoint: Checkpoint, recipe: Recipe, length: int) -> data.Tokens:
     return tokens
 
 
-def _stacks(choices: tuple[Choice, ...], stats: dict[str, LinearStats]) -> list[list[Choice]]:
-    """Linears that share inputs, method and pattern are solved as one matrix where rows don't depend on each other."""
+def _stacks(choices: list[Choice]) -> list[list[Choice]]:
+    """Of linears that share an input, those with one method and pattern, where rows don't depend on each other."""
     stacks: dict[Any, list[Choice]] = {}
     for choice in choices:
-        if choice.kept is not None:
-            continue
-        shared = stats.get(choice.linear.name)
-        together = shared is not None and choice.pattern.row_independent
-        key = (id(shared), choice.solver, choice.pattern) if together else choice.linear.name
+        key = (choice.solver, choice.pattern) if choice.pattern.row_independent else choice.linear.name
         stacks.setdefault(key, []).append(choice)
     return list(stacks.values())
+
+
+def _left_dense(choice: Choice) -> LinearRecord:
+    return LinearRecord(choice.linear.name, choice.linear.shape, kept=choice.kept)
 
 
 def _record(

@@ -5,29 +5,25 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llmprune import solvers
+from llmprune.budget import Needs, Room, Schedule, Work, batch_size, room
 from llmprune.errors import UserError, unknown
 from llmprune.model.blocks import Chain, kinds, probe
 from llmprune.model.checkpoint import Checkpoint
-from llmprune.model.linears import Capture, Linear, find_linears
+from llmprune.model.linears import Input, Linear, Survey, find_linears
 from llmprune.model.skeleton import decoder_prefix
 from llmprune.patterns import NM, Unstructured, parse
-from llmprune.recipe import Recipe
+from llmprune.recipe import Recipe, parse_size
 from llmprune.solvers import Solver
-
-RUNTIME_BYTES = 450 * 2**20
-"""What Python, torch and transformers take by themselves, measured on Linux with the CPU build of torch 2.13."""
+from llmprune.stats import LEVELS
 
 DEFAULT_LENGTH = 2048
 
 UNSEEN_EXPERTS = "experts that transformers does not let run one by one: NOT pruned"
-
-BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
-"""Tokens that run through a block at once on a kind of device; whole sequences, at least one."""
 
 
 @dataclass(frozen=True)
@@ -60,18 +56,16 @@ class Plan:
         chain: how hidden states pass between blocks.
         weights: all weights of the checkpoint.
         others: weights that are in no linear: their kind to their number.
-        batch: sequences per forward.
-        length: tokens per calibration sequence.
-        memory: estimated peak per phase, in bytes.
+        schedule: how the work is laid out so that it fits into memory.
+        room: the memory that it was laid out for.
     """
 
     blocks: tuple[tuple[Choice, ...], ...]
     chain: Chain
     weights: int
     others: dict[str, int]
-    batch: int
-    length: int
-    memory: dict[str, int]
+    schedule: Schedule
+    room: Room
 
     @property
     def choices(self) -> list[Choice]:
@@ -94,9 +88,10 @@ class Plan:
         return any(choice.solver.needs != "nothing" for choice in self.pruned)
 
     @property
-    def peak_memory(self) -> int:
-        """The estimated peak in bytes."""
-        return max(self.memory.values())
+    def spare(self) -> int:
+        """Bytes of the host that an evaluation may take beyond what it needs."""
+        needed = self.schedule.memory.get("evaluate")
+        return 0 if needed is None else max(0, self.room.host - needed.host)
 
     @property
     def uncovered(self) -> dict[str, float]:
@@ -115,10 +110,15 @@ class Plan:
             "weights": self.weights,
             "covered": self.covered,
             "uncovered": self.uncovered,
-            "memory": self.memory,
-            "peak_memory": self.peak_memory,
-            "batch": self.batch,
-            "length": self.length,
+            "memory": {phase: peak.host for phase, peak in self.schedule.memory.items()},
+            "peak_memory": self.schedule.peak.host,
+            "device_memory": {phase: peak.device for phase, peak in self.schedule.memory.items() if peak.device},
+            "peak_device_memory": self.schedule.peak.device or None,
+            "batch": self.schedule.batch,
+            "length": self.schedule.length,
+            "activations": self.schedule.place if self.needs_data else None,
+            "overlap": self.schedule.overlap,
+            "passes": max(map(len, self.schedule.passes)),
             "linears": [
                 {
                     "name": choice.linear.name,
@@ -141,21 +141,21 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     """
     default = _resolve(recipe, None)
     rules = [_resolve(recipe, number) for number in range(len(recipe.rules))]
-    called: dict[int, set[str]] = {}
+    surveys: dict[int, Survey] = {}
 
     @contextlib.contextmanager
     def watch(number: int) -> Iterator[None]:
         name = checkpoint.blocks[number]
-        linears = find_linears(checkpoint.block(name), name)
-        capture = Capture(linears, {linear.name: "nothing" for linear in linears}, checkpoint.device)
-        with capture.watching(checkpoint.block(name), name):
+        surveys[number] = Survey(find_linears(checkpoint.block(name), name))
+        with surveys[number].watching(checkpoint.block(name), name):
             yield
-        modules = {linear.module for linear in linears if linear.name in capture.stats}
-        called[number] = {module.removeprefix(name) for module in modules}
 
     chain = probe(checkpoint, watch)
-    blocks = []
+    blocks, works = [], []
     for number, kind in enumerate(kinds(checkpoint)):
+        survey, like = surveys[kind], checkpoint.blocks[kind]
+        groups = [[name.removeprefix(like) for name in group] for group in survey.groups]
+        called = {name for group in groups for name in group}
         checkpoint.check_revertible(number)
         name = checkpoint.blocks[number]
         choices = []
@@ -167,20 +167,26 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
                 kept = "ignored"
             elif rule is not None and recipe.rules[rule].skip:
                 kept = f"skipped by rule {rule + 1}"
-            elif solver.needs != "nothing" and linear.module.removeprefix(name) not in called[kind]:
+            elif solver.needs != "nothing" and linear.name.removeprefix(name) not in called:
                 kept = "its inputs cannot be seen: its weight is read without calling it"
             choices.append(Choice(linear, method, solver, pattern, kept, None if rule is None else rule + 1))
         blocks.append(tuple(choices))
+        inputs = _inputs(choices, [[name + rest for rest in group] for group in groups])
+        works.append(_work(number, choices, inputs, survey.again))
     _check_names(checkpoint, recipe, blocks)
     _check_shapes(recipe, blocks)
     if not any(choice.kept is None for block in blocks for choice in block):
         raise UserError("nothing is left to prune: every linear is ignored, skipped or cannot be pruned")
 
     length = sequence_length(checkpoint, recipe.calibration.length)
-    batch = min(recipe.calibration.samples, batch_size(checkpoint, length))
+    cap = parse_size(recipe.max_memory) if recipe.max_memory is not None else None
+    data = any(choice.kept is None and choice.solver.needs != "nothing" for block in blocks for choice in block)
+    text = None if recipe.evaluate.text is None else sequence_length(checkpoint, recipe.evaluate.length)
+    needs = Needs(checkpoint, works, recipe.calibration.samples if data else 0, length, text)
+    had = room(checkpoint, cap)
+    schedule = needs.schedule(min(recipe.calibration.samples, batch_size(checkpoint, length)), had)
     weights = sum(info.numel for info in checkpoint.index.values())
-    memory = _estimate(checkpoint, recipe, blocks, batch, length)
-    return Plan(tuple(blocks), chain, weights, _others(checkpoint, blocks), batch, length, memory)
+    return Plan(tuple(blocks), chain, weights, _others(checkpoint, blocks), schedule, had)
 
 
 def sequence_length(checkpoint: Checkpoint, asked: int | None) -> int:
@@ -198,11 +204,6 @@ def sequence_length(checkpoint: Checkpoint, asked: int | None) -> int:
             f"ask for at most that (--length {longest})"
         )
     return asked
-
-
-def batch_size(checkpoint: Checkpoint, length: int) -> int:
-    """How many sequences of a length run through a block at once."""
-    return max(1, BATCH_TOKENS.get(checkpoint.device.type, BATCH_TOKENS["cpu"]) // length)
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -281,47 +282,30 @@ def _others(checkpoint: Checkpoint, blocks: list[tuple[Choice, ...]]) -> dict[st
     return found
 
 
-def _estimate(
-    checkpoint: Checkpoint, recipe: Recipe, blocks: list[tuple[Choice, ...]], batch: int, length: int
-) -> dict[str, int]:
-    """Peak bytes of each phase, from shapes alone; host and device together."""
-    run = checkpoint.dtype.itemsize
-    tokens = batch * length
-    hidden = checkpoint.hidden_size
-    data = any(choice.kept is None and choice.solver.needs != "nothing" for block in blocks for choice in block)
-    flowing = recipe.calibration.samples * length * hidden * run if data else 0
-    embed = sum(checkpoint.index[key].nbytes for key in checkpoint.outer_keys)
-    outer = max((checkpoint.index[key].nbytes for key in checkpoint.outer_keys), default=0)
-    largest = max(sum(checkpoint.index[key].nbytes for key in keys) for keys in checkpoint.block_keys)
-    peak_capture = peak_solve = 0
-    for number, block in enumerate(blocks):
-        stored = sum(checkpoint.index[key].nbytes for key in checkpoint.block_keys[number])
-        elements = sum(checkpoint.index[key].numel for key in checkpoint.block_keys[number])
-        copied = checkpoint.device.type != "cpu" or any(
-            checkpoint.index[key].dtype != checkpoint.dtype for key in checkpoint.block_keys[number]
-        )
-        loaded = stored + (elements * run if copied else 0)
-        inputs: dict[str, tuple[int, bool]] = {}
-        for choice in block:
-            name = choice.linear.name
-            # Linears of one parent and one width mostly share their input (q/k/v, gate/up).
-            parent = name.rsplit(".", 1)[0]
-            gram = choice.kept is None and choice.solver.needs == "gram"
-            key = f"{parent}:{choice.linear.shape[1]}"
-            inputs[key] = (choice.linear.shape[1], gram or inputs.get(key, (0, False))[1])
-        grams = sum(width * width * 4 for width, gram in inputs.values() if gram)
-        widest = max((choice.linear.shape for choice in block), key=lambda shape: shape[1], default=(0, 0))
-        flow = tokens * run * (6 * hidden + 2 * sum({choice.linear.shape[0] for choice in block}))
-        upcast = tokens * widest[1] * 4
-        # The block before may still be on its way to the disk.
-        peak_capture = max(peak_capture, stored + loaded + grams + (flow + upcast if data else 0))
-        work = sum({4 * choice.linear.numel for choice in block if choice.kept is None} or {0})
-        factor = 4 * widest[1] ** 2 * 4 if grams else 0
-        peak_solve = max(peak_solve, loaded + grams + factor + 3 * work, 2 * stored)
-    base = RUNTIME_BYTES + flowing
-    return {
-        "embed": base + (embed + tokens * hidden * run * 4 if data else 0),
-        "capture": base + peak_capture,
-        "solve": base + peak_solve,
-        "copy": RUNTIME_BYTES + 2 * max(largest, outer),
-    }
+def _inputs(choices: Sequence[Choice], groups: Sequence[Sequence[str]]) -> tuple[Input, ...]:
+    """What the linears that are pruned are given, in the order in which it comes about.
+
+    Args:
+        groups: names of linears that share an input, in that order. Linears that are in none of them, because their
+            weight is read without calling them, come first: what they do may come before anything else.
+    """
+    pruned = {choice.linear.name: choice for choice in choices if choice.kept is None}
+    known = {name for group in groups for name in group}
+    inputs = []
+    for group in [*([name] for name in pruned if name not in known), *groups]:
+        if names := tuple(name for name in group if name in pruned):
+            needs = max((pruned[name].solver.needs for name in names), key=LEVELS.index)
+            inputs.append(Input(names, pruned[names[0]].linear.shape[1], needs))
+    return tuple(inputs)
+
+
+def _work(number: int, choices: Sequence[Choice], inputs: tuple[Input, ...], whole: bool) -> Work:
+    chosen = {choice.linear.name: choice for choice in choices}
+    rows = []
+    for entry in inputs:
+        counts = [chosen[name].linear.shape[0] for name in entry.linears]
+        independent = all(chosen[name].pattern.row_independent for name in entry.linears)
+        rows.append(sum(counts) if independent else max(counts))
+    widest = max((max(choice.linear.shape) for choice in choices), default=0)
+    largest = max((choice.linear.numel for choice in choices), default=0)
+    return Work(number, inputs, tuple(rows), whole, widest, largest)

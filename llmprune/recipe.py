@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import types
 import typing
@@ -101,6 +102,8 @@ class Recipe:
         dtype: what the blocks are run in: `auto` (the checkpoint's), `float32`, `bfloat16`, `float16`. Solving is
             always float32, and the result is written in the checkpoint's own dtype.
         shard_size: the largest shard to write; a block that is larger takes several.
+        max_memory: the most that the process may take of the host's memory (`8GiB`); the work is laid out so that it
+            fits. By default what is free.
         evaluate: perplexity before and after.
     """
 
@@ -113,12 +116,15 @@ class Recipe:
     device: str = "auto"
     dtype: str = "auto"
     shard_size: str = "5GB"
+    max_memory: str | None = None
     evaluate: Evaluation = field(default_factory=Evaluation)
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UserError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         parse_size(self.shard_size)
+        if self.max_memory is not None:
+            parse_size(self.max_memory)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
@@ -296,6 +302,16 @@ def parse_size(text: str) -> int:
         raise UserError(f"size {text!r} is not understood: write 5GB, 512MiB or a number of bytes")
     step = 1024 if found[3] else 1000
     return max(1, int(float(found[1]) * step ** " kmgt".index(found[2].lower() or " ")))
+
+
+def format_size(count: int) -> str:
+    """A size in the form that `parse_size` takes, rounded up in its third figure."""
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        whole = 1024 ** ("KiB", "MiB", "GiB", "TiB").index(unit) * 1024
+        if count >= whole:
+            digits = max(0, 3 - len(str(count // whole)))
+            return f"{math.ceil(count / whole * 10**digits) / 10**digits:.{digits}f}{unit}"
+    return f"{count}B"
 
 
 SHORT = {

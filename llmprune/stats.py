@@ -102,13 +102,11 @@ class LinearStats:
             tried.append(min(1.0, 10 * tried[-1]))
         for dtype in (torch.float32, torch.float64):
             for relative in tried:
-                damped = self.gram.flip(0, 1).to(dtype).div_(scale)
-                damped.diagonal().add_(relative).masked_fill_(self.dead.flip(0), 1.0)
-                upper = _inverse_upper(damped)
+                upper = _inverse_upper(self.gram, scale, relative, self.dead, dtype)
                 if upper is not None:
                     self.damping = relative
-                    self._factor = (damping, upper.div_(scale**0.5).float())
-                    return self._factor[1]
+                    self._factor = (damping, upper)
+                    return upper
         raise SingularGram(
             f"the Gram of {self.tokens:,} tokens x {self.features:,} inputs is not positive definite with damping "
             f"{', '.join(f'{value:g}' for value in tried)} in float32 and float64; give it more calibration samples"
@@ -158,19 +156,26 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a @ b.T
 
 
-def _inverse_upper(matrix: Tensor) -> Tensor | None:
-    """Upper triangular U with A⁻¹ = UᵀU, or None when A is not positive definite.
+def _inverse_upper(gram: Tensor, scale: float, damping: float, dead: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Upper triangular U with (G + damping · scale · I)⁻¹ = UᵀU, or None when that G is not positive definite.
 
     With J the reversal of order, JAJ = LLᵀ gives A = RRᵀ for the upper triangular R = JLJ, hence A⁻¹ = R⁻ᵀR⁻¹ and
-    U = R⁻¹ = JL⁻¹J: one factorisation and one triangular inverse, each in place.
+    U = R⁻¹ = JL⁻¹J: one factorisation and one triangular inverse, each in place. Besides the Gram, two matrices of its
+    size are held at a time.
 
     Args:
-        matrix: JAJ, symmetric; it is overwritten.
+        gram: (in, in), not changed.
+        dead: (in,) bool, inputs that get a one on the diagonal.
+        dtype: what is computed in; the result is float32.
     """
-    lower, info = matrix.mT, torch.empty((), dtype=torch.int32, device=matrix.device)
+    lower, info = gram.flip(0, 1).to(dtype).div_(scale).mT, torch.empty((), dtype=torch.int32, device=gram.device)
+    lower.diagonal().add_(damping).masked_fill_(dead.flip(0), 1.0)
     torch.linalg.cholesky_ex(lower, out=(lower, info))  # in the order of LAPACK no copy is made
     if int(info) != 0:
         return None
-    inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device).mT
+    inverse = torch.eye(len(lower), dtype=dtype, device=lower.device).mT
     torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
-    return inverse.flip(0, 1) if bool(torch.isfinite(inverse).all()) else None
+    del lower
+    upper = inverse.flip(0, 1)
+    del inverse
+    return upper.div_(scale**0.5).float() if bool(torch.isfinite(upper).all()) else None

@@ -48,8 +48,8 @@ def test_streaming_gives_the_logits_of_the_whole_model(family: str, folders: dic
     checkpoint.load_outer(head=True)
     streamed = torch.cat(
         [
-            blocks.logits(checkpoint, chain, part, hidden)
-            for part, hidden in zip((tokens[:2], tokens[2:]), activations.hidden, strict=True)
+            blocks.logits(checkpoint, chain, part, activations.read(batch))
+            for batch, part in enumerate((tokens[:2], tokens[2:]))
         ]
     )
     with torch.no_grad():

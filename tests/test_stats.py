@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import Failure, SingularGram
-from llmprune.model.linears import Capture, Linear, find_linears
+from llmprune.model.linears import Capture, Input, Linear, Survey, find_linears
 from llmprune.stats import LEVELS, LinearStats, Needs
 
 WIDTHS = [1, 7, 100, 255, 256, 257, 600]
@@ -270,13 +270,14 @@ def test_relative_error_is_not_known_without_inputs(needs: Needs) -> None:
     assert stats.relative_error(torch.randn(4, 8), torch.zeros(4, 8)) is None
 
 
-def capture(**needs: Needs) -> Capture:
-    linears = [Linear(name, f"{name}.weight", name, (4, 8)) for name in needs]
-    return Capture(linears, needs, torch.device("cpu"))
+def capture(*groups: str, needs: Needs = "gram") -> Capture:
+    """A watch for linears of one letter each; those of one word share their input."""
+    linears = [Linear(name, f"{name}.weight", name, (4, 8)) for group in groups for name in group]
+    return Capture([Input(tuple(group), 8, needs) for group in groups], linears, torch.device("cpu"))
 
 
 def test_linears_that_are_given_one_tensor_share_its_statistics() -> None:
-    watch = capture(q="gram", k="gram", o="gram")
+    watch = capture("qk", "o")
     batches = [inputs(20, 8, seed) for seed in range(2)]
     for x in batches:
         watch.saw("q", x)
@@ -292,21 +293,29 @@ def test_linears_that_are_given_one_tensor_share_its_statistics() -> None:
     torch.testing.assert_close(watch.stats["o"].gram, watch.stats["q"].gram)
 
 
-def test_linears_with_other_needs_share_nothing() -> None:
-    watch = capture(q="gram", k="norms", v="gram")
+def test_a_survey_tells_what_is_run_in_which_order_and_what_is_shared() -> None:
+    survey = Survey([Linear(name, f"{name}.weight", name, (4, 8)) for name in "abqkvo"])
     x = inputs(20, 8)
-    for name in "qkv":
-        watch.saw(name, x)
+    for name, given in (("q", x), ("k", x), ("o", x.clone()), ("v", x), ("a", x[:0])):
+        survey.saw(name, given)
+    assert survey.groups == [["q", "k", "v"], ["o"], ["a"]]
+    assert not survey.again
+    survey.saw("q", x)
+    assert survey.again
+
+
+def test_an_input_that_no_token_reaches_has_empty_statistics() -> None:
+    watch = capture("ab", "c", needs="norms")
+    watch.saw("c", inputs(20, 8))
     watch.finish()
-    assert watch.stats["q"] is watch.stats["v"]
-    assert watch.stats["k"] is not watch.stats["q"]
-    assert watch.stats["k"].needs == "norms"
-    torch.testing.assert_close(watch.stats["k"].norms, watch.stats["q"].norms)
+    assert watch.stats["a"] is watch.stats["b"]
+    assert watch.stats["a"].tokens == 0
+    assert watch.stats["c"].tokens == 20
 
 
 @pytest.mark.parametrize("leader_seen", [True, False])
 def test_linears_that_no_longer_share_are_an_error(leader_seen: bool) -> None:
-    watch = capture(q="norms", k="norms")
+    watch = capture("qk", needs="norms")
     x = inputs(20, 8)
     watch.saw("q", x)
     watch.saw("k", x)
@@ -337,7 +346,7 @@ def test_what_is_not_computed_changes_no_statistics(twice: bool) -> None:
     block = Block(twice)
     linears = find_linears(block, "block")
     seen: dict[str, list[Tensor]] = {linear.name: [] for linear in linears}
-    watch = Capture(linears, {linear.name: "gram" for linear in linears}, torch.device("cpu"))
+    watch = Capture([Input((one.name,), one.shape[1], "gram") for one in linears], linears, torch.device("cpu"))
     batches = [inputs(20, 8, seed) for seed in range(4)]
     outputs = []
     with torch.no_grad(), watch.watching(block, "block"):
@@ -365,7 +374,7 @@ def test_a_module_that_only_runs_at_times_after_the_last_is_an_error() -> None:
 
     block.forward = sometimes  # type: ignore[method-assign]
     linears = find_linears(block, "block")
-    watch = Capture(linears, {linear.name: "norms" for linear in linears}, torch.device("cpu"))
+    watch = Capture([Input((one.name,), one.shape[1], "norms") for one in linears], linears, torch.device("cpu"))
     with torch.no_grad(), watch.watching(block, "block"):
         block(inputs(20, 8))
         watch.next_batch()

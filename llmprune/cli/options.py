@@ -37,6 +37,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... [a GPU where there is one]")
     add("--dtype", metavar="NAME", help="run the blocks in float32, bfloat16 or float16 [the checkpoint's]")
     add("--shard-size", metavar="SIZE", help="the largest file to write [5GB]")
+    add("--max-memory", metavar="SIZE", help="stay below this much of the host's memory, such as 8GiB [what is free]")
     add("--evaluate", metavar="TEXT", help="measure perplexity on this text before and after pruning")
     add("--set", action="append", metavar="KEY=VALUE", help="any recipe key, such as method.damping=0.05; repeat")
 
@@ -47,8 +48,8 @@ def recipe_options(chosen: argparse.Namespace, default: Mapping[str, Any] | None
     Args:
         default: the recipe where no file is named.
     """
-    names = ("sparsity", "method", "scope", "calibration", "samples", "length", "seed", "device", "dtype", "shard_size")
-    options = {name: getattr(chosen, name) for name in (*names, "evaluate")}
+    names = ("sparsity", "method", "scope", "calibration", "samples", "length", "seed", "device", "dtype")
+    options = {name: getattr(chosen, name) for name in (*names, "shard_size", "max_memory", "evaluate")}
     recipe = assemble(chosen.recipe if chosen.recipe is not None else default, options)
     if chosen.ignore:
         recipe = recipe.override("ignore", [*recipe.ignore, *chosen.ignore])

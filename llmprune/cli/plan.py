@@ -41,6 +41,6 @@ def run(chosen: argparse.Namespace) -> int:
         console.print(f"not covered  {share:.1%}  {name}", highlight=False)
     if rest := sum(made.uncovered.values()) - sum(shown.values()):
         console.print(f"not covered  {rest:.2%}  smaller things, see --json", highlight=False)
-    phases = ", ".join(f"{name} {tables.size(value)}" for name, value in made.memory.items())
-    console.print(f"peak memory  about {tables.size(made.peak_memory)} ({phases})", highlight=False)
+    for line in tables.memory_lines(made):
+        console.print(line, highlight=False)
     return 0

@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from llmprune import data, memory
+from llmprune.budget import LOSS_TOKENS, batch_size
 from llmprune.errors import Failure, UserError
 from llmprune.model import blocks
+from llmprune.model.activations import Activations
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.source import resolve
-from llmprune.plan import batch_size, sequence_length
+from llmprune.plan import sequence_length
 from llmprune.progress import Progress, Silent
 from llmprune.recipe import Evaluation
 from llmprune.report.record import Perplexity
-
-_LOSS_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,15 @@ def read_text(checkpoint: Checkpoint, chosen: Evaluation) -> Text:
     return Text(chosen.text, ids[: count * length].reshape(count, length))
 
 
-def dense(checkpoint: Checkpoint, text: Text, chosen: Evaluation, progress: Progress) -> Perplexity:
-    """Measure the model before it is pruned.
+def dense(
+    checkpoint: Checkpoint, text: Text, chosen: Evaluation, progress: Progress, spare: int | None = None
+) -> Perplexity:
+    """Measure the model before it is pruned; see `measure`.
 
     Raises:
         UserError: it is broken: worse than the stated bound.
     """
-    found = measure(checkpoint, text, progress, "evaluating the dense model")
+    found = measure(checkpoint, text, progress, "evaluating the dense model", spare)
     if chosen.max_perplexity is not None and not found.value <= chosen.max_perplexity:
         raise UserError(
             f"{checkpoint.source.name} is broken before it is pruned: perplexity {found}, and the bound is "
@@ -106,10 +108,15 @@ def dense(checkpoint: Checkpoint, text: Text, chosen: Evaluation, progress: Prog
     return found
 
 
-def measure(checkpoint: Checkpoint, text: Text, progress: Progress, title: str = "evaluating") -> Perplexity:
+def measure(
+    checkpoint: Checkpoint, text: Text, progress: Progress, title: str = "evaluating", spare: int | None = None
+) -> Perplexity:
     """The perplexity of an open checkpoint, one block in memory at a time.
 
     All windows go through a block before the next is read, as far as a quarter of the free memory holds them.
+
+    Args:
+        spare: bytes that windows may take beyond the first batch of them.
     """
     began = time.monotonic()
     checkpoint.check_tokens(text.windows)
@@ -117,20 +124,22 @@ def measure(checkpoint: Checkpoint, text: Text, progress: Progress, title: str =
     count, length = text.windows.shape
     size = checkpoint.hidden_size * length * checkpoint.dtype.itemsize
     batch = batch_size(checkpoint, length)
-    at_once = max(1, memory.available() // 4 // size // batch) * batch
+    free = memory.available() // 4
+    at_once = max(1, min(free, batch * size + (free if spare is None else spare)) // size // batch) * batch
     passes = torch.split(text.windows, at_once)
     total = 0.0
     steps = [(number, block) for number in range(len(passes)) for block in range(len(checkpoint.blocks))]
-    activations = blocks.Activations()
+    activations = None
     for number, block in progress.over(steps, title):
         batches = list(torch.split(passes[number], batch))
         if block == 0:
             activations = blocks.start(checkpoint, chain, batches)
+        assert activations is not None
         checkpoint.load_block(block)
         blocks.advance(checkpoint, block, activations)
         checkpoint.unload_block(block)
         if block == len(checkpoint.blocks) - 1:
-            total += _loss(checkpoint, chain, batches, activations.hidden)
+            total += _loss(checkpoint, chain, batches, activations)
     predicted = count * (length - 1)
     mean = total / predicted
     if not math.isfinite(mean):
@@ -139,15 +148,15 @@ def measure(checkpoint: Checkpoint, text: Text, progress: Progress, title: str =
     return Perplexity(value, text.name, length, count, predicted, round(time.monotonic() - began, 3))
 
 
-def _loss(checkpoint: Checkpoint, chain: blocks.Chain, batches: list[Tensor], hidden: list[Tensor]) -> float:
+def _loss(checkpoint: Checkpoint, chain: blocks.Chain, batches: list[Tensor], activations: Activations) -> float:
     """The summed negative log likelihood of every token but the first of each window."""
     checkpoint.load_outer(head=True)
     total = 0.0
-    for tokens, states in zip(batches, hidden, strict=True):
-        for window, state in zip(tokens[:, None], states[:, None], strict=True):
+    for batch, tokens in enumerate(batches):
+        for window, state in zip(tokens[:, None], activations.read(batch)[:, None], strict=True):
             scores = blocks.logits(checkpoint, chain, window, state)[0, :-1]
             wanted = window[0, 1:].to(scores.device)
-            for part, target in zip(torch.split(scores, _LOSS_TOKENS), torch.split(wanted, _LOSS_TOKENS), strict=True):
+            for part, target in zip(torch.split(scores, LOSS_TOKENS), torch.split(wanted, LOSS_TOKENS), strict=True):
                 total += float(functional.cross_entropy(part.float(), target, reduction="sum"))
     checkpoint.unload()
     return total

@@ -10,27 +10,18 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmprune.errors import Failure, LLMPruneError, UserError
+from llmprune.model.activations import HIDDEN, Activations, Call, Place
 from llmprune.model.checkpoint import Checkpoint
 
 PROBE_TOKENS = 16
-
-HIDDEN = object()
-"""Stands in a recorded call where the hidden states go."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """The arguments of one block for one batch, with `HIDDEN` in the place of the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -53,19 +44,6 @@ class Chain:
         """The hidden states among a block's arguments."""
         value: Tensor = args[self.slot] if isinstance(self.slot, int) else kwargs[self.slot]
         return value
-
-
-@dataclass
-class Activations:
-    """What flows between two blocks, for all batches.
-
-    Attributes:
-        hidden: per batch (sequences, length, hidden), on the host.
-        calls: per block and batch, its own arguments; equal tensors are kept once.
-    """
-
-    hidden: list[Tensor] = field(default_factory=list)
-    calls: list[list[Call]] = field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -190,14 +168,21 @@ def _probe(checkpoint: Checkpoint, watch: Watch) -> Chain:
     return chain
 
 
-def start(checkpoint: Checkpoint, chain: Chain, batches: Sequence[Tensor]) -> Activations:
+def start(
+    checkpoint: Checkpoint,
+    chain: Chain,
+    batches: Sequence[Tensor],
+    place: Place = "host",
+    folder: Path | None = None,
+) -> Activations:
     """Embed all batches and record what each block is called with; the outer weights are loaded only meanwhile.
 
     Args:
         batches: token ids (sequences, length) each.
+        place, folder: see `Activations`.
     """
     blocks = [checkpoint.block(name) for name in checkpoint.blocks]
-    activations = Activations(calls=[[] for _ in blocks])
+    activations = Activations(len(blocks), checkpoint.device, place, folder)
     pool = _Pool()
 
     def recorder(number: int) -> Callable[..., Any]:
@@ -206,7 +191,7 @@ def start(checkpoint: Checkpoint, chain: Chain, batches: Sequence[Tensor]) -> Ac
             if number == 0:
                 if not bool(torch.isfinite(hidden).all()):
                     raise Failure(f"the embeddings of {checkpoint.source.name} hold NaN or infinite values")
-                activations.hidden.append(hidden.detach().to("cpu", copy=True))
+                activations.add(hidden)
             values = {
                 place: HIDDEN if place == chain.slot else pool.keep(value)
                 for place, value in _arguments(args, kwargs).items()
@@ -243,17 +228,14 @@ def advance(checkpoint: Checkpoint, number: int, activations: Activations) -> No
         Failure: the block returns NaN or infinite values.
     """
     block = checkpoint.block(checkpoint.blocks[number])
-    for batch, hidden in enumerate(activations.hidden):
-        output = run(block, activations.calls[number][batch], hidden.to(checkpoint.device))
+    for batch, call in enumerate(activations.calls[number]):
+        output = run(block, call, activations.read(batch))
         if not bool(torch.isfinite(output).all()):
             raise Failure(
                 f"{checkpoint.blocks[number]} returns NaN or infinite activations (batch {batch}) in "
                 f"{str(checkpoint.dtype).removeprefix('torch.')}; try --dtype float32, and check the checkpoint"
             )
-        if hidden.dtype == output.dtype:
-            hidden.copy_(output)  # in place: memory that is freed and taken again batch by batch falls to pieces
-        else:
-            activations.hidden[batch] = output.to("cpu", copy=True)
+        activations.write(batch, output)
     activations.calls[number].clear()
 
 

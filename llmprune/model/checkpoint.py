@@ -7,9 +7,10 @@ back, are private to transformers 5; all use of them is in this file.
 from __future__ import annotations
 
 import copy
+import io
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -30,9 +30,28 @@ from transformers.core_model_loading import (
 
 from llmprune import memory
 from llmprune.errors import Failure, UserError
-from llmprune.model.index import read_header, read_index
+from llmprune.model.index import TensorInfo, read_header, read_index
 from llmprune.model.skeleton import decoder_prefix, find_blocks, make_skeleton, pick_device, read_config
 from llmprune.model.source import Source, quiet
+
+_AT_ONCE = 2**22
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that some tensors take.
+
+    Attributes:
+        stored: as the files hold them.
+        converted: those of them that are in another layout in the model, and held in both while they are written.
+        reading: what is held for a moment besides while they are read and converted.
+        copied: what is held besides, where they are run on another device or in another dtype.
+    """
+
+    stored: int
+    converted: int
+    reading: int
+    copied: int
 
 
 @dataclass
@@ -149,14 +168,24 @@ class Checkpoint:
             Failure: one does; the message names it.
         """
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not bool(torch.isfinite(tensor).all()):
-                bad = int((~torch.isfinite(tensor)).sum())
+            if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
+                continue
+            parts = torch.split(tensor.flatten(), _AT_ONCE)  # the test takes several times the memory of what is tested
+            if bad := sum(int((~torch.isfinite(part)).sum()) for part in parts if not bool(torch.isfinite(part).all())):
                 raise Failure(
                     f"{name} in {self.source.name} holds {bad:,} NaN or infinite values: its weights are broken"
                 )
 
     def load_outer(self, head: bool = False) -> None:
         """Read what surrounds the blocks: the embeddings and norms of the decoder, and with `head` the output layer."""
+        self._load(self.outer(head), "")
+        if self._tied():
+            missing = {name for name, value in self.model.state_dict().items() if value.device.type == "meta"}
+            with quiet():
+                self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+
+    def outer(self, head: bool) -> list[str]:
+        """The keys that `load_outer` reads."""
         decoder = decoder_prefix(self.model)
         heads = {name for name, _ in self.model.named_children()} - {decoder.split(".")[0]}
         tied = {name for pair in self._tied().items() for name in pair}
@@ -164,12 +193,23 @@ class Checkpoint:
         def needed(name: str) -> bool:
             return name.startswith(decoder) or name in tied or (head and name.split(".")[0] in heads)
 
-        wanted = [key for key in self.outer_keys if needed(self._targets[key][0])]
-        self._load(wanted, "")
-        if self._tied():
-            missing = {name for name, value in self.model.state_dict().items() if value.device.type == "meta"}
-            with quiet():
-                self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        return [key for key in self.outer_keys if needed(self._targets[key][0])]
+
+    def footprint(self, keys: Iterable[str]) -> Footprint:
+        """What tensors of the files take when they are loaded."""
+        stored = copied = 0
+        converted: dict[str, int] = {}
+        for key in sorted(keys, key=_natural):
+            info, run = self.index[key], self._run_dtypes[self._targets[key][0]]
+            stored += info.nbytes
+            if key in self._converted:
+                target = self._targets[key][0]
+                converted[target] = converted.get(target, 0) + info.nbytes
+            copied += info.numel * run.itemsize if self.device.type != "cpu" or run != info.dtype else 0
+        most = before = stored - sum(converted.values())
+        for size in converted.values():  # the parts, what is made of them on the way, and the result
+            most, before = max(most, before + 3 * size), before + size
+        return Footprint(stored, sum(converted.values()), max(0, most - stored), copied)
 
     def unload(self, prefix: str = "") -> None:
         """Put the loaded weights under a name prefix back on the meta device."""
@@ -199,8 +239,20 @@ class Checkpoint:
                     os.posix_fadvise(file.fileno(), info.offset, info.nbytes, os.POSIX_FADV_WILLNEED)
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors exactly as the files hold them."""
-        return {key: tensor[...] for key, tensor in self._open(keys)}
+        """Tensors exactly as the files hold them, in memory of their own.
+
+        Raises:
+            OSError: a file cannot be read, or ends too early.
+        """
+        found: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            files: dict[Path, io.FileIO] = {}
+            for key in keys:
+                info = self.index[key]
+                if info.file not in files:
+                    files[info.file] = stack.enter_context(io.FileIO(info.file))
+                found[key] = _read(files[info.file], info)
+        return found
 
     def read_from(self, file: Path, keys: Iterable[str]) -> None:
         """Take some tensors from another file from now on, which has them in the same dtype and shape."""
@@ -327,25 +379,24 @@ class Checkpoint:
 
     # -- moving weights ----------------------------------------------------------------------------------------------
 
-    def _open(self, keys: Iterable[str]) -> Iterator[tuple[str, Any]]:
-        """Each key with a handle that reads it when sliced; files are opened once and closed at the end."""
-        with ExitStack() as stack:
-            files: dict[Path, Any] = {}
-            for key in keys:
-                path = self.index[key].file
-                if path not in files:
-                    files[path] = stack.enter_context(safe_open(path, framework="pt"))
-                yield key, files[path].get_slice(key)
-
     def _load(self, keys: list[str], prefix: str) -> dict[str, Tensor]:
-        """Load keys into the skeleton; returns the tensors by their names in the model, as stored."""
-        try:
-            converted = self._convert(self.read(keys))
-        except (SafetensorError, OSError) as error:
-            raise Failure(f"{self.source.name}: reading {prefix or 'the embeddings'} failed: {error}") from None
-        loaded = {}
-        for name in sorted(converted, key=_natural):
-            loaded[name], wanted = converted[name], self._get(name).shape
+        """Load keys into the skeleton; returns the tensors by their names in the model, as stored.
+
+        What is put together from several keys is read and put together by itself, to hold little of it twice.
+        """
+        groups: dict[str, list[str]] = {}
+        for key in sorted(keys, key=_natural):
+            groups.setdefault(self._targets[key][0] if key in self._converted else "", []).append(key)
+        loaded: dict[str, Tensor] = {}
+        for group in groups.values():
+            try:
+                loaded.update(self._convert(self.read(group)))
+            except OSError as error:
+                raise Failure(f"{self.source.name}: reading {prefix or 'the embeddings'} failed: {error}") from None
+            if group[0] in self._converted:
+                memory.give_back()
+        for name in sorted(loaded, key=_natural):
+            wanted = self._get(name).shape
             if loaded[name].shape != wanted:
                 stored = tuple(loaded[name].shape)
                 raise Failure(f"{self.source.name}: {name} has the shape {stored}, the config asks for {tuple(wanted)}")
@@ -427,6 +478,18 @@ class Checkpoint:
             module._buffers[leaf] = value
         else:
             module._parameters[leaf] = nn.Parameter(value.detach(), requires_grad=False)
+
+
+def _read(file: io.FileIO, info: TensorInfo) -> Tensor:
+    data = torch.empty(info.nbytes, dtype=torch.uint8)
+    rest = memoryview(data.numpy())  # type: ignore[arg-type]
+    file.seek(info.offset)
+    while len(rest):
+        count = file.readinto(rest)
+        if not count:
+            raise OSError(f"{info.file} ends before its header says")
+        rest = rest[count:]
+    return data.view(info.dtype).view(info.shape)
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

@@ -96,39 +96,49 @@ def _experts(module: Any, path: str) -> Iterator[Linear]:
                 yield Linear(name, f"{path}.{parameter}", path, (count, columns), expert, transposed, span)
 
 
-class Capture:
-    """Collects the statistics of a block's linears while it runs; linears that are given the same tensor share them.
-
-    What the block returns is not to be used: from the second batch on, the module whose inputs are seen last gives
-    zeros instead of being computed, because nothing after it is of interest.
+@dataclass(frozen=True)
+class Input:
+    """A tensor inside a block that one or several linears are given, so that they share its statistics.
 
     Attributes:
-        stats: linear's name to its statistics; linears that were given nothing have none.
+        linears: their names.
+        features: its width.
+        needs: the most that any solver of these linears asks for.
     """
 
-    def __init__(self, linears: Sequence[Linear], needs: dict[str, Needs], device: torch.device) -> None:
-        """Watch the given linears.
+    linears: tuple[str, ...]
+    features: int
+    needs: Needs
 
-        Args:
-            needs: for each linear's name, what its solver asks for.
-        """
-        self.stats: dict[str, LinearStats] = {}
-        self._linears = linears
-        self.needs = needs
-        self._device = device
+
+class Watch:
+    """Is shown the inputs of some linears of a block while it runs.
+
+    Attributes:
+        linears: the linears by name.
+        everything: also show experts that no token reaches, with no rows.
+        last: the module that is not computed any more.
+        cut: whether the rest of this batch sees zeros.
+    """
+
+    everything = False
+
+    def __init__(self, linears: Sequence[Linear]) -> None:
+        self.linears = {linear.name: linear for linear in linears}
+        self.last: str | None = None
+        self.cut = False
         self._modules: dict[str, nn.Module] = {}
-        self._leader: dict[str, str] = {}
-        self._order: list[str] = []
-        self.last: str | None = None  # the module that is not computed any more
-        self.cut = False  # whether the rest of this batch sees zeros
-        self._current: dict[str, Tensor] = {}
+
+    def saw(self, name: str, inputs: Tensor) -> None:
+        """Take in the inputs (..., in) of one linear."""
+        raise NotImplementedError
 
     @contextlib.contextmanager
     def watching(self, block: nn.Module, name: str) -> Iterator[None]:
-        """Watch the block's linears while something runs inside; only the statistics are held on to afterwards."""
+        """Watch the block's linears while something runs inside."""
         self._modules = modules = dict(block.named_modules(prefix=name))
         handles, fused = [], {}
-        for linear in self._linears:
+        for linear in self.linears.values():
             if linear.expert is None:
                 handles.append(modules[linear.module].register_forward_pre_hook(self._hook(linear.name)))
             else:
@@ -142,13 +152,74 @@ class Capture:
                 handle.remove()
             if self.last is not None and self.last not in fused:
                 del modules[self.last].forward
-            self._current.clear()
+
+    def _hook(self, name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self.saw(name, inputs[0])
+
+        return hook
+
+
+class Survey(Watch):
+    """Finds out which linears of a block are run, in which order, and which of them are given the same tensor.
+
+    Attributes:
+        groups: names of linears, one list a tensor, in the order in which they are first run.
+        again: whether any linear is run more than once.
+    """
+
+    everything = True
+
+    def __init__(self, linears: Sequence[Linear]) -> None:
+        super().__init__(linears)
+        self.groups: list[list[str]] = []
+        self.again = False
+        self._tensors: list[Tensor] = []
+
+    def saw(self, name: str, inputs: Tensor) -> None:
+        """Take in the inputs of one linear."""
+        if any(name in group for group in self.groups):
+            self.again = True
+            return
+        for group, tensor in zip(self.groups, self._tensors, strict=True):
+            if _same(tensor, inputs):
+                group.append(name)
+                return
+        self.groups.append([name])
+        self._tensors.append(inputs)
+
+
+class Capture(Watch):
+    """Collects the statistics of a block's linears while it runs.
+
+    What the block returns is not to be used: from the second batch on, the module whose inputs are seen last gives
+    zeros instead of being computed, because nothing after it is of interest.
+
+    Attributes:
+        stats: linear's name to its statistics, which all linears of an `Input` share.
+    """
+
+    def __init__(self, inputs: Sequence[Input], linears: Sequence[Linear], device: torch.device) -> None:
+        """Watch for the given inputs.
+
+        Args:
+            linears: all that the inputs name, and perhaps others.
+        """
+        names = {name for entry in inputs for name in entry.linears}
+        super().__init__([linear for linear in linears if linear.name in names])
+        self.stats: dict[str, LinearStats] = {}
+        self._leader: dict[str, str] = {}
+        for entry in inputs:
+            self.stats.update(dict.fromkeys(entry.linears, LinearStats(entry.features, entry.needs, device)))
+            self._leader.update(dict.fromkeys(entry.linears, entry.linears[0]))
+        self._order: list[str] = []
+        self._current: dict[str, Tensor] = {}
 
     def next_batch(self) -> None:
         """Tell that a batch is through, and that the tensors seen in it are gone."""
         self._current.clear()
         if self.last is None and self._order and self._order.count(self._order[-1]) == 1:
-            linear = next(linear for linear in self._linears if linear.name == self._order[-1])
+            linear = self.linears[self._order[-1]]
             if (module := self._modules.get(linear.module)) is not None:
                 self.last = linear.module
                 if linear.expert is None:
@@ -157,7 +228,8 @@ class Capture:
         self.cut = False
 
     def finish(self) -> None:
-        """Make all statistics ready for solving."""
+        """Make all statistics ready for solving; the tensors seen are let go."""
+        self._current.clear()
         for stats in {id(value): value for value in self.stats.values()}.values():
             stats.finish()
 
@@ -167,14 +239,7 @@ class Capture:
             self._order.append(name)
         elif self.cut and not name.startswith(f"{self.last}."):
             raise Failure(f"{name} is run after {self.last} only at times: the model changes its course by its data")
-        leader = self._leader.get(name)
-        if leader is None:
-            shared = (other for other, tensor in self._current.items() if _same(tensor, inputs))
-            leader = next((other for other in shared if self.needs[other] == self.needs[name]), name)
-            self._leader[name] = leader
-            if leader == name:
-                self.stats[name] = LinearStats(inputs.shape[-1], self.needs[name], self._device)
-            self.stats[name] = self.stats[leader]
+        leader = self._leader[name]
         if leader == name:
             self._current[name] = inputs
             self.stats[name].add(inputs)
@@ -184,12 +249,6 @@ class Capture:
     def _zeros(self, features: int, inputs: Tensor) -> Tensor:
         self.cut = True
         return inputs.new_zeros(*inputs.shape[:-1], features)
-
-    def _hook(self, name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self.saw(name, inputs[0])
-
-        return hook
 
 
 def _same(first: Tensor, second: Tensor) -> bool:
@@ -203,9 +262,9 @@ def _same(first: Tensor, second: Tensor) -> bool:
 
 
 def _run_experts(
-    module: Any, path: str, capture: Capture, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    module: Any, path: str, watch: Watch, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Run fused experts one by one, showing each expert's inputs to the capture.
+    """Run fused experts one by one, showing each expert's inputs.
 
     Args:
         hidden: (tokens, hidden).
@@ -215,19 +274,23 @@ def _run_experts(
     total = torch.zeros_like(hidden, dtype=torch.float32)
     up = _first_projection(module)
     for expert in range(module.down_proj.shape[0]):
+        before = [name for part in ("gate_proj", "up_proj", up) if (name := f"{path}.{expert}.{part}") in watch.linears]
+        after = [name for name in (f"{path}.{expert}.down_proj",) if name in watch.linears]
         token, place = torch.where(top_k_index == expert)
-        if len(token) == 0:
+        if not (watch.everything or len(token)) or (watch.last == path and not before + after):
             continue
         inputs = hidden[token]
-        for part in ("gate_proj", "up_proj", up):
-            if (name := f"{path}.{expert}.{part}") in capture.needs:
-                capture.saw(name, inputs)
+        for name in dict.fromkeys(before):
+            watch.saw(name, inputs)
+        if watch.last == path and not after:
+            watch.cut = True
+            continue
         inner = _project(module, up, expert, inputs)
         inner = module._apply_gate(inner) if up == "gate_up_proj" else module.act_fn(inner)
-        if (name := f"{path}.{expert}.down_proj") in capture.needs:
-            capture.saw(name, inner)
-        if capture.last == path:
-            capture.cut = True
+        for name in after:
+            watch.saw(name, inner)
+        if watch.last == path:
+            watch.cut = True
             continue
         output = _project(module, "down_proj", expert, inner)
         if getattr(module, "has_post_expert_norm", False):

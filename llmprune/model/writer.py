@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llmprune import memory
 from llmprune.errors import Failure, UserError
 from llmprune.model.checkpoint import Checkpoint, LoadedBlock
 from llmprune.model.source import sha256_of
@@ -205,6 +206,8 @@ class Writer:
         if self._pending is not None:
             (writing, told), self._pending = self._pending, None
             writing.result()
+            del writing
+            memory.give_back()
             told()
 
     def finish(self) -> None:

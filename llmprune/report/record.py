@@ -112,6 +112,7 @@ class Report:
         dense, sparse: perplexity before and after, if asked for.
         seconds: time per phase and in total, of the process that finished the run.
         peak_memory: peak resident bytes of the process; `peak_device_memory` of the GPU.
+        predicted_memory: what the plan said it would be.
         shards: file name to sha256.
         side_files: what was copied from the source.
         versions: of everything that took part.
@@ -130,6 +131,7 @@ class Report:
     sparse: Perplexity | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: int = 0
+    predicted_memory: int = 0
     peak_device_memory: int | None = None
     shards: dict[str, str] = field(default_factory=dict)
     side_files: list[str] = field(default_factory=list)

@@ -53,6 +53,24 @@ def plan_table(plan: Plan, every: bool) -> Table:
     return table
 
 
+def memory_lines(plan: Plan) -> list[str]:
+    """What a run will take of memory, and how it is laid out for that."""
+    schedule = plan.schedule
+    phases = ", ".join(f"{name} {size(peak.host)}" for name, peak in schedule.memory.items())
+    lines = [f"peak memory  about {size(schedule.peak.host)} ({phases})"]
+    if schedule.peak.device:
+        phases = ", ".join(f"{name} {size(peak.device)}" for name, peak in schedule.memory.items() if peak.device)
+        lines.append(f"             on the GPU about {size(schedule.peak.device)} ({phases})")
+    if plan.needs_data:
+        most = max(map(len, schedule.passes))
+        passes = "one pass a block" if most == 1 else f"up to {most} passes a block"
+        held = {"device": "on the GPU", "host": "in memory", "disk": "on the disk"}[schedule.place]
+        lines.append(
+            f"laid out     {schedule.batch} x {schedule.length:,} tokens at once, activations {held}, {passes}"
+        )
+    return lines
+
+
 def result_table(report: Report) -> Table:
     """The result: sparsity and error by kind of linear."""
     table = Table(title="Pruned", title_justify="left")
@@ -81,7 +99,7 @@ def summary(report: Report) -> Table:
         f"{name} {value:.0f}" for name, value in report.seconds.items() if name != "total" and value >= 0.5
     )
     table.add_row("time", f"{report.seconds['total']:.0f} s ({phases})")
-    table.add_row("peak memory", size(report.peak_memory))
+    table.add_row("peak memory", f"{size(report.peak_memory)} (planned {size(report.predicted_memory)})")
     table.add_row("written to", f"{report.out} (masks verified)")
     return table
 

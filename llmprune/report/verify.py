@@ -77,6 +77,7 @@ def compare(folder: Path, linears: list[dict[str, Any]], shards: dict[str, str],
         for linear in find_linears(block.module, name):
             if record := promised.pop(linear.name, None):
                 verdict.problems += _compare(linear, linear.view(block.state[linear.parameter]), record)
+        del block
         checkpoint.unload_block(number)
     verdict.problems += [f"{name} is promised by {REPORT}, but the model has no such linear" for name in promised]
     verdict.changed = [
