@@ -25,9 +25,12 @@ BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 FREE_SHARE = 0.9
 """The part of the free memory that is counted on where the user names no cap."""
 
-GROWTH = 112 * 2**20
+GROWTH = 96 * 2**20
 """What a process takes on top of what it has when the plan is made: code that runs for the first time, threads, rows of
 attention scores, memory that was freed in pieces. Measured on Linux with the CPU build of torch 2.13."""
+
+EXPERTS = 64 * 2**20
+"""What experts take besides: code for their many shapes, see `memory.frugal`, and more pieces. Measured as well."""
 
 LOSS_TOKENS = 256
 """Tokens whose losses are computed at once in an evaluation."""
@@ -92,6 +95,7 @@ class Work:
         whole: whether all must be captured in one pass.
         widest: features of the widest tensor that flows inside the block.
         largest: elements of its largest weight matrix.
+        experts: whether it has any.
     """
 
     number: int
@@ -100,6 +104,7 @@ class Work:
     whole: bool
     widest: int
     largest: int
+    experts: bool
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,8 @@ class Needs:
         self._outer, self._whole = (checkpoint.footprint(checkpoint.outer(head)) for head in (False, True))
         others = [*checkpoint.outer_keys, *checkpoint.unclaimed_keys]
         self._largest = max([checkpoint.index[key].nbytes for key in others] + [size.stored for size in self._sizes])
-        self._base = Peak(memory.current() + GROWTH)
+        experts = any(work.experts for work in blocks)
+        self._base = Peak(memory.current() + GROWTH + (EXPERTS if experts else 0))
 
     def schedule(self, batch: int, had: Room) -> Schedule:
         """The fastest schedule that fits.

@@ -76,10 +76,11 @@ def frugal() -> None:
 
     By itself glibc would give large activations back to the system after every operation, and have them zeroed page by
     page for the next one, which takes a good part of the time of a forward: it keeps what is freed until `give_back`.
-    oneDNN keeps half a megabyte of code for each shape that it has multiplied, a thousand of them; experts, each with
-    another number of tokens, would fill that up. What the environment says goes before.
+    oneDNN, and torch before it, keep code for each shape that was multiplied, a thousand of them, half a megabyte each;
+    experts, each with another number of tokens, would fill that up. What the environment says goes before.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, "64")
     tune = getattr(_C_LIBRARY, "mallopt", None)
     if tune is not None:
         for option, value in ((_MMAP_THRESHOLD, 2**25), (_TRIM_THRESHOLD, 2**30), (_TOP_PAD, 2**25)):

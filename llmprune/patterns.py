@@ -152,31 +152,47 @@ def parse(text: str | float | Pattern, scope: Scope = "row") -> Unstructured | N
     return Unstructured(value, scope)
 
 
+_AT_ONCE = 2**22
+"""Weights that are compared at once where rows stand for themselves: few enough for the caches."""
+
+
 def _lowest(saliency: Tensor, count: int, dim: int | None) -> Tensor:
     """True at the `count` lowest of each row (dim -1) or of all (dim None); among equals at the earlier ones."""
     if count == 0:
         return torch.zeros_like(saliency, dtype=torch.bool)
-    threshold = _nth(saliency, count, dim)
+    if dim is None:
+        return _lowest_of_all(saliency, count)
+    found = torch.empty_like(saliency, dtype=torch.bool)
+    step = max(1, _AT_ONCE // saliency.shape[-1])
+    for rows, lowest in zip(torch.split(saliency, step), torch.split(found, step), strict=True):
+        threshold = _nth(rows, count)
+        torch.lt(rows, threshold, out=lowest)
+        equal = rows == threshold
+        short = count - lowest.sum(-1, keepdim=True)
+        if bool((equal.sum(-1, keepdim=True) == short).all()):
+            lowest.logical_or_(equal)
+        else:
+            lowest.logical_or_(equal & (equal.cumsum(-1) <= short))
+    return found
+
+
+def _lowest_of_all(saliency: Tensor, count: int) -> Tensor:
+    # The order does not matter for the threshold: no copy is made where rows and columns are swapped in memory.
+    flat = saliency if saliency.is_contiguous() else saliency.T
+    threshold = _nth(flat.reshape(1, -1), count).squeeze()
     below, equal = saliency < threshold, saliency == threshold
-    if dim is None:
-        missing = count - int(below.sum())
-        if int(equal.sum()) == missing:
-            return below.logical_or_(equal)
-        return below | (equal & (equal.reshape(-1).cumsum(0).reshape(equal.shape) <= missing))
-    short = count - below.sum(dim, keepdim=True)
-    if bool((equal.sum(dim, keepdim=True) == short).all()):
+    missing = count - int(below.sum())
+    if int(equal.sum()) == missing:
         return below.logical_or_(equal)
-    return below | (equal & (equal.cumsum(dim) <= short))
+    first = equal.flatten().nonzero()[:missing, 0]
+    below[first // saliency.shape[1], first % saliency.shape[1]] = True
+    return below
 
 
-def _nth(values: Tensor, count: int, dim: int | None) -> Tensor:
-    """The `count`th lowest value of each row (dim -1, kept as a dimension) or of all (dim None)."""
-    if dim is None:
-        # The order does not matter: no copy is made where rows and columns are swapped in memory.
-        values = (values if values.is_contiguous() else values.T).reshape(1, -1)
+def _nth(values: Tensor, count: int) -> Tensor:
+    """(rows, 1) the `count`th lowest value of each row."""
     if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64):
         # On a CPU numpy's selection is many times as fast as torch's.
-        found = torch.from_numpy(numpy.partition(values.detach().numpy(), count - 1, axis=-1)[:, count - 1 : count])
-    else:
-        found = values.kthvalue(count, dim=-1, keepdim=True).values
-    return found.squeeze() if dim is None else found
+        sorted_there = numpy.partition(values.detach().numpy(), count - 1, axis=-1)
+        return torch.from_numpy(sorted_there[:, count - 1 : count].copy())
+    return values.kthvalue(count, dim=-1, keepdim=True).values

@@ -308,4 +308,5 @@ def _work(number: int, choices: Sequence[Choice], inputs: tuple[Input, ...], who
         rows.append(sum(counts) if independent else max(counts))
     widest = max((max(choice.linear.shape) for choice in choices), default=0)
     largest = max((choice.linear.numel for choice in choices), default=0)
-    return Work(number, inputs, tuple(rows), whole, widest, largest)
+    experts = any(choice.linear.expert is not None for choice in choices)
+    return Work(number, inputs, tuple(rows), whole, widest, largest, experts)

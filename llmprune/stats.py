@@ -178,4 +178,5 @@ def _inverse_upper(gram: Tensor, scale: float, damping: float, dead: Tensor, dty
     del lower
     upper = inverse.flip(0, 1)
     del inverse
-    return upper.div_(scale**0.5).float() if bool(torch.isfinite(upper).all()) else None
+    finite = all(bool(torch.isfinite(rows).all()) for rows in torch.split(upper, _PANEL))
+    return upper.div_(scale**0.5).float() if finite else None
