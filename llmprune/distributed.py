@@ -34,7 +34,7 @@ PERIOD = 2.0
 """Seconds from one beat of a rank to the next."""
 
 SILENCE = 40.0
-"""Seconds without a beat after which a rank is taken for dead."""
+"""Seconds without a beat after which a rank is taken for dead; no call may keep Python's lock for so long."""
 
 START = 300.0
 """Seconds that the ranks have for finding each other."""
@@ -51,7 +51,7 @@ _joins = itertools.count()
 class _World:
     rank: int
     size: int
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None
     watch: _Watch
 
 
@@ -112,10 +112,11 @@ def joined() -> Iterator[None]:
     if _world is not None or count == 1:
         yield
         return
+    # There is no public way to the store of a group.
     store = dist.distributed_c10d._get_default_store() if given else _meet()
     number = dist.get_rank() if given else int(os.environ["RANK"])
-    # A name of its own for each time, since the store may hold what was said the last time.
-    store = dist.PrefixStore(f"llmprune {next(_joins)}", store)
+    # The store may still hold what was said the last time, by these processes or by those that a launcher replaced.
+    store = dist.PrefixStore(f"llmprune {os.environ.get('TORCHELASTIC_RESTART_COUNT')} {next(_joins)}", store)
     watch = _Watch(store, number, count)
     group: dist.ProcessGroup | None = None
     try:
@@ -125,7 +126,7 @@ def joined() -> Iterator[None]:
                 group = dist.new_group(backend=backend, timeout=_FOREVER)
             else:
                 dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=_FOREVER)
-                group = dist.distributed_c10d._get_default_group()
+                group = dist.group.WORLD
         _world = _World(number, count, group, watch)
         yield
         total(torch.zeros(1))  # rank 0 may serve the store, so nobody leaves before all are through
@@ -382,4 +383,6 @@ def _plain(tensor: Tensor) -> Iterator[Tensor]:
 def _said(error: BaseException) -> str:
     if isinstance(error, LLMPruneError):
         return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].removesuffix(": ")
