@@ -290,6 +290,10 @@ def _solving(entry: Input, rows: int) -> int:
     return int(1.5 * weights) + max(2 * square, square + 3 * weights)
 
 
+_SLACK = 2**24
+"""What a cap that is named to be the smallest is more than that: no two processes begin alike."""
+
+
 def _too_small(least: Schedule, had: Room) -> str:
     phase = max(least.memory, key=lambda name: least.memory[name].host)
     if had.device is not None and least.peak.device > had.device:
@@ -297,7 +301,7 @@ def _too_small(least: Schedule, had: Room) -> str:
             f"the GPU has {format_size(had.device)} free, and this model needs {format_size(least.peak.device)} of "
             "it at the least: use one with more, shorter sequences (--length), or --device cpu"
         )
-    smallest = format_size(least.peak.host)
+    smallest = format_size(least.peak.host + _SLACK)
     if had.capped:
         return (
             f"--max-memory is {format_size(had.host)}, but the phase {phase!r} of this model takes more: the smallest "

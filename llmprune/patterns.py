@@ -19,6 +19,21 @@ Scope = Literal["row", "matrix"]
 SCOPES: tuple[str, ...] = get_args(Scope)
 
 
+_AT_ONCE = 2**21
+"""Weights that are looked at together where rows stand for themselves: few enough for the caches and for memory, of
+which counting takes eight bytes a weight."""
+
+
+def some_rows(matrix: Tensor) -> tuple[Tensor, ...]:
+    """A matrix in parts of some rows each, a multiple of eight."""
+    return torch.split(matrix, max(1, _AT_ONCE // matrix.shape[-1] // 8) * 8)
+
+
+def zeros(matrix: Tensor) -> int:
+    """How many zeros a matrix holds."""
+    return sum(rows.numel() - int(rows.count_nonzero()) for rows in some_rows(matrix))
+
+
 class Pattern(Protocol):
     """A frozen rule for where zeros may stand."""
 
@@ -78,10 +93,10 @@ class Unstructured:
         return ~_lowest(saliency, self._pruned(rows * (before + width)) - self._pruned(rows * before), None)
 
     def holds(self, weight: Tensor) -> bool:
-        zeros = weight == 0
         if self.scope == "row":
-            return bool((zeros.sum(-1) >= self._pruned(weight.shape[-1])).all())
-        return int(zeros.sum()) >= self._pruned(weight.numel())
+            pruned = self._pruned(weight.shape[-1])
+            return all(bool(((rows == 0).sum(-1) >= pruned).all()) for rows in some_rows(weight))
+        return zeros(weight) >= self._pruned(weight.numel())
 
     def __str__(self) -> str:
         return f"{self.sparsity * 100:g}%"
@@ -115,8 +130,8 @@ class NM:
         return (rivals < self.n).reshape(saliency.shape)
 
     def holds(self, weight: Tensor) -> bool:
-        groups = weight.reshape(*weight.shape[:-1], -1, self.m)
-        return bool(((groups != 0).sum(-1) <= self.n).all())
+        parts = (rows.reshape(len(rows), -1, self.m) for rows in some_rows(weight))
+        return all(bool(((groups != 0).sum(-1) <= self.n).all()) for groups in parts)
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
@@ -152,10 +167,6 @@ def parse(text: str | float | Pattern, scope: Scope = "row") -> Unstructured | N
     return Unstructured(value, scope)
 
 
-_AT_ONCE = 2**22
-"""Weights that are compared at once where rows stand for themselves: few enough for the caches."""
-
-
 def _lowest(saliency: Tensor, count: int, dim: int | None) -> Tensor:
     """True at the `count` lowest of each row (dim -1) or of all (dim None); among equals at the earlier ones."""
     if count == 0:
@@ -163,8 +174,7 @@ def _lowest(saliency: Tensor, count: int, dim: int | None) -> Tensor:
     if dim is None:
         return _lowest_of_all(saliency, count)
     found = torch.empty_like(saliency, dtype=torch.bool)
-    step = max(1, _AT_ONCE // saliency.shape[-1])
-    for rows, lowest in zip(torch.split(saliency, step), torch.split(found, step), strict=True):
+    for rows, lowest in zip(some_rows(saliency), some_rows(found), strict=True):
         threshold = _nth(rows, count)
         torch.lt(rows, threshold, out=lowest)
         equal = rows == threshold
@@ -181,8 +191,8 @@ def _lowest_of_all(saliency: Tensor, count: int) -> Tensor:
     flat = saliency if saliency.is_contiguous() else saliency.T
     threshold = _nth(flat.reshape(1, -1), count).squeeze()
     below, equal = saliency < threshold, saliency == threshold
-    missing = count - int(below.sum())
-    if int(equal.sum()) == missing:
+    missing = count - int(below.count_nonzero())
+    if int(equal.count_nonzero()) == missing:
         return below.logical_or_(equal)
     first = equal.flatten().nonzero()[:missing, 0]
     below[first // saliency.shape[1], first % saliency.shape[1]] = True

@@ -25,6 +25,7 @@ from llmprune.model.checkpoint import Checkpoint, LoadedBlock
 from llmprune.model.linears import Capture, Input
 from llmprune.model.source import Source, resolve
 from llmprune.model.writer import Writer, check_out, fingerprint_files, writing
+from llmprune.patterns import some_rows, zeros
 from llmprune.plan import Choice, Plan, make_plan
 from llmprune.progress import Clock, Progress, Silent
 from llmprune.recipe import Recipe, assemble
@@ -152,6 +153,7 @@ def prune_blocks(
         if activations is not None:
             with clock("propagate"):
                 blocks.advance(checkpoint, number, activations)
+                memory.give_back()
         if number >= finished:
             spent = BlockRecord(block.name, clock.lap(), memory.peak(), _peak_device_memory(checkpoint.device))
             changed = {choice.linear.parameter for choice in choices if choice.kept is None}
@@ -264,7 +266,7 @@ def check(weight: Tensor, choice: Choice) -> None:
         Failure: it is not, or has not.
     """
     name = choice.linear.name
-    if not bool(torch.isfinite(weight).all()):
+    if not all(bool(torch.isfinite(rows).all()) for rows in some_rows(weight)):
         raise Failure(f"pruning {name} gave NaN or infinite weights; try a larger damping (--set method.damping=0.1)")
     if not choice.pattern.holds(weight):
         raise Failure(f"pruning {name} did not reach {choice.pattern}; this is a mistake in {choice.method}, report it")
@@ -355,7 +357,7 @@ def _record(
         method=choice.method,
         pattern=str(choice.pattern),
         scope=choice.pattern.scope,
-        sparsity=float((written == 0).sum()) / written.numel(),
+        sparsity=zeros(written) / written.numel(),
         relative_error=error,
         error_from=None if error is None else "gram" if stats.needs == "gram" else "sample",
         tokens=stats.tokens,

@@ -60,9 +60,12 @@ class LinearStats:
     def finish(self) -> None:
         """Make the sums ready for solving; no `add` may follow."""
         if self._lower is not None:
-            self._gram = self._lower.tril_()
-            self._gram += self._gram.tril(-1).T
-            self._lower = None
+            self._gram, self._lower = self._lower, None
+            for start in range(0, self.features, _PANEL):
+                end = min(start + _PANEL, self.features)
+                corner = self._gram[start:end, start:end].tril()
+                self._gram[start:end, start:end] = corner + corner.tril(-1).T
+                self._gram[:start, start:end] = self._gram[start:end, :start].T
             self.squares = self._gram.diagonal().clone()
 
     @property

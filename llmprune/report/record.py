@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor
 
 import llmprune
+from llmprune.patterns import some_rows
 
 
 @dataclass(frozen=True)
@@ -185,8 +186,10 @@ def versions() -> dict[str, str]:
 
 def mask_sha256(weight: Tensor) -> str:
     """The hash of where an (out, in) weight is not zero, packed to bits row by row."""
-    bits = numpy.packbits((weight != 0).cpu().contiguous().numpy())
-    return hashlib.sha256(bits.tobytes()).hexdigest()
+    digest = hashlib.sha256()
+    for rows in some_rows(weight):  # whole bytes of bits
+        digest.update(numpy.packbits((rows != 0).cpu().contiguous().numpy()).tobytes())
+    return digest.hexdigest()
 
 
 def _numel(record: LinearRecord) -> int:

@@ -12,7 +12,7 @@ from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.linears import Linear, find_linears
 from llmprune.model.source import Source, sha256_of
 from llmprune.model.writer import JOURNAL, REPORT
-from llmprune.patterns import Scope, parse
+from llmprune.patterns import Scope, parse, zeros
 from llmprune.progress import Progress, Silent
 from llmprune.report.record import mask_sha256
 
@@ -105,9 +105,9 @@ def _compare(linear: Linear, weight: Any, record: dict[str, Any]) -> list[str]:
     pattern = parse(record["pattern"], scope)
     if tuple(record["shape"]) != tuple(weight.shape):
         return [f"{linear.name} has the shape {tuple(weight.shape)}, promised was {tuple(record['shape'])}"]
-    zeros = float((weight == 0).sum()) / weight.numel()
+    share = zeros(weight) / weight.numel()
     if not pattern.holds(weight):
-        return [f"{linear.name} does not hold {pattern}: it has {zeros:.2%} zeros"]
+        return [f"{linear.name} does not hold {pattern}: it has {share:.2%} zeros"]
     if mask_sha256(weight) != record["mask_sha256"]:
-        return [f"{linear.name} has another mask than was written, with {zeros:.2%} zeros ({pattern} still holds)"]
+        return [f"{linear.name} has another mask than was written, with {share:.2%} zeros ({pattern} still holds)"]
     return []
