@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from llmprune import memory
+from llmprune import distributed, memory
 from llmprune.errors import UserError
 from llmprune.model.activations import Place
 from llmprune.model.checkpoint import Checkpoint, Footprint
@@ -78,10 +78,15 @@ class Room:
 
 
 def room(checkpoint: Checkpoint, cap: int | None) -> Room:
-    """The user's cap, or what can be had; and what is free on the device."""
-    host = cap if cap is not None else memory.current() + int(memory.available() * FREE_SHARE)
+    """The user's cap, or what can be had, and what is free on the device.
+
+    The ranks of one machine share its memory, and every rank is given what the poorest has.
+    """
+    host = cap if cap is not None else int(memory.available() * FREE_SHARE)
+    host = host // distributed.local_size() + (0 if cap is not None else memory.current())
     free = torch.cuda.mem_get_info(checkpoint.device)[0] if checkpoint.device.type == "cuda" else None
-    return Room(host, None if free is None else int(free * FREE_SHARE), cap is not None)
+    least = distributed.smallest(int(free * FREE_SHARE)) if free is not None else None
+    return Room(distributed.smallest(host), least, cap is not None)
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,17 @@ writes. At any time one block, its statistics and the activations between two bl
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from llmprune import data, memory, solvers
-from llmprune.errors import Failure, Interrupted, SingularGram
+from llmprune import data, distributed, memory
+from llmprune.budget import room
+from llmprune.errors import Interrupted
 from llmprune.evaluate import perplexity
 from llmprune.model import blocks
 from llmprune.model.activations import Activations
@@ -24,18 +24,14 @@ from llmprune.model.attention import quick_attention
 from llmprune.model.checkpoint import Checkpoint, LoadedBlock
 from llmprune.model.linears import Capture, Input
 from llmprune.model.source import Source, resolve
-from llmprune.model.writer import Writer, check_out, fingerprint_files, writing
-from llmprune.patterns import some_rows, zeros
+from llmprune.model.writer import INDEX, Writer, check_out, fingerprint_files, writing
 from llmprune.plan import Choice, Plan, make_plan
 from llmprune.progress import Clock, Progress, Silent
-from llmprune.recipe import Recipe, assemble
-from llmprune.report.record import BlockRecord, LinearRecord, Perplexity, Report, mask_sha256, versions
+from llmprune.recipe import Recipe, assemble, parse_size
+from llmprune.report.record import BlockRecord, LinearRecord, Perplexity, Report, versions
 from llmprune.report.verify import compare
-from llmprune.solvers import Solver
+from llmprune.solve import prune_block
 from llmprune.stats import LinearStats
-
-FEW_TOKENS = 64
-"""A linear that fewer calibration tokens reached is noted; where a Gram is needed, one with fewer than its inputs."""
 
 
 def prune(
@@ -67,55 +63,89 @@ def prune(
         Failure: the work could not be finished.
     """
     chosen = assemble(recipe, options)
-    shown = progress or Silent()
-    clock = Clock()
     memory.frugal()
-    with torch.no_grad():
-        with clock("plan"), shown.waiting("planning"):
-            checkpoint = Checkpoint(resolve(model, chosen.dtype), chosen.device, chosen.dtype)
-            plan = make_plan(checkpoint, chosen)
-            check_out(out, checkpoint, restart)
-            tokens = _draw(checkpoint, chosen, plan.schedule.length) if plan.needs_data else None
-            if checkpoint.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(checkpoint.device)
-            text = perplexity.read_text(checkpoint, chosen.evaluate) if chosen.evaluate.text else None
-        with clock("hash"), shown.waiting("hashing the model's files"):
-            fingerprint = _fingerprint(checkpoint, chosen, tokens, text)
-        with writing(out, checkpoint, chosen.shard_size, restart) as writer, _interruptible(writer, plan):
-            resumed = not restart and writer.recover(fingerprint, shown)
-            if not resumed:
-                with clock("evaluate"):
-                    before = perplexity.dense(checkpoint, text, chosen.evaluate, shown, plan.spare) if text else None
-                writer.begin(fingerprint, vars(before) if before else None)
-            report = Report(
-                writer.out, checkpoint.source.name, checkpoint.source.revision, chosen.to_dict(), plan.weights
-            )
-            report.resumed = len(writer.records) if resumed else None
-            with quick_attention(checkpoint.device, checkpoint.dtype):
-                prune_blocks(checkpoint, plan, tokens, writer, clock, shown)
-            with clock("write"), shown.waiting("writing what surrounds the blocks"):
-                writer.finish()
-            for record in writer.records:
-                report.add_block(record)
-            with clock("verify"):
-                linears = [vars(record) for record in report.linears]
-                verdict = compare(writer.out, linears, writer.hashes, shown)
-                verdict.problems += [f"{name} no longer holds what was written" for name in verdict.changed]
-                verdict.raise_for_problems()
-            if text is not None:
+    with torch.no_grad(), distributed.joined():
+        shown = progress if progress is not None and distributed.is_first() else Silent()
+        return _prune(model, out, chosen, restart, shown)
+
+
+def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, shown: Progress) -> Report:
+    clock = Clock()
+    with clock("plan"), shown.waiting("planning"):
+        checkpoint, plan = _plan(model, recipe)
+    tokens, text, fingerprint = _prepare(checkpoint, plan, recipe, out, restart, clock, shown)
+    with writing(out, checkpoint, recipe.shard_size, restart) as writer, _interruptible(writer, plan):
+        resumed = distributed.share(not restart and writer.recover(fingerprint, shown))
+        if not resumed:
+            with clock("evaluate"):
+                before = perplexity.dense(checkpoint, text, recipe.evaluate, shown, plan.spare) if text else None
+            writer.begin(fingerprint, vars(before) if before else None)
+        report = Report(writer.out, checkpoint.source.name, checkpoint.source.revision, recipe.to_dict(), plan.weights)
+        report.resumed = len(writer.records) if resumed else None
+        with quick_attention(checkpoint.device, checkpoint.dtype):
+            prune_blocks(checkpoint, plan, tokens, writer, clock, shown)
+        with distributed.first():  # ranks are told of a failure, and wait for files that they go on to read
+            if distributed.is_first():
+                _finish(writer, report, clock, shown)
+        if text is not None:
+            with clock("evaluate"):
                 report.dense = Perplexity(**writer.dense) if writer.dense else None
-                with clock("evaluate"):
-                    written = Checkpoint(Source(str(out), writer.out), chosen.device, chosen.dtype)
-                    report.sparse = perplexity.measure(written, text, shown, "evaluating the sparse model", plan.spare)
-            if tokens is not None:
-                drawn = {"length": plan.schedule.length, "tokens_sha256": tokens.sha256}
-                report.calibration = {**report.recipe["calibration"], **drawn}
-            report.shards, report.side_files, report.versions = writer.hashes, writer.side_files, versions()
-            report.seconds, report.peak_memory = clock.result(), memory.peak()
-            report.predicted_memory = plan.schedule.peak.host
-            report.peak_device_memory = _peak_device_memory(checkpoint.device)
-            writer.close(report.to_dict())
-    return report
+                report.sparse = _evaluate(writer.out, recipe, text, plan, shown)
+        if tokens is not None:
+            drawn = {"length": plan.schedule.length, "tokens_sha256": tokens.sha256}
+            report.calibration = {**report.recipe["calibration"], **drawn}
+        report.ranks, report.seconds = distributed.size(), clock.result()
+        report.peak_memory = max(distributed.gather(memory.peak()))
+        report.predicted_memory = plan.schedule.peak.host
+        report.peak_device_memory = max(distributed.gather(_peak_device_memory(checkpoint.device) or 0)) or None
+        writer.close(report.to_dict())
+    return distributed.share(report)
+
+
+def _prepare(
+    checkpoint: Checkpoint, plan: Plan, recipe: Recipe, out: str | Path, restart: bool, clock: Clock, shown: Progress
+) -> tuple[data.Tokens | None, perplexity.Text | None, dict[str, Any]]:
+    """The calibration tokens, the text of an evaluation, and all that the result depends on.
+
+    The first rank finds them for all, so that only it needs the data.
+    """
+    tokens = text = None
+    fingerprint: dict[str, Any] = {}
+    with distributed.first():
+        if distributed.is_first():
+            with clock("plan"), shown.waiting("reading the text"):
+                check_out(out, checkpoint, restart)
+                tokens = _draw(checkpoint, recipe, plan.schedule.length) if plan.needs_data else None
+                text = perplexity.read_text(checkpoint, recipe.evaluate) if recipe.evaluate.text else None
+            with clock("hash"), shown.waiting("hashing the model's files"):
+                fingerprint = _fingerprint(checkpoint, recipe, tokens, text)
+    if checkpoint.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(checkpoint.device)
+    return distributed.share((tokens, text, fingerprint))
+
+
+def _finish(writer: Writer, report: Report, clock: Clock, shown: Progress) -> None:
+    """Write all but the report, and read everything again to see that it is as promised."""
+    with clock("write"), shown.waiting("writing what surrounds the blocks"):
+        writer.finish()
+    for record in writer.records:
+        report.add_block(record)
+    with clock("verify"):
+        linears = [vars(record) for record in report.linears]
+        verdict = compare(writer.out, linears, writer.hashes, shown)
+        verdict.problems += [f"{name} no longer holds what was written" for name in verdict.changed]
+        verdict.raise_for_problems()
+    report.shards, report.side_files, report.versions = writer.hashes, writer.side_files, versions()
+
+
+def _evaluate(out: Path, recipe: Recipe, text: perplexity.Text, plan: Plan, shown: Progress) -> Perplexity | None:
+    """The perplexity of what was written; the first rank measures alone where the others don't see it."""
+    together = all(distributed.gather((out / INDEX).is_file()))
+    if not together and not distributed.is_first():
+        return None
+    written = Checkpoint(Source(str(out), out), distributed.local_device(recipe.device), recipe.dtype)
+    title = "evaluating the sparse model"
+    return perplexity.measure(written, text, shown, title, plan.spare, alone=not together)
 
 
 def prune_blocks(
@@ -123,9 +153,9 @@ def prune_blocks(
 ) -> None:
     """Prune and write all blocks in order; the inputs of each come from the pruned blocks before it.
 
-    Blocks that the writer has already are only run, as OUT holds them.
+    Each rank calibrates its share of the batches. Blocks that the writer has already are only run, as OUT holds them.
     """
-    finished = len(writer.records)
+    finished = distributed.share(len(writer.records))
     if finished == len(plan.blocks):
         return
     schedule = plan.schedule
@@ -133,6 +163,7 @@ def prune_blocks(
     if tokens is not None:
         with clock("embed"), progress.waiting("embedding the calibration text"):
             batches = tokens.batches(schedule.batch)
+            batches = [batches[number] for number in distributed.share_of(len(batches))]
             activations = blocks.start(checkpoint, plan.chain, batches, schedule.place, writer.out)
     for number, choices in progress.over(list(enumerate(plan.blocks)), "pruning blocks"):
         if number < finished and activations is None:
@@ -141,6 +172,8 @@ def prune_blocks(
         with clock("read"):
             block = checkpoint.load_block(number)
             checkpoint.prefetch(number + 1)
+            if number < finished:
+                _as_written(block, choices)
         done: dict[str, LinearRecord] = {}
         for inputs in schedule.passes[number] if number >= finished else ():
             with clock("capture"):
@@ -174,7 +207,11 @@ def capture(
     number: int,
     activations: Activations | None,
 ) -> dict[str, LinearStats]:
-    """Run all batches through the block as it is, and collect statistics of some of the inputs of its linears."""
+    """Run all batches through the block as it is, and collect statistics of some of the inputs of its linears.
+
+    Returns:
+        Of all ranks' batches, by the names of the linears.
+    """
     collected = Capture(inputs, [choice.linear for choice in choices], checkpoint.device)
     if activations is not None:
         with collected.watching(block.module, block.name):
@@ -185,98 +222,12 @@ def capture(
     return collected.stats
 
 
-def prune_block(
-    checkpoint: Checkpoint,
-    block: LoadedBlock,
-    inputs: tuple[Input, ...],
-    choices: tuple[Choice, ...],
-    stats: dict[str, LinearStats],
-) -> dict[str, LinearRecord]:
-    """Solve the linears that are given these inputs, and put the pruned weights into the block.
-
-    Args:
-        stats: by the names of the linears; those of an input are let go as soon as its linears are solved.
-
-    Returns:
-        What became of each linear.
-    """
-    done: dict[str, LinearRecord] = {}
-    for entry in inputs:
-        shared = stats[entry.linears[0]]
-        for name in entry.linears:
-            del stats[name]
-        for stack in _stacks([choice for choice in choices if choice.linear.name in entry.linears]):
-            done.update(_prune_stack(checkpoint, block, stack, shared))
-            memory.give_back()
-        del shared
+def _as_written(block: LoadedBlock, choices: tuple[Choice, ...]) -> None:
+    """Take over a finished block from the first rank, which reads it from OUT; others may not see that folder."""
+    for choice in choices:
+        if choice.kept is None:
+            distributed.broadcast(choice.linear.view(block.state[choice.linear.parameter]), 0)
     block.refresh()
-    return done
-
-
-def _prune_stack(
-    checkpoint: Checkpoint, block: LoadedBlock, stack: list[Choice], stats: LinearStats
-) -> dict[str, LinearRecord]:
-    """Solve linears that share their input, their method and their pattern as one matrix."""
-    first = stack[0]
-    views = [choice.linear.view(block.state[choice.linear.parameter]) for choice in stack]
-    together = torch.cat(views) if len(views) > 1 else views[0]
-    plain = torch.contiguous_format
-    dense = together.to(checkpoint.device, torch.float32, copy=True, memory_format=plain)
-    del together
-    name = ", ".join(choice.linear.name for choice in stack)
-    solver, note = usable(first.solver, stats, name)
-    try:
-        pruned = solver.solve(dense, stats, first.pattern)
-    except SingularGram as error:
-        raise Failure(f"{name}: {error}") from None
-    note = note or _damped(solver, stats)
-    sizes = [choice.linear.shape[0] for choice in stack]
-    done = {}
-    for choice, view, before, after in zip(
-        stack, views, torch.split(dense, sizes), torch.split(pruned, sizes), strict=True
-    ):
-        view.copy_(after).add_(0.0)  # no zero is written as -0
-        check(view, choice)
-        done[choice.linear.name] = _record(choice, view, before, after, stats, note)
-    return done
-
-
-def usable(solver: Solver, stats: LinearStats, name: str) -> tuple[Solver, str | None]:
-    """The solver for a linear with these statistics, and a note where that is out of the ordinary.
-
-    A linear that no token reached (an expert that was never chosen) is pruned by magnitude.
-
-    Raises:
-        Failure: the statistics are not finite.
-    """
-    if not bool(torch.isfinite(stats.squares).all()):
-        raise Failure(f"the calibration inputs of {name} hold NaN or infinite values; try --dtype float32")
-    if solver.needs == "nothing":
-        return solver, None
-    if stats.tokens == 0:
-        return solvers.load("magnitude"), "no calibration token reached it: pruned by magnitude"
-    few = stats.features if solver.needs == "gram" else FEW_TOKENS
-    return solver, f"only {stats.tokens:,} calibration tokens reached it" if stats.tokens < few else None
-
-
-def check(weight: Tensor, choice: Choice) -> None:
-    """See that a pruned weight, as it will be written, is finite and has its zeros.
-
-    Raises:
-        Failure: it is not, or has not.
-    """
-    name = choice.linear.name
-    if not all(bool(torch.isfinite(rows).all()) for rows in some_rows(weight)):
-        raise Failure(f"pruning {name} gave NaN or infinite weights; try a larger damping (--set method.damping=0.1)")
-    if not choice.pattern.holds(weight):
-        raise Failure(f"pruning {name} did not reach {choice.pattern}; this is a mistake in {choice.method}, report it")
-
-
-def _damped(solver: Solver, stats: LinearStats) -> str | None:
-    asked = getattr(solver, "damping", None)
-    if asked is None or stats.damping is None or stats.damping == asked:
-        return None
-    return f"damped by {stats.damping:g} instead of {asked:g}: its Gram could not be factorised otherwise"
 
 
 def plan(
@@ -285,23 +236,40 @@ def plan(
     """What `prune` would do with these arguments, before any work; see `prune`."""
     chosen = assemble(recipe, options)
     memory.frugal()
-    checkpoint = Checkpoint(resolve(model, chosen.dtype), chosen.device, chosen.dtype)
-    made = make_plan(checkpoint, chosen)
+    checkpoint, made = _plan(model, chosen)
     for text in (chosen.calibration.source if made.needs_data else None, chosen.evaluate.text):
         if text is not None:
             data.check(text)
     return checkpoint, made
 
 
+def _plan(model: str | Path, recipe: Recipe) -> tuple[Checkpoint, Plan]:
+    with distributed.first():  # who downloads or converts the model, and tells what is wrong with the request
+        device = distributed.local_device(recipe.device)
+        checkpoint = Checkpoint(resolve(model, recipe.dtype), device, recipe.dtype)
+    had = room(checkpoint, parse_size(recipe.max_memory) if recipe.max_memory is not None else None)
+    with distributed.first():
+        made = make_plan(checkpoint, recipe, had)
+    return checkpoint, replace(made, schedule=distributed.share(made.schedule))
+
+
 @contextmanager
 def _interruptible(writer: Writer, plan: Plan) -> Iterator[None]:
     """Every moment is a safe one to stop at; tell what there is by then."""
+
+    def onward() -> str:
+        done = f"{len(writer.records)} of {len(plan.blocks)} blocks are finished in {writer.out}: "
+        return f"{done if writer.records else ''}{writer.onward}"
+
+    if distributed.is_first():
+        distributed.if_lost(lambda: f"{onward()}, also with another number of ranks")
     try:
         yield
     except KeyboardInterrupt:
         writer.stop()
-        done = f"; {len(writer.records)} of {len(plan.blocks)} blocks are finished in {writer.out}"
-        raise Interrupted(f"stopped{done if writer.records else ''}: {writer.onward}") from None
+        if not distributed.is_first():
+            raise
+        raise Interrupted(f"stopped{'; ' if writer.records else ': '}{onward()}") from None
 
 
 def _fingerprint(
@@ -332,36 +300,5 @@ def _draw(checkpoint: Checkpoint, recipe: Recipe, length: int) -> data.Tokens:
     return tokens
 
 
-def _stacks(choices: list[Choice]) -> list[list[Choice]]:
-    """Of linears that share an input, those with one method and pattern, where rows don't depend on each other."""
-    stacks: dict[Any, list[Choice]] = {}
-    for choice in choices:
-        key = (choice.solver, choice.pattern) if choice.pattern.row_independent else choice.linear.name
-        stacks.setdefault(key, []).append(choice)
-    return list(stacks.values())
-
-
 def _left_dense(choice: Choice) -> LinearRecord:
     return LinearRecord(choice.linear.name, choice.linear.shape, kept=choice.kept)
-
-
-def _record(
-    choice: Choice, written: Tensor, before: Tensor, after: Tensor, stats: LinearStats, note: str | None
-) -> LinearRecord:
-    error = stats.relative_error(before, after)
-    if error is not None and not math.isfinite(error):
-        error, note = None, "its relative error is too large for float32"
-    return LinearRecord(
-        name=choice.linear.name,
-        shape=choice.linear.shape,
-        method=choice.method,
-        pattern=str(choice.pattern),
-        scope=choice.pattern.scope,
-        sparsity=zeros(written) / written.numel(),
-        relative_error=error,
-        error_from=None if error is None else "gram" if stats.needs == "gram" else "sample",
-        tokens=stats.tokens,
-        damping=stats.damping,
-        note=note,
-        mask_sha256=mask_sha256(written),
-    )

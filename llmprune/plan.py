@@ -9,15 +9,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmprune import solvers
-from llmprune.budget import Needs, Room, Schedule, Work, batch_size, room
+from llmprune import distributed, solvers
+from llmprune.budget import Needs, Room, Schedule, Work, batch_size
 from llmprune.errors import UserError, unknown
 from llmprune.model.blocks import Chain, kinds, probe
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.linears import Input, Linear, Survey, find_linears
 from llmprune.model.skeleton import decoder_prefix
 from llmprune.patterns import NM, Unstructured, parse
-from llmprune.recipe import Recipe, parse_size
+from llmprune.recipe import Recipe
 from llmprune.solvers import Solver
 from llmprune.stats import LEVELS
 
@@ -133,8 +133,11 @@ class Plan:
         }
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
-    """Decide for every linear, check shapes, and try the first block of each kind on a few tokens.
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
+    """Decide for every linear, check shapes, try the first block of each kind on a few tokens, and fit it into memory.
+
+    Args:
+        had: the memory that it is to fit into.
 
     Raises:
         UserError: a pattern that does not divide, a rule that matches nothing, a model that cannot be walked, ...
@@ -179,12 +182,11 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         raise UserError("nothing is left to prune: every linear is ignored, skipped or cannot be pruned")
 
     length = sequence_length(checkpoint, recipe.calibration.length)
-    cap = parse_size(recipe.max_memory) if recipe.max_memory is not None else None
     data = any(choice.kept is None and choice.solver.needs != "nothing" for block in blocks for choice in block)
     text = None if recipe.evaluate.text is None else sequence_length(checkpoint, recipe.evaluate.length)
-    needs = Needs(checkpoint, works, recipe.calibration.samples if data else 0, length, text)
-    had = room(checkpoint, cap)
-    schedule = needs.schedule(min(recipe.calibration.samples, batch_size(checkpoint, length)), had)
+    samples = -(-recipe.calibration.samples // distributed.size())
+    needs = Needs(checkpoint, works, samples if data else 0, length, text)
+    schedule = needs.schedule(min(samples, batch_size(checkpoint, length)), had)
     weights = sum(info.numel for info in checkpoint.index.values())
     return Plan(tuple(blocks), chain, weights, _others(checkpoint, blocks), schedule, had)
 

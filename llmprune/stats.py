@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from llmprune import distributed
 from llmprune.errors import SingularGram
 
 Needs = Literal["nothing", "norms", "gram"]
@@ -58,15 +59,20 @@ class LinearStats:
             self._rows.append(x[::step][:room].to(torch.float32, copy=True))
 
     def finish(self) -> None:
-        """Make the sums ready for solving; no `add` may follow."""
-        if self._lower is not None:
-            self._gram, self._lower = self._lower, None
-            for start in range(0, self.features, _PANEL):
-                end = min(start + _PANEL, self.features)
-                corner = self._gram[start:end, start:end].tril()
-                self._gram[start:end, start:end] = corner + corner.tril(-1).T
-                self._gram[:start, start:end] = self._gram[start:end, :start].T
-            self.squares = self._gram.diagonal().clone()
+        """Sum up over the ranks, and make the sums ready for solving; no `add` may follow."""
+        count = torch.tensor([self.tokens], device=self.squares.device)
+        distributed.total(count, self.squares if self._lower is None else self._lower)
+        self.tokens = int(count)
+        if self._lower is None:
+            self._rows = [_of_all_ranks(self._rows, self.features, self.squares.device)] if self.tokens else []
+            return
+        self._gram, self._lower = self._lower, None
+        for start in range(0, self.features, _PANEL):
+            end = min(start + _PANEL, self.features)
+            corner = self._gram[start:end, start:end].tril()
+            self._gram[start:end, start:end] = corner + corner.tril(-1).T
+            self._gram[:start, start:end] = self._gram[start:end, :start].T
+        self.squares = self._gram.diagonal().clone()
 
     @property
     def norms(self) -> Tensor:
@@ -115,20 +121,43 @@ class LinearStats:
             f"{', '.join(f'{value:g}' for value in tried)} in float32 and float64; give it more calibration samples"
         )
 
-    def relative_error(self, dense: Tensor, pruned: Tensor) -> float | None:
-        """‖(Ŵ−W)X‖² / ‖WX‖² of (out, in) weights, exact from the Gram, else estimated on the kept input rows.
+    def losses(self, dense: Tensor, pruned: Tensor) -> tuple[float, float] | None:
+        """‖(Ŵ−W)X‖² and ‖WX‖² of (out, in) weights, exact from the Gram, else on the kept input rows.
 
-        None when no inputs were seen.
+        Their ratio is the relative error; that of more rows is the ratio of the sums. None when no inputs were seen.
         """
-        change = pruned - dense
         if self.tokens == 0:
             return None
+        change = pruned - dense
         if self._gram is not None:
             lost, total = (product(w, self._gram).mul_(w).sum() for w in (change, dense))
         else:
             x = torch.cat(self._rows)
             lost, total = ((x @ w.T).square().sum() for w in (change, dense))
-        return max(float(lost / total), 0.0) if float(total) > 0 else 0.0
+        return float(lost), float(total)
+
+    def relative_error(self, dense: Tensor, pruned: Tensor) -> float | None:
+        """‖(Ŵ−W)X‖² / ‖WX‖² of (out, in) weights; None when no inputs were seen."""
+        losses = self.losses(dense, pruned)
+        return None if losses is None else ratio(*losses)
+
+
+def ratio(lost: float, total: float) -> float:
+    """The relative error, by what is lost and what there was; rounding may leave a little less than nothing."""
+    return max(lost / total, 0.0) if total > 0 else 0.0
+
+
+def _of_all_ranks(rows: list[Tensor], features: int, device: torch.device) -> Tensor:
+    """(SAMPLE_TOKENS, in) as many of each rank's rows; where one has fewer there are zeros, which lose nothing."""
+    if distributed.size() == 1:
+        return torch.cat(rows)
+    share = SAMPLE_TOKENS // distributed.size()
+    mine = torch.cat([torch.empty(0, features, device=device), *rows])
+    mine = mine[:: max(1, len(mine) // share)][:share] if share else mine[:0]
+    everything = torch.zeros(SAMPLE_TOKENS, features, device=device)
+    everything[distributed.rank() * share :][: len(mine)] = mine
+    distributed.total(everything)
+    return everything
 
 
 def add_gram(lower: Tensor, x: Tensor) -> None:

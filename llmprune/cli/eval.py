@@ -22,13 +22,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(chosen: argparse.Namespace) -> int:
     """Evaluate."""
+    from llmprune import distributed
     from llmprune.evaluate.perplexity import perplexity
     from llmprune.progress import Bars
 
     options = {"length": chosen.length, "device": chosen.device, "dtype": chosen.dtype}
-    found = perplexity(chosen.model, chosen.text, progress=Bars(), **options)
-    if chosen.json:
-        print_json({"model": chosen.model, "perplexity": vars(found)})
-    else:
-        print(f"perplexity {found}, {found.seconds:.0f} s")
+    with distributed.joined():
+        found = perplexity(chosen.model, chosen.text, progress=Bars(), **options)
+        if chosen.json and distributed.is_first():
+            print_json({"model": chosen.model, "perplexity": vars(found)})
+        elif distributed.is_first():
+            print(f"perplexity {found}, {found.seconds:.0f} s")
     return 0

@@ -21,13 +21,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(chosen: argparse.Namespace) -> int:
     """Prune."""
+    from llmprune import distributed
     from llmprune.pipeline import prune
 
-    report = prune(chosen.model, out=chosen.out, restart=chosen.restart, progress=log(chosen), **recipe_options(chosen))
-    if chosen.json:
-        print_json(report.to_dict())
-    else:
-        show(report)
+    options = recipe_options(chosen)
+    with distributed.joined():
+        report = prune(chosen.model, out=chosen.out, restart=chosen.restart, progress=log(chosen), **options)
+        if chosen.json and distributed.is_first():
+            print_json(report.to_dict())
+        elif distributed.is_first():
+            show(report)
     return 0
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llmprune import data, memory
+from llmprune import data, distributed, memory
 from llmprune.budget import LOSS_TOKENS, batch_size
 from llmprune.errors import Failure, UserError
 from llmprune.model import blocks
@@ -64,9 +64,12 @@ def perplexity(
         device, dtype: as in a recipe.
         progress: where to show how far the work is.
     """
-    with torch.no_grad():
-        checkpoint = Checkpoint(resolve(model, dtype), device, dtype)
-        return measure(checkpoint, read_text(checkpoint, Evaluation(text, length)), progress or Silent())
+    with torch.no_grad(), distributed.joined():
+        with distributed.first():
+            checkpoint = Checkpoint(resolve(model, dtype), distributed.local_device(device), dtype)
+            windows = read_text(checkpoint, Evaluation(text, length))
+        shown = progress if progress is not None and distributed.is_first() else Silent()
+        return measure(checkpoint, windows, shown)
 
 
 def read_text(checkpoint: Checkpoint, chosen: Evaluation) -> Text:
@@ -109,14 +112,21 @@ def dense(
 
 
 def measure(
-    checkpoint: Checkpoint, text: Text, progress: Progress, title: str = "evaluating", spare: int | None = None
+    checkpoint: Checkpoint,
+    text: Text,
+    progress: Progress,
+    title: str = "evaluating",
+    spare: int | None = None,
+    alone: bool = False,
 ) -> Perplexity:
     """The perplexity of an open checkpoint, one block in memory at a time.
 
-    All windows go through a block before the next is read, as far as a quarter of the free memory holds them.
+    All windows go through a block before the next is read, as far as a quarter of the free memory holds them. Each rank
+    takes its share of them.
 
     Args:
         spare: bytes that windows may take beyond the first batch of them.
+        alone: only this rank measures, and takes them all.
     """
     began = time.monotonic()
     checkpoint.check_tokens(text.windows)
@@ -126,7 +136,8 @@ def measure(
     batch = batch_size(checkpoint, length)
     free = memory.available() // 4
     at_once = max(1, min(free, batch * size + (free if spare is None else spare)) // size // batch) * batch
-    passes = torch.split(text.windows, at_once)
+    mine = text.windows if alone else text.windows[list(distributed.share_of(count))]
+    passes = torch.split(mine, at_once) if len(mine) else ()
     total = 0.0
     steps = [(number, block) for number in range(len(passes)) for block in range(len(checkpoint.blocks))]
     activations = None
@@ -140,8 +151,11 @@ def measure(
         checkpoint.unload_block(block)
         if block == len(checkpoint.blocks) - 1:
             total += _loss(checkpoint, chain, batches, activations)
+    summed = torch.tensor([total], dtype=torch.float64)
+    if not alone:
+        distributed.total(summed)
     predicted = count * (length - 1)
-    mean = total / predicted
+    mean = float(summed) / predicted
     if not math.isfinite(mean):
         raise Failure(f"the perplexity of {checkpoint.source.name} on {text.name} is not finite; try --dtype float32")
     value = math.exp(min(mean, 700.0))

@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmprune import memory
+from llmprune import distributed, memory
 from llmprune.errors import Failure, UserError
 from llmprune.model.checkpoint import Checkpoint, LoadedBlock
 from llmprune.model.source import sha256_of
@@ -284,6 +284,35 @@ class Writer:
             raise Failure(f"writing {what} to {self.out} failed: {reason}{kept if self.records else ''}") from None
 
 
+class Elsewhere(Writer):
+    """Stands for the writer on every rank but the first, which alone writes."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.records, self.dense = out, [], None
+
+    def recover(self, fingerprint: Mapping[str, Any], progress: Progress) -> bool:
+        """There is nothing here."""
+        return False
+
+    def begin(self, fingerprint: Mapping[str, Any], dense: dict[str, Any] | None) -> None:
+        """Do nothing."""
+
+    def commit_block(self, *given: Any) -> None:
+        """Do nothing."""
+
+    def settle(self) -> None:
+        """Do nothing."""
+
+    def finish(self) -> None:
+        """Do nothing."""
+
+    def close(self, report: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def stop(self) -> None:
+        """Do nothing."""
+
+
 @contextmanager
 def writing(out: str | Path, checkpoint: Checkpoint, shard_size: str, restart: bool) -> Iterator[Writer]:
     """A writer for OUT, to the exclusion of other processes; a folder in which nothing came about is removed again.
@@ -291,6 +320,9 @@ def writing(out: str | Path, checkpoint: Checkpoint, shard_size: str, restart: b
     Raises:
         UserError: OUT cannot be had, or another process is writing to it.
     """
+    if not distributed.is_first():
+        yield Elsewhere(Path(out).expanduser().absolute())
+        return
     folder = check_out(out, checkpoint, restart)
     new = not folder.exists()
     lock = FileLock(folder / LOCK, timeout=0)

@@ -114,6 +114,7 @@ class Report:
         seconds: time per phase and in total, of the process that finished the run.
         peak_memory: peak resident bytes of the process; `peak_device_memory` of the GPU.
         predicted_memory: what the plan said it would be.
+        ranks: how many processes worked together.
         shards: file name to sha256.
         side_files: what was copied from the source.
         versions: of everything that took part.
@@ -133,6 +134,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: int = 0
     predicted_memory: int = 0
+    ranks: int = 1
     peak_device_memory: int | None = None
     shards: dict[str, str] = field(default_factory=dict)
     side_files: list[str] = field(default_factory=list)

@@ -1,0 +1,234 @@
+"""Solves the linears of a block: dealt to the ranks, as few matrices as can be, checked and recorded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmprune import distributed, memory, solvers
+from llmprune.errors import Failure, SingularGram
+from llmprune.model.checkpoint import Checkpoint, LoadedBlock
+from llmprune.model.linears import Input
+from llmprune.patterns import some_rows, zeros
+from llmprune.plan import Choice
+from llmprune.report.record import LinearRecord, mask_sha256
+from llmprune.solvers import Solver
+from llmprune.stats import LinearStats, ratio
+
+FEW_TOKENS = 64
+"""A linear that fewer calibration tokens reached is noted; where a Gram is needed, one with fewer than its inputs."""
+
+
+def prune_block(
+    checkpoint: Checkpoint,
+    block: LoadedBlock,
+    inputs: tuple[Input, ...],
+    choices: tuple[Choice, ...],
+    stats: dict[str, LinearStats],
+) -> dict[str, LinearRecord]:
+    """Solve the linears that are given these inputs, and put the pruned weights into the block, on every rank.
+
+    Args:
+        stats: by the names of the linears, the same on all ranks; those of an input are let go as soon as its linears
+            are solved.
+
+    Returns:
+        What became of each linear; on the first rank alone.
+    """
+    tasks = _tasks(inputs, choices, stats, distributed.size())
+    owners = distributed.deal([task.cost for task in tasks], distributed.size())
+    found: dict[str, list[_Found]] = {}
+    seen = {name: _Seen(one.tokens, one.needs == "gram") for name, one in stats.items()}
+    for entry in inputs:
+        shared = stats[entry.linears[0]]
+        for name in entry.linears:
+            del stats[name]
+        for task, owner in zip(tasks, owners, strict=True):
+            if task.input is entry and owner == distributed.rank():
+                for name, result in _solve(checkpoint, block, task, shared).items():
+                    found.setdefault(name, []).append(result)
+                memory.give_back()
+        del shared
+    for task, owner in zip(tasks, owners, strict=True):
+        for _, rows, _ in task.parts(block):
+            distributed.broadcast(rows, owner)
+    block.refresh()
+    everything = distributed.gather(found)
+    if not distributed.is_first():
+        return {}
+    done = {}
+    for choice in (choice for task in tasks for choice in task.choices):
+        if choice.linear.name not in done:
+            name, weight = choice.linear.name, choice.linear.view(block.state[choice.linear.parameter])
+            check(weight, choice)
+            done[name] = _record(choice, weight, seen[name], [one for part in everything for one in part.get(name, ())])
+    return done
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Linears that share their input, their method and their pattern, and are solved as one matrix by one rank.
+
+    Attributes:
+        rows: the part of the matrix of all of them that is solved, as (start, end).
+        cost: about how many operations it takes.
+    """
+
+    input: Input
+    choices: tuple[Choice, ...]
+    rows: tuple[int, int]
+    cost: float
+
+    def parts(self, block: LoadedBlock) -> Iterator[tuple[Choice, Tensor, slice]]:
+        """Each linear, those rows of its weight in the block that belong here, and where they are among `rows`."""
+        start, end = self.rows
+        place = 0
+        for choice in self.choices:
+            first, last = max(start, place), min(end, place + choice.linear.shape[0])
+            if first < last:
+                weight = choice.linear.view(block.state[choice.linear.parameter])
+                yield choice, weight[first - place : last - place], slice(first - start, last - start)
+            place += choice.linear.shape[0]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """How many tokens the statistics of a linear are from, and whether they have a Gram."""
+
+    tokens: int
+    gram: bool
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What solving some rows of a linear told.
+
+    Attributes:
+        losses: see `LinearStats.losses`.
+        damping: what the factorisation took.
+    """
+
+    losses: tuple[float, float] | None
+    damping: float | None
+    note: str | None
+
+
+def _tasks(
+    inputs: tuple[Input, ...], choices: tuple[Choice, ...], stats: Mapping[str, LinearStats], ranks: int
+) -> list[_Task]:
+    """What there is to solve, cut up so that it can be dealt to the ranks."""
+    whole: list[_Task] = []
+    chosen = {choice.linear.name: choice for choice in choices}
+    for entry in inputs:
+        stacks: dict[object, list[Choice]] = {}
+        for choice in (chosen[name] for name in entry.linears):
+            key = (choice.solver, choice.pattern) if choice.pattern.row_independent else choice.linear.name
+            stacks.setdefault(key, []).append(choice)
+        for stack in stacks.values():
+            rows = sum(choice.linear.shape[0] for choice in stack)
+            whole.append(_Task(entry, tuple(stack), (0, rows), _cost(entry, rows, stack[0].solver)))
+    fair = sum(task.cost for task in whole) / ranks
+    return [part for task in whole for part in _cut(task, math.ceil(task.cost / fair) if ranks > 1 else 1)]
+
+
+def _cut(task: _Task, parts: int) -> Iterator[_Task]:
+    """The task by rows, where these don't depend on each other."""
+    rows, solver = task.rows[1], task.choices[0].solver
+    parts = min(parts, rows) if task.choices[0].pattern.row_independent else 1
+    for part in range(parts):
+        start, end = rows * part // parts, rows * (part + 1) // parts
+        yield _Task(task.input, task.choices, (start, end), _cost(task.input, end - start, solver))
+
+
+def _cost(entry: Input, rows: int, solver: Solver) -> float:
+    """Of a solver that needs a Gram: a factorisation, and an update of all rows by it."""
+    width = float(entry.features)
+    return width**3 + 2 * rows * width**2 if solver.needs == "gram" else 50 * rows * width
+
+
+def _solve(checkpoint: Checkpoint, block: LoadedBlock, task: _Task, stats: LinearStats) -> dict[str, _Found]:
+    """Prune the rows of a task in the block; returns what that told, by the linears' names."""
+    parts = list(task.parts(block))
+    views = [weight for _, weight, _ in parts]
+    together = torch.cat(views) if len(views) > 1 else views[0]
+    plain = torch.contiguous_format
+    dense = together.to(checkpoint.device, torch.float32, copy=True, memory_format=plain)
+    del together
+    name = ", ".join(choice.linear.name for choice, _, _ in parts)
+    solver, note = usable(task.choices[0].solver, stats, name)
+    try:
+        pruned = solver.solve(dense, stats, task.choices[0].pattern)
+    except SingularGram as error:
+        raise Failure(f"{name}: {error}") from None
+    note = note or _damped(solver, stats)
+    found = {}
+    for choice, weight, rows in parts:
+        weight.copy_(pruned[rows]).add_(0.0)  # no zero is written as -0
+        found[choice.linear.name] = _Found(stats.losses(dense[rows], pruned[rows]), stats.damping, note)
+    return found
+
+
+def usable(solver: Solver, stats: LinearStats, name: str) -> tuple[Solver, str | None]:
+    """The solver for a linear with these statistics, and a note where that is out of the ordinary.
+
+    A linear that no token reached (an expert that was never chosen) is pruned by magnitude.
+
+    Raises:
+        Failure: the statistics are not finite.
+    """
+    if not bool(torch.isfinite(stats.squares).all()):
+        raise Failure(f"the calibration inputs of {name} hold NaN or infinite values; try --dtype float32")
+    if solver.needs == "nothing":
+        return solver, None
+    if stats.tokens == 0:
+        return solvers.load("magnitude"), "no calibration token reached it: pruned by magnitude"
+    few = stats.features if solver.needs == "gram" else FEW_TOKENS
+    return solver, f"only {stats.tokens:,} calibration tokens reached it" if stats.tokens < few else None
+
+
+def check(weight: Tensor, choice: Choice) -> None:
+    """See that a pruned weight, as it will be written, is finite and has its zeros.
+
+    Raises:
+        Failure: it is not, or has not.
+    """
+    name = choice.linear.name
+    if not all(bool(torch.isfinite(rows).all()) for rows in some_rows(weight)):
+        raise Failure(f"pruning {name} gave NaN or infinite weights; try a larger damping (--set method.damping=0.1)")
+    if not choice.pattern.holds(weight):
+        raise Failure(f"pruning {name} did not reach {choice.pattern}; this is a mistake in {choice.method}, report it")
+
+
+def _damped(solver: Solver, stats: LinearStats) -> str | None:
+    asked = getattr(solver, "damping", None)
+    if asked is None or stats.damping is None or stats.damping == asked:
+        return None
+    return f"damped by {stats.damping:g} instead of {asked:g}: its Gram could not be factorised otherwise"
+
+
+def _record(choice: Choice, written: Tensor, seen: _Seen, found: list[_Found]) -> LinearRecord:
+    losses = [one.losses for one in found if one.losses is not None]
+    note = next((one.note for one in found if one.note), None)
+    error = None
+    if losses:
+        error = ratio(*(sum(values) for values in zip(*losses, strict=True)))
+        if not math.isfinite(error):
+            error, note = None, "its relative error is too large for float32"
+    return LinearRecord(
+        name=choice.linear.name,
+        shape=choice.linear.shape,
+        method=choice.method,
+        pattern=str(choice.pattern),
+        scope=choice.pattern.scope,
+        sparsity=zeros(written) / written.numel(),
+        relative_error=error,
+        error_from=None if error is None else "gram" if seen.gram else "sample",
+        tokens=seen.tokens,
+        damping=found[0].damping,
+        note=note,
+        mask_sha256=mask_sha256(written),
+    )
