@@ -44,6 +44,16 @@ def batch_size(checkpoint: Checkpoint, length: int) -> int:
     return max(1, BATCH_TOKENS.get(checkpoint.device.type, BATCH_TOKENS["cpu"]) // length)
 
 
+def windows_at_once(checkpoint: Checkpoint, length: int, spare: int) -> int:
+    """How many windows of an evaluation go through a block before the next one is read.
+
+    Args:
+        spare: bytes that may be taken beyond the first batch of them; a quarter of what is free is the most.
+    """
+    size, batch = checkpoint.hidden_size * checkpoint.dtype.itemsize * length, batch_size(checkpoint, length)
+    return max(1, min(memory.available() // 4, batch * size + spare) // size // batch) * batch
+
+
 @dataclass(frozen=True)
 class Peak:
     """Bytes on the host, and on a device that has memory of its own."""

@@ -210,8 +210,9 @@ def first() -> Iterator[None]:
             raise
         share(None)
     else:
-        failed: Exception | None = share(None)
+        failed: LLMPruneError | None = share(None)
         if failed is not None:
+            failed.told = True
             raise failed
         yield
 

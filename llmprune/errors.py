@@ -7,9 +7,14 @@ from collections.abc import Iterable
 
 
 class LLMPruneError(Exception):
-    """Base of every error that llmprune raises on purpose: the message says what, where, and what to do."""
+    """Base of every error that llmprune raises on purpose: the message says what, where, and what to do.
+
+    Attributes:
+        told: another rank has the same error, and tells the user.
+    """
 
     exit_code = 1
+    told = False
 
 
 class UserError(LLMPruneError):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from llmprune import data, distributed, memory
-from llmprune.budget import room
+from llmprune.budget import batch_size, room, windows_at_once
 from llmprune.errors import Interrupted
 from llmprune.evaluate import perplexity
 from llmprune.model import blocks
@@ -96,7 +96,7 @@ def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, sh
             report.calibration = {**report.recipe["calibration"], **drawn}
         report.ranks, report.seconds = distributed.size(), clock.result()
         report.peak_memory = max(distributed.gather(memory.peak()))
-        report.predicted_memory = plan.schedule.peak.host
+        report.predicted_memory = _predicted(checkpoint, plan, text)
         report.peak_device_memory = max(distributed.gather(_peak_device_memory(checkpoint.device) or 0)) or None
         writer.close(report.to_dict())
     return distributed.share(report)
@@ -220,6 +220,17 @@ def capture(
                 collected.next_batch()
     collected.finish()
     return collected.stats
+
+
+def _predicted(checkpoint: Checkpoint, plan: Plan, text: perplexity.Text | None) -> int:
+    """The planned peak on the host, with the windows of an evaluation, whose number the plan does not know."""
+    peak = plan.schedule.peak.host
+    if text is None:
+        return peak
+    count, length = text.windows.shape
+    windows = min(-(-count // distributed.size()), windows_at_once(checkpoint, length, plan.spare))
+    more = max(0, windows - batch_size(checkpoint, length)) * length
+    return max(peak, plan.schedule.memory["evaluate"].host + more * checkpoint.hidden_size * checkpoint.dtype.itemsize)
 
 
 def _as_written(block: LoadedBlock, choices: tuple[Choice, ...]) -> None:

@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LLMPruneError as error:
         if chosen.debug:
             raise
-        print(f"llmprune: {error}", file=sys.stderr)
+        if not error.told:
+            print(f"llmprune: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("llmprune: interrupted", file=sys.stderr)

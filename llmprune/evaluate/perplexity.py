@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from llmprune import data, distributed, memory
-from llmprune.budget import LOSS_TOKENS, batch_size
+from llmprune.budget import LOSS_TOKENS, batch_size, windows_at_once
 from llmprune.errors import Failure, UserError
 from llmprune.model import blocks
 from llmprune.model.activations import Activations
@@ -132,10 +132,8 @@ def measure(
     checkpoint.check_tokens(text.windows)
     chain = blocks.probe(checkpoint)
     count, length = text.windows.shape
-    size = checkpoint.hidden_size * length * checkpoint.dtype.itemsize
     batch = batch_size(checkpoint, length)
-    free = memory.available() // 4
-    at_once = max(1, min(free, batch * size + (free if spare is None else spare)) // size // batch) * batch
+    at_once = windows_at_once(checkpoint, length, memory.available() if spare is None else spare)
     mine = text.windows if alone else text.windows[list(distributed.share_of(count))]
     passes = torch.split(mine, at_once) if len(mine) else ()
     total = 0.0
