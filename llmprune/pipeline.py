@@ -286,10 +286,10 @@ def _interruptible(writer: Writer, plan: Plan) -> Iterator[None]:
 def _fingerprint(
     checkpoint: Checkpoint, recipe: Recipe, tokens: data.Tokens | None, text: perplexity.Text | None
 ) -> dict[str, Any]:
-    """All that the result depends on."""
+    """All that the result depends on, but for the last bits of sums: batches and ranks may be others later."""
     made_by = versions()
     return {
-        "recipe": recipe.to_dict(),
+        "recipe": replace(recipe, max_memory=None).to_dict(),
         "revision": checkpoint.source.revision,
         "files": fingerprint_files(checkpoint),
         "device": checkpoint.device.type,
