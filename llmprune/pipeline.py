@@ -118,7 +118,7 @@ def _prepare(
                 tokens = _draw(checkpoint, recipe, plan.schedule.length) if plan.needs_data else None
                 text = perplexity.read_text(checkpoint, recipe.evaluate) if recipe.evaluate.text else None
             with clock("hash"), shown.waiting("hashing the model's files"):
-                fingerprint = _fingerprint(checkpoint, recipe, tokens, text)
+                fingerprint = _fingerprint(checkpoint, recipe, tokens, text, plan.schedule.batch)
     if checkpoint.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(checkpoint.device)
     return distributed.share((tokens, text, fingerprint))
@@ -273,16 +273,17 @@ def _interruptible(writer: Writer, plan: Plan) -> Iterator[None]:
 
 
 def _fingerprint(
-    checkpoint: Checkpoint, recipe: Recipe, tokens: data.Tokens | None, text: perplexity.Text | None
+    checkpoint: Checkpoint, recipe: Recipe, tokens: data.Tokens | None, text: perplexity.Text | None, batch: int
 ) -> dict[str, Any]:
-    """All that the result depends on."""
+    """All that the result depends on; of the memory that is given it is only how many sequences run at once."""
     made_by = versions()
     return {
-        "recipe": recipe.to_dict(),
+        "recipe": {key: value for key, value in recipe.to_dict().items() if key != "max_memory"},
         "revision": checkpoint.source.revision,
         "files": fingerprint_files(checkpoint),
         "device": checkpoint.device.type,
         "tokens": tokens.sha256 if tokens else None,
+        "sequences at once": batch if tokens else None,
         "evaluation text": text.sha256 if text else None,
         "versions": {name: made_by[name] for name in ("llmprune", "torch", "transformers")},
     }
