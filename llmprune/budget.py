@@ -222,12 +222,14 @@ class Needs:
         passes: list[list[Input]] = []
         held = solving = 0
         for entry, rows in zip(reversed(work.inputs), reversed(work.rows), strict=True):
-            held, solving = held + _held(entry), max(solving, _solving(entry, rows))
-            if passes and had is not None and had.holds(beside + self._near(held + max(flow, solving))):
+            held += _held(entry)
+            solving = max(solving, held + _solving(entry, rows))  # by then, what came before has been solved and let go
+            if passes and had is not None and had.holds(beside + self._near(max(held + flow, solving))):
                 passes[-1].insert(0, entry)
             else:
                 passes.append([entry])
-                held, solving = _held(entry), _solving(entry, rows)
+                held = _held(entry)
+                solving = held + _solving(entry, rows)
         return tuple(map(tuple, passes))
 
     # -- what is held --------------------------------------------------------------------------------------------------
@@ -241,10 +243,11 @@ class Needs:
             flow = self._flow(work, tokens) if self._samples else 0
             capture |= behind + loaded + Peak(size.reading)  # while it is read
             for entries in passes:
-                held = sum(map(_held, entries))
-                solving = max((_solving(entry, rows[entry]) for entry in entries), default=0)
+                held = 0
+                for entry in reversed(entries):  # what comes before an input has been solved and let go by then
+                    held += _held(entry)
+                    solve |= loaded + self._near(held + _solving(entry, rows[entry]))
                 capture |= behind + loaded + self._near(held + flow)
-                solve |= loaded + self._near(held + solving)
             write |= loaded + Peak(size.converted)
             behind = Peak(size.stored) if option.overlap else Peak()
         kept = self._kept(option)

@@ -82,6 +82,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "smollm3": GQA,
 }
 
+_LONG: dict[str, Any] = {**GQA, "max_position_embeddings": 512, "head_dim": 64}
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "deep": ("llama", {**_LONG, "num_hidden_layers": 24, "hidden_size": 512, "intermediate_size": 1536,
+                       "num_attention_heads": 8, "num_key_value_heads": 8}),
+    "wide": ("llama", {**_LONG, "num_hidden_layers": 1, "hidden_size": 1536, "intermediate_size": 5120,
+                       "num_attention_heads": 24, "num_key_value_heads": 8}),
+    "sparse": ("mixtral", {**_LONG, "num_hidden_layers": 2, "hidden_size": 768, "intermediate_size": 1024,
+                           "num_attention_heads": 12, "num_key_value_heads": 4, "num_local_experts": 32,
+                           "num_experts_per_tok": 2}),
+}  # fmt: skip
+"""Models that are large in one way each: a family, and what is changed of it."""
+
 
 def make(family: str, folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Path:
     """Save a tiny random model of the family into the folder, and return the folder."""

@@ -543,9 +543,9 @@ class TestOut:
         lines = [json.loads(line) for line in (out / JOURNAL).read_text().splitlines()]
         assert lines[0]["format"] == 1
         assert "config.json" in lines[0]["side_files"]
-        assert {"recipe", "revision", "files", "device", "tokens", "evaluation text", "versions"} == set(
-            lines[0]["fingerprint"]
-        )
+        assert set(lines[0]["fingerprint"]) == {
+            "recipe", "revision", "files", "device", "tokens", "evaluation text", "versions",
+        }  # fmt: skip
         assert [line["block"] for line in lines[1:]] == [0, 1]
         assert len(lines[1]["record"]["linears"]) == 7
         assert set(lines[1]["record"]["seconds"]) == {"read", "capture", "solve", "propagate", "write"}

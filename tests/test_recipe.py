@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,17 @@ import yaml
 
 from llmprune.cli.options import add_recipe, recipe_options
 from llmprune.errors import UserError
-from llmprune.recipe import SHORT, Calibration, Evaluation, Recipe, Rule, assemble, read_value
+from llmprune.recipe import (
+    SHORT,
+    Calibration,
+    Evaluation,
+    Recipe,
+    Rule,
+    assemble,
+    format_size,
+    parse_size,
+    read_value,
+)
 
 FULL = Recipe(
     sparsity="2:4",
@@ -29,6 +40,7 @@ FULL = Recipe(
     device="cuda:1",
     dtype="bfloat16",
     shard_size="200MB",
+    max_memory="8GiB",
     evaluate=Evaluation("wikitext2", 1024, max_perplexity=50.0),
 )
 
@@ -519,3 +531,25 @@ def test_none_changes_nothing_in_assemble() -> None:
 def test_assemble_names_the_nearest_key() -> None:
     with pytest.raises(UserError, match="unknown recipe key 'sparsiti': did you mean 'sparsity'"):
         assemble(None, {"sparsiti": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(1, "1B"), (1023, "1023B"), (1024, "1.00KiB"), (1025, "1.01KiB"), (10 * 2**20, "10.0MiB"), (2**30 - 1, "1024MiB"),
+     (2**30, "1.00GiB"), (6 * 2**30 + 1, "6.01GiB"), (123 * 2**30, "123GiB"), (5 * 2**50, "5120TiB")],
+)  # fmt: skip
+def test_sizes_are_written_in_three_figures(count: int, text: str) -> None:
+    assert format_size(count) == text
+
+
+def test_a_written_size_is_never_less_and_hardly_more() -> None:
+    chance = random.Random(0)
+    for _ in range(2000):
+        count = int(2 ** chance.uniform(0, 50))
+        assert count <= parse_size(format_size(count)) <= 1.01 * count
+
+
+@pytest.mark.parametrize("text", ["0", "GiB", "-1GB", "1 GB 2", "8 gigs", "nan"])
+def test_sizes_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"size .* is not understood: write 5GB"):
+        Recipe(max_memory=text)

@@ -74,7 +74,7 @@ class Activations:
             (held if isinstance(held, Tensor) else held.map()).copy_(hidden)
 
     def _kept(self, hidden: Tensor) -> Tensor | _Span:
-        if self._file is None:
+        if self._file is None or hidden.numel() == 0:  # no part of a file can be empty
             return hidden.detach().to(self._home, copy=True)
         span = self._file.span(hidden)
         span.map().copy_(hidden)

@@ -164,7 +164,8 @@ class Survey(Watch):
     """Finds out which linears of a block are run, in which order, and which of them are given the same tensor.
 
     Attributes:
-        groups: names of linears, one list a tensor, in the order in which they are first run.
+        groups: names of linears, one list a tensor, in the order in which they are first run; what is run more than
+            once is by itself.
         again: whether any linear is run more than once.
     """
 
@@ -178,9 +179,13 @@ class Survey(Watch):
 
     def saw(self, name: str, inputs: Tensor) -> None:
         """Take in the inputs of one linear."""
-        if any(name in group for group in self.groups):
-            self.again = True
-            return
+        for group in self.groups:
+            if name in group:  # perhaps on another tensor this time: it shares its statistics with nobody
+                self.again = True
+                group.remove(name)
+                self.groups.append([name])
+                self._tensors.append(inputs.new_empty(0))
+                return
         for group, tensor in zip(self.groups, self._tensors, strict=True):
             if _same(tensor, inputs):
                 group.append(name)
@@ -193,7 +198,8 @@ class Capture(Watch):
     """Collects the statistics of a block's linears while it runs.
 
     What the block returns is not to be used: from the second batch on, the module whose inputs are seen last gives
-    zeros instead of being computed, because nothing after it is of interest.
+    zeros instead of being computed, because nothing after it is of interest. It is known from a batch in which all
+    were seen, experts that no token reached among them.
 
     Attributes:
         stats: linear's name to its statistics, which all linears of an `Input` share.
@@ -207,6 +213,7 @@ class Capture(Watch):
         """
         names = {name for entry in inputs for name in entry.linears}
         super().__init__([linear for linear in linears if linear.name in names])
+        self.everything = True
         self.stats: dict[str, LinearStats] = {}
         self._leader: dict[str, str] = {}
         for entry in inputs:
@@ -218,10 +225,11 @@ class Capture(Watch):
     def next_batch(self) -> None:
         """Tell that a batch is through, and that the tensors seen in it are gone."""
         self._current.clear()
-        if self.last is None and self._order and self._order.count(self._order[-1]) == 1:
+        whole = self.linears.keys() <= set(self._order)
+        if self.last is None and whole and self._order.count(self._order[-1]) == 1:
             linear = self.linears[self._order[-1]]
             if (module := self._modules.get(linear.module)) is not None:
-                self.last = linear.module
+                self.last, self.everything = linear.module, False
                 if linear.expert is None:
                     module.forward = functools.partial(self._zeros, linear.shape[0])
         self._order.clear()

@@ -1,0 +1,386 @@
+"""The work is laid out for the memory there is: the output stays the same, and the peak stays below."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import llmprune
+from llmprune import budget, memory
+from llmprune.budget import Needs, Room, Schedule, Work
+from llmprune.errors import Failure, Interrupted, UserError
+from llmprune.model.checkpoint import Checkpoint
+from llmprune.model.linears import Input
+from llmprune.model.source import resolve
+from llmprune.pipeline import plan
+from llmprune.progress import Silent
+from llmprune.recipe import parse_size
+from llmprune.stats import LEVELS
+from tests.families import SHAPES, make
+
+GIB = 2**30
+LENGTH = 16
+OPTIONS: dict[str, Any] = {"samples": 6, "length": LENGTH}
+
+MIXED: dict[str, Any] = {
+    "sparsity": "2:4",
+    "method": "sparsegpt",
+    "rules": [
+        {"match": "*.down_proj", "method": "magnitude"},
+        {"match": "*.q_proj", "skip": True},
+        {"match": "*.o_proj", "method": "wanda", "sparsity": "50%"},
+        {"match": "re:.*layers\\.1\\..*", "sparsity": "75%"},
+    ],
+}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "mixtral": ("mixtral", {}),
+    "gpt2": ("gpt2", {}),
+    "attention beside the mlp": ("gptj", {"sparsity": "50%"}),
+    "shared experts, latent attention": ("deepseek_v3", {}),
+    "shared experts": ("qwen2_moe", {"method": "wanda"}),
+    "gate and up interleaved": ("gpt_oss", {}),
+    "weights read without a call": ("mamba", {"rules": [{"match": "*.dt_proj", "method": "magnitude"}]}),
+    "mixed": ("llama", MIXED),
+    "mixed experts": ("mixtral", MIXED),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("Some are born great, some achieve greatness, and some have greatness thrust upon them. " * 1000)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make("llama", tmp_path_factory.mktemp("llama") / "model")
+
+
+def shards(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
+
+
+def narrow(monkeypatch: pytest.MonkeyPatch, held: float) -> None:
+    """Make the statistics of every input seem to take 1 GiB, and let there be room for those of `held` of them."""
+    monkeypatch.setattr(budget, "_held", lambda entry: GIB)
+    monkeypatch.setattr("llmprune.pipeline.room", lambda checkpoint, cap: roomy(held))
+
+
+def roomy(held: float) -> Room:
+    return Room(memory.current() + budget.GROWTH + budget.EXPERTS + int(held * GIB), None, True)
+
+
+@pytest.mark.parametrize("held", [1.5, 2.5])
+@pytest.mark.parametrize("case", CASES)
+def test_leaner_schedules_write_the_same_bytes(
+    case: str, held: float, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, changes = CASES[case]
+    source = make(family, tmp_path / "model")
+    monkeypatch.setitem(budget.BATCH_TOKENS, "cpu", LENGTH)  # one sequence at once, with little room and with much
+    options = {"sparsity": "2:4", "method": "sparsegpt", "calibration": text, **OPTIONS, **changes}
+    _, fast = plan(source, **options)
+    assert (fast.schedule.place, fast.schedule.overlap, fast.schedule.batch) == ("host", True, 1)
+    assert {len(passes) for passes in fast.schedule.passes} == {1}
+    before = llmprune.prune(source, out=tmp_path / "fast", **options)
+    narrow(monkeypatch, held)
+    _, lean = plan(source, **options)
+    assert (lean.schedule.place, lean.schedule.overlap, lean.schedule.batch) == ("disk", False, 1)
+    assert {max(map(len, passes)) for passes in lean.schedule.passes} == {int(held)}
+    assert all(len(passes) > 1 for passes in lean.schedule.passes)
+    after = llmprune.prune(source, out=tmp_path / "lean", **options)
+    assert shards(tmp_path / "fast") == shards(tmp_path / "lean")
+    assert after.linears == before.linears
+
+
+@pytest.mark.parametrize(("place", "overlap"), [("host", False), ("disk", True)])
+def test_each_lean_choice_alone_writes_the_same_bytes(
+    place: str, overlap: bool, model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"sparsity": "2:4", "calibration": text, **OPTIONS}
+    llmprune.prune(model, out=tmp_path / "fast", **options)
+    chosen = Needs.schedule
+
+    def other(self: Needs, *arguments: Any) -> Schedule:
+        return budget.replace(chosen(self, *arguments), place=place, overlap=overlap)
+
+    monkeypatch.setattr(Needs, "schedule", other)
+    _, made = plan(model, **options)
+    assert (made.schedule.place, made.schedule.overlap) == (place, overlap)
+    llmprune.prune(model, out=tmp_path / "lean", **options)
+    assert shards(tmp_path / "fast") == shards(tmp_path / "lean")
+
+
+def test_an_expert_that_the_first_batch_does_not_reach_is_seen_later(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its pass `o_proj`, which comes before it, was the last to be seen in that batch; more has to be computed."""
+    source = make("mixtral", tmp_path / "model", num_local_experts=16, num_experts_per_tok=1)
+    monkeypatch.setitem(budget.BATCH_TOKENS, "cpu", 2)
+    options: dict[str, Any] = {"sparsity": "2:4", "method": "wanda", "calibration": text, "samples": 64, "length": 2}
+    before = llmprune.prune(source, out=tmp_path / "fast", **options)
+    first = {record.name: record.tokens for record in before.pruned if ".experts.0." in record.name}
+    assert any(first.values())
+    narrow(monkeypatch, 3.5)
+    _, made = plan(source, **options)
+    mixed = [entries[0].linears[0] for passes in made.schedule.passes for entries in passes if len(entries) == 3]
+    assert [name for name in mixed if "o_proj" in name] == [f"model.layers.{n}.self_attn.o_proj" for n in range(3)]
+    after = llmprune.prune(source, out=tmp_path / "lean", **options)
+    assert after.linears == before.linears
+    assert shards(tmp_path / "fast") == shards(tmp_path / "lean")
+
+
+class TestRunTwice:
+    """A block in which one linear is run twice is captured in one pass: what it does first changes what it sees."""
+
+    @pytest.fixture(autouse=True)
+    def twice(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from transformers.models.llama.modeling_llama import LlamaMLP
+
+        def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+            once = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+            more: torch.Tensor = once + self.down_proj(self.up_proj(x + once))
+            return more
+
+        monkeypatch.setattr(LlamaMLP, "forward", forward)
+
+    def test_it_is_one_pass_or_none(
+        self, model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        options = {"sparsity": "2:4", "method": "wanda", "calibration": text, **OPTIONS}
+        narrow(monkeypatch, 2.5)
+        with pytest.raises(UserError, match="the smallest that can hold is"):
+            plan(model, **options)
+        narrow(monkeypatch, 7.5)
+        _, made = plan(model, **options)
+        assert [len(passes) for passes in made.schedule.passes] == [1, 1, 1]
+        report = llmprune.prune(model, out=tmp_path / "out", **options)
+        seen = {record.name.rsplit(".", 1)[-1]: record.tokens for record in report.pruned}
+        assert seen["up_proj"] == seen["down_proj"] == 2 * seen["gate_proj"] == 2 * 6 * LENGTH
+
+
+class TestPasses:
+    """Of random work for a model of three blocks."""
+
+    @pytest.fixture
+    def checkpoint(self, model: Path) -> Checkpoint:
+        return Checkpoint(resolve(model), "cpu")
+
+    @pytest.fixture(autouse=True)
+    def empty(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(memory, "current", lambda: 0)
+
+    def work(self, number: int, chance: random.Random, whole: bool = False) -> Work:
+        count = chance.randint(0, 12)
+        names = [f"{number}.{place}" for place in range(count)]
+        features = [chance.choice((256, 1024, 4096, 11008)) for _ in names]
+        inputs = tuple(
+            Input((name,), width, chance.choice(LEVELS)) for name, width in zip(names, features, strict=True)
+        )
+        rows = tuple(chance.choice((256, 4096, 22016)) for _ in names)
+        return Work(number, inputs, rows, whole, 11008, 4096 * 11008, False)
+
+    @pytest.mark.parametrize("seed", range(40))
+    def test_every_input_once_the_last_first_as_few_as_fit(self, seed: int, checkpoint: Checkpoint) -> None:
+        chance = random.Random(seed)
+        works = [self.work(number, chance) for number in range(3)]
+        needs = Needs(checkpoint, works, 8, 64, None)
+        counts: list[list[int]] = []
+        for host in sorted(int(2 ** chance.uniform(27, 33)) for _ in range(12)):
+            had = Room(host, None, True)
+            try:
+                made = needs.schedule(8, had)
+            except UserError as error:
+                assert not counts  # what fits into less fits into more
+                named = parse_size(str(error).rsplit(" ", 1)[-1])
+                assert host < named
+                continue
+            assert had.holds(made.peak)
+            for work, passes in zip(works, made.passes, strict=True):
+                assert [entry for entries in reversed(passes) for entry in entries] == list(work.inputs)
+                assert all(passes)
+            counts.append([len(passes) for passes in made.passes])
+        for fewer, more in zip(counts[1:], counts[:-1], strict=True):
+            assert all(a <= b for a, b in zip(fewer, more, strict=True))
+
+    @pytest.mark.parametrize("seed", range(10))
+    def test_two_neighbours_that_would_fit_together_are_together(self, seed: int, checkpoint: Checkpoint) -> None:
+        chance = random.Random(seed)
+        works = [self.work(number, chance) for number in range(3)]
+        needs = Needs(checkpoint, works, 8, 64, None)
+        had = Room(self.least(needs), None, True)
+        made = needs.schedule(8, had)
+        for number, passes in enumerate(made.passes):
+            for place in range(len(passes) - 1):
+                merged = (*passes[:place], passes[place + 1] + passes[place], *passes[place + 2 :])
+                assert not had.holds(
+                    needs._with(made, [*made.passes[:number], merged, *made.passes[number + 1 :]]).peak
+                )
+
+    @pytest.mark.parametrize("seed", range(10))
+    def test_a_block_that_is_whole_is_one_pass(self, seed: int, checkpoint: Checkpoint) -> None:
+        chance = random.Random(seed)
+        works = [self.work(number, chance, whole=number == 1) for number in range(3)]
+        needs = Needs(checkpoint, works, 8, 64, None)
+        made = needs.schedule(8, Room(self.least(needs), None, True))
+        assert made.passes[1] == ((works[1].inputs,) if works[1].inputs else ())
+
+    def least(self, needs: Needs) -> int:
+        """The smallest cap, as the refusal of none at all names it."""
+        with pytest.raises(UserError) as caught:
+            needs.schedule(8, Room(0, None, True))
+        return parse_size(str(caught.value).rsplit(" ", 1)[-1])
+
+
+PRUNE = """
+import json, sys, llmprune
+from llmprune import memory
+model, out, text, method, cap = sys.argv[1:]
+report = llmprune.prune(
+    model, out=out, sparsity="2:4", method=method, calibration=text, samples=4, length=256, max_memory=cap
+)
+print(json.dumps([report.predicted_memory, report.peak_memory, memory.peak(), report.sparsity]))
+"""
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", PRUNE, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(("shape", "method"), [("deep", "wanda"), ("wide", "sparsegpt"), ("sparse", "sparsegpt")])
+def test_the_peak_is_below_the_smallest_cap_and_near_what_was_said(
+    shape: str, method: str, text: str, tmp_path: Path
+) -> None:
+    family, changes = SHAPES[shape]
+    source, out = make(family, tmp_path / "model", dtype=torch.bfloat16, **changes), tmp_path / "out"
+    refused = run(source, out, text, method, "1MB")
+    assert not out.exists()
+    found = re.search(r"UserError: --max-memory is .*: the smallest that can hold is (\S+)", refused.stderr)
+    assert found is not None, refused.stderr
+    done = run(source, out, text, method, found[1])
+    assert done.returncode == 0, done.stderr
+    predicted, measured, later, sparsity = json.loads(done.stdout.splitlines()[-1])
+    assert sparsity > 0.49
+    assert measured <= later <= parse_size(found[1])
+    assert 0.75 * measured <= predicted <= 1.25 * measured
+    shutil.rmtree(tmp_path)
+
+
+def test_a_cap_that_cannot_be_met_is_refused_before_work(model: Path, text: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "llmprune", "prune", str(model), "-o", str(out), "--calibration", text]
+    command += ["--samples", "6", "--length", str(LENGTH), "--max-memory"]
+    refused = subprocess.run([*command, "100MiB"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert not out.exists()
+    found = re.search(
+        r"llmprune: --max-memory is 100MiB, but the phase '\w+' of this model takes more: "
+        r"the smallest that can hold is (\S+)\n$",
+        refused.stderr,
+    )
+    assert found is not None, refused.stderr
+    done = subprocess.run([*command, found[1]], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+class TestWithoutACap:
+    def test_what_does_not_fit_is_refused_with_a_way_out(
+        self, model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        options = {"out": tmp_path / "out", "calibration": text, **OPTIONS}
+        monkeypatch.setattr(memory, "current", lambda: 400 * 2**20)
+        monkeypatch.setattr(memory, "available", lambda: 10 * 2**20)
+        told = (
+            r"memory can be had, but this model needs (\S+) at the least .*; say --max-memory (\S+) to try it all the"
+        )
+        with pytest.raises(UserError, match=told) as caught:
+            llmprune.prune(model, **options)
+        assert not (tmp_path / "out").exists()
+        found = re.search(told, str(caught.value))
+        assert found is not None
+        assert found[1] == found[2]
+        llmprune.prune(model, **options, max_memory=found[1])
+
+    def test_little_memory_does_not_change_the_batch(
+        self, model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        llmprune.prune(model, out=tmp_path / "a", calibration=text, **OPTIONS)
+        monkeypatch.setattr(budget, "_held", lambda entry: GIB)
+        monkeypatch.setattr(memory, "available", lambda: 2 * GIB)
+        _, made = plan(model, calibration=text, **OPTIONS)
+        assert (made.schedule.batch, made.schedule.place) == (6, "disk")
+        assert {len(passes) for passes in made.schedule.passes} == {4}
+        llmprune.prune(model, out=tmp_path / "b", calibration=text, **OPTIONS)
+        assert shards(tmp_path / "a") == shards(tmp_path / "b")
+
+
+class Stopping(Silent):
+    """Stops before the third block."""
+
+    def over(self, items: Any, title: str) -> Iterator[Any]:
+        for number, item in enumerate(items):
+            if title == "pruning blocks" and number == 2:
+                raise KeyboardInterrupt
+            yield item
+
+
+class TestResuming:
+    @pytest.fixture
+    def whole(self, model: Path, text: str, tmp_path: Path) -> dict[str, bytes]:
+        llmprune.prune(model, out=tmp_path / "whole", calibration=text, **OPTIONS)
+        return shards(tmp_path / "whole")
+
+    def stop(self, model: Path, out: Path, text: str, **options: Any) -> None:
+        with pytest.raises(Interrupted, match="2 of 3 blocks are finished"):
+            llmprune.prune(model, out=out, calibration=text, progress=Stopping(), **OPTIONS, **options)
+
+    def test_with_another_cap(self, whole: dict[str, bytes], model: Path, text: str, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        self.stop(model, out, text, max_memory="20GiB")
+        report = llmprune.prune(model, out=out, calibration=text, **OPTIONS, max_memory="19GiB")
+        assert report.resumed == 2
+        assert shards(out) == whole
+
+    def test_with_other_batches(self, model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        out = tmp_path / "out"
+        self.stop(model, out, text)
+        monkeypatch.setitem(budget.BATCH_TOKENS, "cpu", 2 * LENGTH)
+        assert llmprune.prune(model, out=out, calibration=text, **OPTIONS).resumed == 2
+        assert llmprune.verify(out).ok
+
+    @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no posix_fallocate here")
+    def test_a_disk_without_room_for_the_activations(
+        self, whole: dict[str, bytes], model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = tmp_path / "out"
+        self.stop(model, out, text)
+        finished = shards(out)
+        monkeypatch.setattr(memory, "available", lambda: 2 * GIB)
+        monkeypatch.setattr(budget, "_held", lambda entry: GIB)
+
+        def full(*arguments: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "posix_fallocate", full)
+            with pytest.raises(Failure, match=rf"cannot be kept in {out}: No space left on device; make room there"):
+                llmprune.prune(model, out=out, calibration=text, **OPTIONS)
+        assert shards(out) == finished
+        report = llmprune.prune(model, out=out, calibration=text, **OPTIONS)
+        assert report.resumed == 2
+        assert shards(out) == whole
