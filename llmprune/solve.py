@@ -22,6 +22,9 @@ from llmprune.stats import LinearStats, ratio
 FEW_TOKENS = 64
 """A linear that fewer calibration tokens reached is noted; where a Gram is needed, one with fewer than its inputs."""
 
+_MUCH = 2**26
+"""Bytes that are worth the milliseconds of giving them back."""
+
 
 def prune_block(
     checkpoint: Checkpoint,
@@ -43,6 +46,7 @@ def prune_block(
     owners = distributed.deal([task.cost for task in tasks], distributed.size())
     found: dict[str, list[_Found]] = {}
     seen = {name: _Seen(one.tokens, one.needs == "gram") for name, one in stats.items()}
+    freed = 0
     for entry in inputs:
         shared = stats[entry.linears[0]]
         for name in entry.linears:
@@ -51,8 +55,12 @@ def prune_block(
             if task.input is entry and owner == distributed.rank():
                 for name, result in _solve(checkpoint, block, task, shared).items():
                     found.setdefault(name, []).append(result)
-                memory.give_back()
+                freed += 4 * entry.features * (entry.features + 4 * (task.rows[1] - task.rows[0]))
         del shared
+        if freed > _MUCH:
+            memory.give_back()
+            freed = 0
+    memory.give_back()
     for task, owner in zip(tasks, owners, strict=True):
         for _, rows, _ in task.parts(block):
             distributed.broadcast(rows, owner)
