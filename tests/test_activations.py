@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,12 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         kept.add(torch.ones(2, 3, 4))
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(Failure, match=r"cannot be kept in .*/nowhere: No such file"):
+def test_a_rank_that_does_not_see_out_has_its_file_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    kept = held("disk", tmp_path / "nowhere", torch.arange(24.0).view(2, 3, 4))
+    assert torch.equal(kept.read(0), torch.arange(24.0).view(2, 3, 4))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(Failure, match=r"cannot be kept in .*/gone: No such file"):
         held("disk", tmp_path / "nowhere")
 
 

@@ -45,7 +45,8 @@ class Activations:
             blocks: how many blocks there are.
             device: where the blocks are run.
             place: where the hidden states lie between two blocks.
-            folder: for `disk`, where the file is to be; it has no name there, and is gone when the process is.
+            folder: for `disk`, where the file is to be; it has no name there, and is gone when the process is. Where
+                there is no such folder (on a rank that does not see OUT), the system's own for such files.
         """
         self.calls: list[list[Call]] = [[] for _ in range(blocks)]
         self._device = device
@@ -101,9 +102,9 @@ class _File:
     """A file without a name that grows span by span."""
 
     def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
+        self._folder = folder if folder is not None and folder.is_dir() else Path(tempfile.gettempdir())
         with self._failing():
-            self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+            self._file: IO[bytes] = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
         self._end = 0
 
     def span(self, tensor: Tensor) -> _Span:
