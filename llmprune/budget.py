@@ -144,6 +144,11 @@ class Schedule:
     memory: dict[str, Peak] = field(default_factory=dict)
 
     @property
+    def most_passes(self) -> int:
+        """The passes of the block that needs the most of them."""
+        return max(map(len, self.passes))
+
+    @property
     def peak(self) -> Peak:
         """The most that any phase takes."""
         most = Peak()
@@ -186,7 +191,6 @@ class Needs:
         Raises:
             UserError: none fits; the message names the smallest cap that can hold.
         """
-        option = Schedule(batch, self._length)
         for option in self._options(batch, had):
             if had.holds(option.peak):
                 return option
@@ -222,14 +226,12 @@ class Needs:
         passes: list[list[Input]] = []
         held = solving = 0
         for entry, rows in zip(reversed(work.inputs), reversed(work.rows), strict=True):
-            held += _held(entry)
-            solving = max(solving, held + _solving(entry, rows))  # by then, what came before has been solved and let go
+            held, solving = _with_before(entry, rows, held, solving)
             if passes and had is not None and had.holds(beside + self._near(max(held + flow, solving))):
                 passes[-1].insert(0, entry)
             else:
                 passes.append([entry])
-                held = _held(entry)
-                solving = held + _solving(entry, rows)
+                held, solving = _with_before(entry, rows)
         return tuple(map(tuple, passes))
 
     # -- what is held --------------------------------------------------------------------------------------------------
@@ -243,11 +245,11 @@ class Needs:
             flow = self._flow(work, tokens) if self._samples else 0
             capture |= behind + loaded + Peak(size.reading)  # while it is read
             for entries in passes:
-                held = 0
-                for entry in reversed(entries):  # what comes before an input has been solved and let go by then
-                    held += _held(entry)
-                    solve |= loaded + self._near(held + _solving(entry, rows[entry]))
+                held = solving = 0
+                for entry in reversed(entries):
+                    held, solving = _with_before(entry, rows[entry], held, solving)
                 capture |= behind + loaded + self._near(held + flow)
+                solve |= loaded + self._near(solving)
             write |= loaded + Peak(size.converted)
             behind = Peak(size.stored) if option.overlap else Peak()
         kept = self._kept(option)
@@ -310,6 +312,15 @@ def _solving(entry: Input, rows: int) -> int:
 
 _SLACK = 2**24
 """What a cap that is named to be the smallest is more than that: no two processes begin alike."""
+
+
+def _with_before(entry: Input, rows: int, held: int = 0, solving: int = 0) -> tuple[int, int]:
+    """What a pass takes for its statistics, and while it is solved, with one more input before those that it has.
+
+    Inputs are solved in their order and then let go, so that those after it are still held when it is its turn.
+    """
+    held += _held(entry)
+    return held, max(solving, held + _solving(entry, rows))
 
 
 def _too_small(least: Schedule, had: Room) -> str:

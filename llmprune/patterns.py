@@ -14,24 +14,10 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import UserError
+from llmprune.parts import some_rows, zeros
 
 Scope = Literal["row", "matrix"]
 SCOPES: tuple[str, ...] = get_args(Scope)
-
-
-_AT_ONCE = 2**21
-"""Weights that are looked at together where rows stand for themselves: few enough for the caches and for memory, of
-which counting takes eight bytes a weight."""
-
-
-def some_rows(matrix: Tensor) -> tuple[Tensor, ...]:
-    """A matrix in parts of some rows each, a multiple of eight."""
-    return torch.split(matrix, max(1, _AT_ONCE // matrix.shape[-1] // 8) * 8)
-
-
-def zeros(matrix: Tensor) -> int:
-    """How many zeros a matrix holds."""
-    return sum(rows.numel() - int(rows.count_nonzero()) for rows in some_rows(matrix))
 
 
 class Pattern(Protocol):

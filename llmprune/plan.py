@@ -118,7 +118,7 @@ class Plan:
             "length": self.schedule.length,
             "activations": self.schedule.place if self.needs_data else None,
             "overlap": self.schedule.overlap,
-            "passes": max(map(len, self.schedule.passes)),
+            "passes": self.schedule.most_passes,
             "linears": [
                 {
                     "name": choice.linear.name,

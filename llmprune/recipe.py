@@ -306,8 +306,8 @@ def parse_size(text: str) -> int:
 
 def format_size(count: int) -> str:
     """A size in the form that `parse_size` takes, rounded up in its third figure."""
-    for unit in ("TiB", "GiB", "MiB", "KiB"):
-        whole = 1024 ** ("KiB", "MiB", "GiB", "TiB").index(unit) * 1024
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        whole = 1024**power
         if count >= whole:
             digits = max(0, 3 - len(str(count // whole)))
             return f"{math.ceil(count / whole * 10**digits) / 10**digits:.{digits}f}{unit}"

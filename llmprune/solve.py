@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from llmprune import distributed, memory, solvers
 from llmprune.errors import Failure, SingularGram
 from llmprune.model.checkpoint import Checkpoint, LoadedBlock
 from llmprune.model.linears import Input
-from llmprune.patterns import some_rows, zeros
+from llmprune.parts import not_finite, zeros
 from llmprune.plan import Choice
 from llmprune.report.record import LinearRecord, mask_sha256
 from llmprune.solvers import Solver
@@ -42,7 +42,7 @@ def prune_block(
     Returns:
         What became of each linear; on the first rank alone.
     """
-    tasks = _tasks(inputs, choices, stats, distributed.size())
+    tasks = _tasks(inputs, choices, distributed.size())
     owners = distributed.deal([task.cost for task in tasks], distributed.size())
     found: dict[str, list[_Found]] = {}
     seen = {name: _Seen(one.tokens, one.needs == "gram") for name, one in stats.items()}
@@ -69,9 +69,9 @@ def prune_block(
     if not distributed.is_first():
         return {}
     done = {}
-    for choice in (choice for task in tasks for choice in task.choices):
-        if choice.linear.name not in done:
-            name, weight = choice.linear.name, choice.linear.view(block.state[choice.linear.parameter])
+    for choice in choices:
+        if (name := choice.linear.name) in seen:
+            weight = choice.linear.view(block.state[choice.linear.parameter])
             check(weight, choice)
             done[name] = _record(choice, weight, seen[name], [one for part in everything for one in part.get(name, ())])
     return done
@@ -83,13 +83,18 @@ class _Task:
 
     Attributes:
         rows: the part of the matrix of all of them that is solved, as (start, end).
-        cost: about how many operations it takes.
     """
 
     input: Input
     choices: tuple[Choice, ...]
     rows: tuple[int, int]
-    cost: float
+
+    @property
+    def cost(self) -> float:
+        """About how many operations it takes: where a Gram is needed, to factorise it and to update all rows by it."""
+        width, rows = float(self.input.features), self.rows[1] - self.rows[0]
+        gram = self.choices[0].solver.needs == "gram"
+        return width**3 + 2 * rows * width**2 if gram else 50 * rows * width
 
     def parts(self, block: LoadedBlock) -> Iterator[tuple[Choice, Tensor, slice]]:
         """Each linear, those rows of its weight in the block that belong here, and where they are among `rows`."""
@@ -125,9 +130,7 @@ class _Found:
     note: str | None
 
 
-def _tasks(
-    inputs: tuple[Input, ...], choices: tuple[Choice, ...], stats: Mapping[str, LinearStats], ranks: int
-) -> list[_Task]:
+def _tasks(inputs: tuple[Input, ...], choices: tuple[Choice, ...], ranks: int) -> list[_Task]:
     """What there is to solve, cut up so that it can be dealt to the ranks."""
     whole: list[_Task] = []
     chosen = {choice.linear.name: choice for choice in choices}
@@ -138,24 +141,17 @@ def _tasks(
             stacks.setdefault(key, []).append(choice)
         for stack in stacks.values():
             rows = sum(choice.linear.shape[0] for choice in stack)
-            whole.append(_Task(entry, tuple(stack), (0, rows), _cost(entry, rows, stack[0].solver)))
+            whole.append(_Task(entry, tuple(stack), (0, rows)))
     fair = sum(task.cost for task in whole) / ranks
-    return [part for task in whole for part in _cut(task, math.ceil(task.cost / fair) if ranks > 1 else 1)]
+    return [part for task in whole for part in _cut(task, math.ceil(task.cost / fair))]
 
 
 def _cut(task: _Task, parts: int) -> Iterator[_Task]:
     """The task by rows, where these don't depend on each other."""
-    rows, solver = task.rows[1], task.choices[0].solver
+    rows = task.rows[1]
     parts = min(parts, rows) if task.choices[0].pattern.row_independent else 1
     for part in range(parts):
-        start, end = rows * part // parts, rows * (part + 1) // parts
-        yield _Task(task.input, task.choices, (start, end), _cost(task.input, end - start, solver))
-
-
-def _cost(entry: Input, rows: int, solver: Solver) -> float:
-    """Of a solver that needs a Gram: a factorisation, and an update of all rows by it."""
-    width = float(entry.features)
-    return width**3 + 2 * rows * width**2 if solver.needs == "gram" else 50 * rows * width
+        yield replace(task, rows=(rows * part // parts, rows * (part + 1) // parts))
 
 
 def _solve(checkpoint: Checkpoint, block: LoadedBlock, task: _Task, stats: LinearStats) -> dict[str, _Found]:
@@ -205,7 +201,7 @@ def check(weight: Tensor, choice: Choice) -> None:
         Failure: it is not, or has not.
     """
     name = choice.linear.name
-    if not all(bool(torch.isfinite(rows).all()) for rows in some_rows(weight)):
+    if not_finite(weight):
         raise Failure(f"pruning {name} gave NaN or infinite weights; try a larger damping (--set method.damping=0.1)")
     if not choice.pattern.holds(weight):
         raise Failure(f"pruning {name} did not reach {choice.pattern}; this is a mistake in {choice.method}, report it")

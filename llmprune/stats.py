@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmprune import distributed
 from llmprune.errors import SingularGram
+from llmprune.parts import not_finite
 
 Needs = Literal["nothing", "norms", "gram"]
 LEVELS: tuple[Needs, ...] = ("nothing", "norms", "gram")
@@ -148,13 +149,13 @@ def ratio(lost: float, total: float) -> float:
 
 
 def _of_all_ranks(rows: list[Tensor], features: int, device: torch.device) -> Tensor:
-    """(SAMPLE_TOKENS, in) as many of each rank's rows; where one has fewer there are zeros, which lose nothing."""
+    """As many of each rank's rows (rows, in); where one has fewer there are zeros, which lose nothing."""
     if distributed.size() == 1:
         return torch.cat(rows)
-    share = SAMPLE_TOKENS // distributed.size()
+    share = max(1, SAMPLE_TOKENS // distributed.size())
     mine = torch.cat([torch.empty(0, features, device=device), *rows])
-    mine = mine[:: max(1, len(mine) // share)][:share] if share else mine[:0]
-    everything = torch.zeros(SAMPLE_TOKENS, features, device=device)
+    mine = mine[:: max(1, len(mine) // share)][:share]
+    everything = torch.zeros(share * distributed.size(), features, device=device)
     everything[distributed.rank() * share :][: len(mine)] = mine
     distributed.total(everything)
     return everything
@@ -210,5 +211,4 @@ def _inverse_upper(gram: Tensor, scale: float, damping: float, dead: Tensor, dty
     del lower
     upper = inverse.flip(0, 1)
     del inverse
-    finite = all(bool(torch.isfinite(rows).all()) for rows in torch.split(upper, _PANEL))
-    return upper.div_(scale**0.5).float() if finite else None
+    return None if not_finite(upper) else upper.div_(scale**0.5).float()

@@ -218,7 +218,7 @@ def test_what_is_dealt_covers_every_row_once(models: dict[str, Path], text: str)
     for made in (plan, matrix):
         for ranks in (1, 2, 3, 8):
             for inputs, choices in zip(made.schedule.passes[0], [made.blocks[0]], strict=True):
-                tasks = _tasks(inputs, choices, {}, ranks)
+                tasks = _tasks(inputs, choices, ranks)
                 rows: dict[tuple[str, ...], list[tuple[int, int]]] = {}
                 for task in tasks:
                     rows.setdefault(tuple(choice.linear.name for choice in task.choices), []).append(task.rows)

@@ -270,6 +270,19 @@ def test_relative_error_is_not_known_without_inputs(needs: Needs) -> None:
     assert stats.relative_error(torch.randn(4, 8), torch.zeros(4, 8)) is None
 
 
+@pytest.mark.parametrize("ranks", [2, 256, 300])
+def test_every_rank_gives_to_the_sample(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks but one saw nothing; its rows alone must tell the error, however many ranks there are."""
+    from llmprune import distributed
+
+    monkeypatch.setattr(distributed, "size", lambda: ranks)
+    monkeypatch.setattr(distributed, "rank", lambda: ranks - 1)
+    stats = collected(inputs(50, 8), needs="norms")
+    dense = torch.randn(4, 8)
+    assert stats.relative_error(dense, torch.zeros(4, 8)) == pytest.approx(1)
+    assert stats.relative_error(dense, dense * 0.5) == pytest.approx(0.25)
+
+
 def capture(*groups: str, needs: Needs = "gram") -> Capture:
     """A watch for linears of one letter each; those of one word share their input."""
     linears = [Linear(name, f"{name}.weight", name, (4, 8)) for group in groups for name in group]

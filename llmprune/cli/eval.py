@@ -29,8 +29,7 @@ def run(chosen: argparse.Namespace) -> int:
     options = {"length": chosen.length, "device": chosen.device, "dtype": chosen.dtype}
     with distributed.joined():
         found = perplexity(chosen.model, chosen.text, progress=Bars(), **options)
-        if chosen.json and distributed.is_first():
-            print_json({"model": chosen.model, "perplexity": vars(found)})
-        elif distributed.is_first():
-            print(f"perplexity {found}, {found.seconds:.0f} s")
+        if distributed.is_first():
+            told = f"perplexity {found}, {found.seconds:.0f} s"
+            print_json({"model": chosen.model, "perplexity": vars(found)}) if chosen.json else print(told)
     return 0

@@ -27,10 +27,8 @@ def run(chosen: argparse.Namespace) -> int:
     options = recipe_options(chosen)
     with distributed.joined():
         report = prune(chosen.model, out=chosen.out, restart=chosen.restart, progress=log(chosen), **options)
-        if chosen.json and distributed.is_first():
-            print_json(report.to_dict())
-        elif distributed.is_first():
-            show(report)
+        if distributed.is_first():
+            print_json(report.to_dict()) if chosen.json else show(report)
     return 0
 
 

@@ -7,11 +7,10 @@ back, are private to transformers 5; all use of them is in this file.
 from __future__ import annotations
 
 import copy
-import io
 import os
 import re
 from collections.abc import Iterable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,11 +29,10 @@ from transformers.core_model_loading import (
 
 from llmprune import memory
 from llmprune.errors import Failure, UserError
-from llmprune.model.index import TensorInfo, read_header, read_index
+from llmprune.model.index import read_header, read_index, read_tensors
 from llmprune.model.skeleton import decoder_prefix, find_blocks, make_skeleton, pick_device, read_config
 from llmprune.model.source import Source, quiet
-
-_AT_ONCE = 2**22
+from llmprune.parts import not_finite
 
 
 @dataclass(frozen=True)
@@ -170,8 +168,7 @@ class Checkpoint:
         for name, tensor in tensors.items():
             if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
                 continue
-            parts = torch.split(tensor.flatten(), _AT_ONCE)  # the test takes several times the memory of what is tested
-            if bad := sum(int((~torch.isfinite(part)).sum()) for part in parts if not bool(torch.isfinite(part).all())):
+            if bad := not_finite(tensor):
                 raise Failure(
                     f"{name} in {self.source.name} holds {bad:,} NaN or infinite values: its weights are broken"
                 )
@@ -244,15 +241,7 @@ class Checkpoint:
         Raises:
             OSError: a file cannot be read, or ends too early.
         """
-        found: dict[str, Tensor] = {}
-        with ExitStack() as stack:
-            files: dict[Path, io.FileIO] = {}
-            for key in keys:
-                info = self.index[key]
-                if info.file not in files:
-                    files[info.file] = stack.enter_context(io.FileIO(info.file))
-                found[key] = _read(files[info.file], info)
-        return found
+        return read_tensors({key: self.index[key] for key in keys})
 
     def read_from(self, file: Path, keys: Iterable[str]) -> None:
         """Take some tensors from another file from now on, which has them in the same dtype and shape."""
@@ -478,18 +467,6 @@ class Checkpoint:
             module._buffers[leaf] = value
         else:
             module._parameters[leaf] = nn.Parameter(value.detach(), requires_grad=False)
-
-
-def _read(file: io.FileIO, info: TensorInfo) -> Tensor:
-    data = torch.empty(info.nbytes, dtype=torch.uint8)
-    rest = memoryview(data.numpy())  # type: ignore[arg-type]
-    file.seek(info.offset)
-    while len(rest):
-        count = file.readinto(rest)
-        if not count:
-            raise OSError(f"{info.file} ends before its header says")
-        rest = rest[count:]
-    return data.view(info.dtype).view(info.shape)
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from llmprune.errors import Failure, UserError
 
@@ -116,6 +120,34 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     except (SafetensorError, OSError) as error:
         size = path.stat().st_size
         raise Failure(f"shard {path} ({size:,} bytes) is broken or cut short: {error}; download it again") from None
+
+
+def read_tensors(infos: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
+    """Tensors exactly as the files hold them, in memory of their own, so that nothing of a file stays mapped.
+
+    Raises:
+        OSError: a file cannot be read, or ends too early.
+    """
+    found: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        files: dict[Path, io.FileIO] = {}
+        for key, info in infos.items():
+            if info.file not in files:
+                files[info.file] = stack.enter_context(io.FileIO(info.file))
+            found[key] = _read(files[info.file], info)
+    return found
+
+
+def _read(file: io.FileIO, info: TensorInfo) -> Tensor:
+    data = torch.empty(info.nbytes, dtype=torch.uint8)
+    rest = memoryview(data.numpy())  # type: ignore[arg-type]
+    file.seek(info.offset)
+    while len(rest):
+        count = file.readinto(rest)
+        if not count:
+            raise OSError(f"{info.file} ends before its header says")
+        rest = rest[count:]
+    return data.view(info.dtype).view(info.shape)
 
 
 def _offsets(path: Path) -> dict[str, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,7 +112,7 @@ class Input:
     needs: Needs
 
 
-class Watch:
+class Watch(ABC):
     """Is shown the inputs of some linears of a block while it runs.
 
     Attributes:
@@ -129,9 +130,9 @@ class Watch:
         self.cut = False
         self._modules: dict[str, nn.Module] = {}
 
+    @abstractmethod
     def saw(self, name: str, inputs: Tensor) -> None:
         """Take in the inputs (..., in) of one linear."""
-        raise NotImplementedError
 
     @contextlib.contextmanager
     def watching(self, block: nn.Module, name: str) -> Iterator[None]:

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor
 
 import llmprune
-from llmprune.patterns import some_rows
+from llmprune.parts import some_rows
 
 
 @dataclass(frozen=True)

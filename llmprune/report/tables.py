@@ -62,7 +62,7 @@ def memory_lines(plan: Plan) -> list[str]:
         phases = ", ".join(f"{name} {size(peak.device)}" for name, peak in schedule.memory.items() if peak.device)
         lines.append(f"             on the GPU about {size(schedule.peak.device)} ({phases})")
     if plan.needs_data:
-        most = max(map(len, schedule.passes))
+        most = schedule.most_passes
         passes = "one pass a block" if most == 1 else f"up to {most} passes a block"
         held = {"device": "on the GPU", "host": "in memory", "disk": "on the disk"}[schedule.place]
         lines.append(

@@ -12,7 +12,8 @@ from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.linears import Linear, find_linears
 from llmprune.model.source import Source, sha256_of
 from llmprune.model.writer import JOURNAL, REPORT
-from llmprune.patterns import Scope, parse, zeros
+from llmprune.parts import zeros
+from llmprune.patterns import Scope, parse
 from llmprune.progress import Progress, Silent
 from llmprune.report.record import mask_sha256
 
