@@ -1,12 +1,12 @@
 """Fits the work into memory: how much runs at once, where the activations lie, which statistics are held together.
 
-What each phase takes is told from shapes alone, before any work. Leaner choices are made only where the room asks for
-them; all but the size of the batches leave the result the same to the byte.
+What each phase takes is told from shapes and from a trial run of a few tokens, before any work. Leaner choices are made
+only where the room asks for them; all but the size of the batches leave the result the same to the byte.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,7 +15,9 @@ from llmprune import distributed, memory
 from llmprune.errors import UserError
 from llmprune.model.activations import Place
 from llmprune.model.checkpoint import Checkpoint, Footprint
-from llmprune.model.linears import Input
+from llmprune.model.cpu import AT_ONCE, widens
+from llmprune.model.survey import Held
+from llmprune.model.watch import Input, Stage
 from llmprune.recipe import format_size
 from llmprune.stats import SAMPLE_TOKENS
 
@@ -25,9 +27,10 @@ BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 FREE_SHARE = 0.9
 """The part of the free memory that is counted on where the user names no cap."""
 
-GROWTH = 96 * 2**20
+GROWTH = 112 * 2**20
 """What a process takes on top of what it has when the plan is made: code that runs for the first time, threads, rows of
-attention scores, memory that was freed in pieces. Measured on Linux with the CPU build of torch 2.13."""
+attention scores, memory that was freed in pieces and cannot be given back. Measured on Linux with the CPU build of
+torch 2.13."""
 
 EXPERTS = 64 * 2**20
 """What experts take besides: code for their many shapes, see `memory.frugal`, and more pieces. Measured as well."""
@@ -105,21 +108,31 @@ class Work:
 
     Attributes:
         number: the block.
-        inputs: what the linears that are pruned are given, in the order in which it comes about.
-        rows: for each of them, the rows of weights that are solved at once.
-        whole: whether all must be captured in one pass.
+        moments: what the linears that are pruned are given, in the order in which it comes about; what is there before
+            any of its linears is run stands together.
+        rows: for each input, the rows of weights that are solved at once.
+        dense: whether all is collected from the block as it was.
+        again: whether a linear is run more than once, so that all must be collected in one run.
+        held: what a sequence holds that stands still before some linear.
         widest: features of the widest tensor that flows inside the block.
         largest: elements of its largest weight matrix.
         experts: whether it has any.
     """
 
     number: int
-    inputs: tuple[Input, ...]
-    rows: tuple[int, ...]
-    whole: bool
+    moments: tuple[tuple[Input, ...], ...]
+    rows: Mapping[Input, int]
+    dense: bool
+    again: bool
+    held: Held
     widest: int
     largest: int
     experts: bool
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """All inputs in order."""
+        return tuple(entry for moment in self.moments for entry in moment)
 
 
 @dataclass(frozen=True)
@@ -129,24 +142,28 @@ class Schedule:
     Attributes:
         batch: sequences per forward.
         length: tokens per calibration sequence.
+        batches: how many of them this process runs.
         place: where the activations lie between two blocks.
         overlap: whether a block is written while the next one is read and captured.
-        passes: per block, the inputs whose statistics are collected together, and whose linears are then solved. What
-            is run last comes first: what has been pruned stands behind everything that is still to be captured.
+        stages: per block, what is collected together and then solved. Where the block has to stay dense, what is run
+            last comes first: what has been pruned stands behind everything that is still to be captured.
+        held: how many batches may stand still in the middle of a block; the others are run anew for each stage.
         memory: the estimated peak of each phase.
     """
 
     batch: int
     length: int
+    batches: int = 0
     place: Place = "host"
     overlap: bool = True
-    passes: tuple[tuple[tuple[Input, ...], ...], ...] = ()
+    stages: tuple[tuple[Stage, ...], ...] = ()
+    held: int = 0
     memory: dict[str, Peak] = field(default_factory=dict)
 
     @property
-    def most_passes(self) -> int:
-        """The passes of the block that needs the most of them."""
-        return max(map(len, self.passes))
+    def most_stages(self) -> int:
+        """The stages of the block that has the most of them."""
+        return max(map(len, self.stages))
 
     @property
     def peak(self) -> Peak:
@@ -191,65 +208,88 @@ class Needs:
         Raises:
             UserError: none fits; the message names the smallest cap that can hold.
         """
-        for option in self._options(batch, had):
+        options = list(self._options(batch, had))
+        for option in options:
             if had.holds(option.peak):
                 return option
-        packed = self._with(option, [self._packed(work, option, had) for work in self._blocks])
+        fitting = [fitted for option in options if (fitted := self._with_fewer(option, had)) is not None]
+        if fitting:
+            return max(fitting, key=lambda option: option.held * option.batch)  # the fastest of those that hold as many
+        packed = self._packed(option, had)
         if had.holds(packed.peak):
             return packed
-        least = self._with(option, [self._packed(work, option, None) for work in self._blocks])
-        raise UserError(_too_small(least, had))
+        raise UserError(_too_small(self._packed(option, None), had))
 
     def _options(self, batch: int, had: Room) -> Iterator[Schedule]:
         """From the fastest to the leanest; without a cap the batches on a CPU stay as they are."""
         places: list[tuple[Place, bool]] = [("host", True), ("host", False), ("disk", False)]
         if self._apart:
             places.insert(0, ("device", True))
-        together = [(work.inputs,) if work.inputs else () for work in self._blocks]
+        stages = tuple(tuple(Stage(moment, work.dense) for moment in work.moments) for work in self._blocks)
         while True:
             for place, overlap in places:
-                yield self._with(Schedule(batch, self._length, place, overlap), together)
+                batches = -(-self._samples // batch)
+                yield self._measured(Schedule(batch, self._length, batches, place, overlap, stages, batches))
             if batch == 1 or not (had.capped or self._apart):
                 return
             batch //= 2
 
-    def _with(self, option: Schedule, passes: Sequence[tuple[tuple[Input, ...], ...]]) -> Schedule:
-        made = replace(option, passes=tuple(passes))
-        return replace(made, memory=self._phases(made))
+    def _measured(self, option: Schedule) -> Schedule:
+        return replace(option, memory=self._phases(option))
 
-    def _packed(self, work: Work, option: Schedule, had: Room | None) -> tuple[tuple[Input, ...], ...]:
-        """As few passes as there can be, each as large as fits; without room one for each input."""
-        if work.whole:
-            return (work.inputs,) if work.inputs else ()
+    def _with_fewer(self, option: Schedule, had: Room) -> Schedule | None:
+        """With as many batches that stand still as fit, None where it does not fit without any."""
+        best, too_many = None, option.held
+        fewest = -1
+        while too_many - fewest > 1:
+            tried = self._measured(replace(option, held=(fewest + too_many) // 2))
+            if had.holds(tried.peak + (Peak(_SLACK, _SLACK) if tried.held else Peak())):
+                best, fewest = tried, tried.held
+            else:
+                too_many = tried.held
+        return best
+
+    def _packed(self, option: Schedule, had: Room | None) -> Schedule:
+        """With no batch that stands still, and as few stages as there can be; without room one for each input."""
+        stages = tuple(self._stages(work, option, had) for work in self._blocks)
+        return self._measured(replace(option, held=0, stages=stages))
+
+    def _stages(self, work: Work, option: Schedule, had: Room | None) -> tuple[Stage, ...]:
+        if work.again:
+            return tuple(Stage(moment, work.dense) for moment in work.moments)
         beside = self._base + self._kept(option) + self._loaded(work)
         flow = self._flow(work, option.batch * option.length)
-        passes: list[list[Input]] = []
-        held = solving = 0
-        for entry, rows in zip(reversed(work.inputs), reversed(work.rows), strict=True):
-            held, solving = _with_before(entry, rows, held, solving)
-            if passes and had is not None and had.holds(beside + self._near(max(held + flow, solving))):
-                passes[-1].insert(0, entry)
-            else:
-                passes.append([entry])
-                held, solving = _with_before(entry, rows)
-        return tuple(map(tuple, passes))
+        stages: list[list[Input]] = []
+        for moment in work.moments:
+            here: list[list[Input]] = []
+            held = solving = 0
+            for entry in reversed(moment):
+                held, solving = _with_before(entry, work.rows[entry], held, solving)
+                if here and had is not None and had.holds(beside + self._near(max(held + flow, solving))):
+                    here[-1].insert(0, entry)
+                else:
+                    here.append([entry])
+                    held, solving = _with_before(entry, work.rows[entry])
+            stages += here
+        return tuple(Stage(tuple(inputs), work.dense) for inputs in stages)
 
     # -- what is held --------------------------------------------------------------------------------------------------
 
     def _phases(self, option: Schedule) -> dict[str, Peak]:
         tokens = option.batch * option.length
         capture = solve = write = behind = Peak()
-        for work, passes in zip(self._blocks, option.passes, strict=True):
-            size, rows = self._sizes[work.number], dict(zip(work.inputs, work.rows, strict=True))
+        for work, stages in zip(self._blocks, option.stages, strict=True):
+            size = self._sizes[work.number]
             loaded = self._loaded(work)
             flow = self._flow(work, tokens) if self._samples else 0
+            still = self._still(work, option)
             capture |= behind + loaded + Peak(size.reading)  # while it is read
-            for entries in passes:
+            for stage in stages:
                 held = solving = 0
-                for entry in reversed(entries):
-                    held, solving = _with_before(entry, rows[entry], held, solving)
-                capture |= behind + loaded + self._near(held + flow)
-                solve |= loaded + self._near(solving)
+                for entry in reversed(stage.inputs):
+                    held, solving = _with_before(entry, work.rows[entry], held, solving)
+                capture |= behind + loaded + self._near(still + held + flow)
+                solve |= loaded + self._near(still + solving)
             write |= loaded + Peak(size.converted)
             behind = Peak(size.stored) if option.overlap else Peak()
         kept = self._kept(option)
@@ -277,11 +317,21 @@ class Needs:
         size = self._samples * self._length * self._width
         return {"device": Peak(device=size), "host": Peak(size), "disk": Peak()}[option.place]
 
+    def _still(self, work: Work, option: Schedule) -> int:
+        """What the batches hold that stand still in the middle of a block."""
+        if work.dense:
+            return 0
+        sequences = min(option.held * option.batch, self._samples)
+        apart = option.place == "disk" or (self._apart and option.place == "host")
+        return sequences * (work.held.size(option.length) + (option.length * self._width if apart else 0))
+
     def _flow(self, work: Work, tokens: int) -> int:
         """What is under way inside a block that runs, and what its statistics need to take it in."""
         run = self._checkpoint.dtype.itemsize
         taken = max((_TAKEN[entry.needs] * entry.features for entry in work.inputs), default=0)
-        return tokens * (8 * self._width + 3 * run * work.widest + taken) + run * work.largest
+        wide = 4 * (2 * tokens * work.widest + min(AT_ONCE, work.largest))
+        wide = wide if widens(self._checkpoint.device, self._checkpoint.dtype) else 0
+        return tokens * (8 * self._width + 3 * run * work.widest + taken) + run * work.largest + wide
 
     def _evaluation(self, length: int) -> Peak:
         """One batch of windows that goes through the largest block, or comes out at the end."""
@@ -291,7 +341,7 @@ class Needs:
         most = self._placed(self._whole) + self._near(2 * scores + parts)
         for work in self._blocks:
             most |= self._loaded(work) + Peak(self._sizes[work.number].reading)
-            most |= self._loaded(work) + self._near(self._flow(replace(work, inputs=()), tokens))
+            most |= self._loaded(work) + self._near(self._flow(replace(work, moments=()), tokens))
         return most + Peak(tokens * self._width)
 
 

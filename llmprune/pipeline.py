@@ -19,10 +19,9 @@ from llmprune.budget import batch_size, room, windows_at_once
 from llmprune.errors import Interrupted
 from llmprune.evaluate import perplexity
 from llmprune.model import blocks
-from llmprune.model.activations import Activations
-from llmprune.model.attention import quick_attention
+from llmprune.model.capture import Capture
 from llmprune.model.checkpoint import Checkpoint, LoadedBlock
-from llmprune.model.linears import Capture, Input
+from llmprune.model.cpu import quick
 from llmprune.model.source import Source, resolve
 from llmprune.model.writer import INDEX, Writer, check_out, fingerprint_files, writing
 from llmprune.plan import Choice, Plan, make_plan
@@ -30,8 +29,7 @@ from llmprune.progress import Clock, Progress, Silent
 from llmprune.recipe import Recipe, assemble, parse_size
 from llmprune.report.record import BlockRecord, LinearRecord, Perplexity, Report, versions
 from llmprune.report.verify import compare
-from llmprune.solve import prune_block
-from llmprune.stats import LinearStats
+from llmprune.solve import solve_stage
 
 
 def prune(
@@ -82,7 +80,7 @@ def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, sh
             writer.begin(fingerprint, vars(before) if before else None)
         report = Report(writer.out, checkpoint.source.name, checkpoint.source.revision, recipe.to_dict(), plan.weights)
         report.resumed = len(writer.records) if resumed else None
-        with quick_attention(checkpoint.device, checkpoint.dtype):
+        with quick(checkpoint.device, checkpoint.dtype):
             prune_blocks(checkpoint, plan, tokens, writer, clock, shown)
         with distributed.first():  # ranks are told of a failure, and wait for files that they go on to read
             if distributed.is_first():
@@ -153,7 +151,8 @@ def prune_blocks(
 ) -> None:
     """Prune and write all blocks in order; the inputs of each come from the pruned blocks before it.
 
-    Each rank calibrates its share of the batches. Blocks that the writer has already are only run, as OUT holds them.
+    In a block, the linears of one stage after the other are solved, on inputs that have passed those before them. Each
+    rank calibrates its share of the batches. Blocks that the writer has already are only run, as OUT holds them.
     """
     finished = distributed.share(len(writer.records))
     if finished == len(plan.blocks):
@@ -175,18 +174,22 @@ def prune_blocks(
             if number < finished:
                 _as_written(block, choices)
         done: dict[str, LinearRecord] = {}
-        for inputs in schedule.passes[number] if number >= finished else ():
-            with clock("capture"):
-                stats = capture(checkpoint, block, inputs, choices, number, activations)
-                memory.give_back()
-            with clock("write"):
-                writer.settle()
-            with clock("solve"):
-                done.update(prune_block(checkpoint, block, inputs, choices, stats))
-        if activations is not None:
-            with clock("propagate"):
-                blocks.advance(checkpoint, number, activations)
-                memory.give_back()
+        stages = schedule.stages[number] if number >= finished else ()
+        pruned = [choice.linear for choice in choices if choice.kept is None]
+        runs = Capture(pruned, stages, schedule.held, plan.again[number])
+        with runs.running(block.module, block.name, number, activations):
+            for stage in stages:
+                with clock("capture"):
+                    stats = runs.collect(stage, checkpoint.device)
+                    memory.give_back()
+                with clock("write"):
+                    writer.settle()
+                with clock("solve"):
+                    done.update(solve_stage(checkpoint, block, stage.inputs, choices, stats))
+            if activations is not None:
+                with clock("propagate"):
+                    blocks.advance(checkpoint, number, activations, runs.finish)
+                    memory.give_back()
         if number >= finished:
             spent = BlockRecord(block.name, clock.lap(), memory.peak(), _peak_device_memory(checkpoint.device))
             changed = {choice.linear.parameter for choice in choices if choice.kept is None}
@@ -197,29 +200,6 @@ def prune_blocks(
                     writer.settle()
         del block
         checkpoint.unload_block(number)
-
-
-def capture(
-    checkpoint: Checkpoint,
-    block: LoadedBlock,
-    inputs: tuple[Input, ...],
-    choices: tuple[Choice, ...],
-    number: int,
-    activations: Activations | None,
-) -> dict[str, LinearStats]:
-    """Run all batches through the block as it is, and collect statistics of some of the inputs of its linears.
-
-    Returns:
-        Of all ranks' batches, by the names of the linears.
-    """
-    collected = Capture(inputs, [choice.linear for choice in choices], checkpoint.device)
-    if activations is not None:
-        with collected.watching(block.module, block.name):
-            for batch, call in enumerate(activations.calls[number]):
-                blocks.run(block.module, call, activations.read(batch))
-                collected.next_batch()
-    collected.finish()
-    return collected.stats
 
 
 def _predicted(checkpoint: Checkpoint, plan: Plan, text: perplexity.Text | None) -> int:
@@ -238,7 +218,7 @@ def _as_written(block: LoadedBlock, choices: tuple[Choice, ...]) -> None:
     for choice in choices:
         if choice.kept is None:
             distributed.broadcast(choice.linear.view(block.state[choice.linear.parameter]), 0)
-    block.refresh()
+    block.refresh(choice.linear.parameter for choice in choices if choice.kept is None)
 
 
 def plan(

@@ -12,10 +12,12 @@ from typing import Any
 from llmprune import distributed, solvers
 from llmprune.budget import Needs, Room, Schedule, Work, batch_size
 from llmprune.errors import UserError, unknown
-from llmprune.model.blocks import Chain, kinds, probe
+from llmprune.model.blocks import Chain, kinds, probe, probe_length
 from llmprune.model.checkpoint import Checkpoint
-from llmprune.model.linears import Input, Linear, Survey, find_linears
+from llmprune.model.linears import Linear, find_linears
 from llmprune.model.skeleton import decoder_prefix
+from llmprune.model.survey import Survey
+from llmprune.model.watch import Input
 from llmprune.patterns import NM, Unstructured, parse
 from llmprune.recipe import Recipe
 from llmprune.solvers import Solver
@@ -58,6 +60,7 @@ class Plan:
         others: weights that are in no linear: their kind to their number.
         schedule: how the work is laid out so that it fits into memory.
         room: the memory that it was laid out for.
+        again: per block, whether any of its linears is run more than once.
     """
 
     blocks: tuple[tuple[Choice, ...], ...]
@@ -66,6 +69,7 @@ class Plan:
     others: dict[str, int]
     schedule: Schedule
     room: Room
+    again: tuple[bool, ...]
 
     @property
     def choices(self) -> list[Choice]:
@@ -118,7 +122,8 @@ class Plan:
             "length": self.schedule.length,
             "activations": self.schedule.place if self.needs_data else None,
             "overlap": self.schedule.overlap,
-            "passes": self.schedule.most_passes,
+            "stages": self.schedule.most_stages,
+            "held": self.schedule.held if self.needs_data else None,
             "linears": [
                 {
                     "name": choice.linear.name,
@@ -149,7 +154,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
     @contextlib.contextmanager
     def watch(number: int) -> Iterator[None]:
         name = checkpoint.blocks[number]
-        surveys[number] = Survey(find_linears(checkpoint.block(name), name))
+        surveys[number] = Survey(find_linears(checkpoint.block(name), name), probe_length(checkpoint))
         with surveys[number].watching(checkpoint.block(name), name):
             yield
 
@@ -157,8 +162,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
     blocks, works = [], []
     for number, kind in enumerate(kinds(checkpoint)):
         survey, like = surveys[kind], checkpoint.blocks[kind]
-        groups = [[name.removeprefix(like) for name in group] for group in survey.groups]
-        called = {name for group in groups for name in group}
+        called = {name.removeprefix(like) for moment in survey.moments for group in moment for name in group}
         checkpoint.check_revertible(number)
         name = checkpoint.blocks[number]
         choices = []
@@ -174,8 +178,11 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
                 kept = "its inputs cannot be seen: its weight is read without calling it"
             choices.append(Choice(linear, method, solver, pattern, kept, None if rule is None else rule + 1))
         blocks.append(tuple(choices))
-        inputs = _inputs(choices, [[name + rest for rest in group] for group in groups])
-        works.append(_work(number, choices, inputs, survey.again))
+        moments = [
+            [[name + known.removeprefix(like) for known in group] for group in moment] for moment in survey.moments
+        ]
+        dense = survey.again or not recipe.calibration.true_sequential
+        works.append(_work(number, choices, _moments(choices, moments), survey, dense))
     _check_names(checkpoint, recipe, blocks)
     _check_shapes(recipe, blocks)
     if not any(choice.kept is None for block in blocks for choice in block):
@@ -188,7 +195,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
     needs = Needs(checkpoint, works, samples if data else 0, length, text)
     schedule = needs.schedule(min(samples, batch_size(checkpoint, length)), had)
     weights = sum(info.numel for info in checkpoint.index.values())
-    return Plan(tuple(blocks), chain, weights, _others(checkpoint, blocks), schedule, had)
+    again = tuple(work.again for work in works)
+    return Plan(tuple(blocks), chain, weights, _others(checkpoint, blocks), schedule, had, again)
 
 
 def sequence_length(checkpoint: Checkpoint, asked: int | None) -> int:
@@ -284,31 +292,39 @@ def _others(checkpoint: Checkpoint, blocks: list[tuple[Choice, ...]]) -> dict[st
     return found
 
 
-def _inputs(choices: Sequence[Choice], groups: Sequence[Sequence[str]]) -> tuple[Input, ...]:
-    """What the linears that are pruned are given, in the order in which it comes about.
+def _moments(choices: Sequence[Choice], moments: Sequence[Sequence[Sequence[str]]]) -> tuple[tuple[Input, ...], ...]:
+    """What the linears that are pruned are given, by moments, in the order in which it comes about.
 
     Args:
-        groups: names of linears that share an input, in that order. Linears that are in none of them, because their
-            weight is read without calling them, come first: what they do may come before anything else.
+        moments: names of linears in that order, those that share an input together. Linears that are in none of them,
+            because their weight is read without calling them, come first: what they do may come before anything else.
     """
     pruned = {choice.linear.name: choice for choice in choices if choice.kept is None}
-    known = {name for group in groups for name in group}
-    inputs = []
-    for group in [*([name] for name in pruned if name not in known), *groups]:
-        if names := tuple(name for name in group if name in pruned):
-            needs = max((pruned[name].solver.needs for name in names), key=LEVELS.index)
-            inputs.append(Input(names, pruned[names[0]].linear.shape[1], needs))
-    return tuple(inputs)
+    known = {name for moment in moments for group in moment for name in group}
+    found = []
+    for moment in [[[name] for name in pruned if name not in known], *moments]:
+        inputs = []
+        for group in moment:
+            if names := tuple(name for name in group if name in pruned):
+                needs = max((pruned[name].solver.needs for name in names), key=LEVELS.index)
+                inputs.append(Input(names, pruned[names[0]].linear.shape[1], needs))
+        if inputs:
+            found.append(tuple(inputs))
+    return tuple(found)
 
 
-def _work(number: int, choices: Sequence[Choice], inputs: tuple[Input, ...], whole: bool) -> Work:
+def _work(
+    number: int, choices: Sequence[Choice], moments: tuple[tuple[Input, ...], ...], survey: Survey, dense: bool
+) -> Work:
+    if dense and moments:
+        moments = (tuple(entry for moment in moments for entry in moment),)
     chosen = {choice.linear.name: choice for choice in choices}
-    rows = []
-    for entry in inputs:
+    rows = {}
+    for entry in (entry for moment in moments for entry in moment):
         counts = [chosen[name].linear.shape[0] for name in entry.linears]
         independent = all(chosen[name].pattern.row_independent for name in entry.linears)
-        rows.append(sum(counts) if independent else max(counts))
+        rows[entry] = sum(counts) if independent else max(counts)
     widest = max((max(choice.linear.shape) for choice in choices), default=0)
     largest = max((choice.linear.numel for choice in choices), default=0)
     experts = any(choice.linear.expert is not None for choice in choices)
-    return Work(number, inputs, tuple(rows), whole, widest, largest, experts)
+    return Work(number, moments, rows, dense, survey.again, survey.held, widest, largest, experts)

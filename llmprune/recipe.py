@@ -32,6 +32,9 @@ class Calibration:
         seed: draws the documents.
         config, split: of a Hub data set.
         column: where the text stands, in a Hub data set or a local file of records.
+        true_sequential: the linears of a block are pruned in the order in which they run, each on inputs that have
+            passed those before it. Else all are pruned on what the block as it was sees, as in the published code of
+            most methods, and the block is run twice.
     """
 
     source: str = "c4"
@@ -41,6 +44,7 @@ class Calibration:
     config: str | None = None
     split: str | None = None
     column: str = "text"
+    true_sequential: bool = True
 
     def __post_init__(self) -> None:
         _positive(self, "calibration", "samples", "length")

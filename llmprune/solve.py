@@ -12,7 +12,7 @@ from torch import Tensor
 from llmprune import distributed, memory, solvers
 from llmprune.errors import Failure, SingularGram
 from llmprune.model.checkpoint import Checkpoint, LoadedBlock
-from llmprune.model.linears import Input
+from llmprune.model.watch import Input
 from llmprune.parts import not_finite, zeros
 from llmprune.plan import Choice
 from llmprune.report.record import LinearRecord, mask_sha256
@@ -26,7 +26,7 @@ _MUCH = 2**26
 """Bytes that are worth the milliseconds of giving them back."""
 
 
-def prune_block(
+def solve_stage(
     checkpoint: Checkpoint,
     block: LoadedBlock,
     inputs: tuple[Input, ...],
@@ -64,7 +64,7 @@ def prune_block(
     for task, owner in zip(tasks, owners, strict=True):
         for _, rows, _ in task.parts(block):
             distributed.broadcast(rows, owner)
-    block.refresh()
+    block.refresh({choice.linear.parameter for task in tasks for choice in task.choices})
     everything = distributed.gather(found)
     if not distributed.is_first():
         return {}

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llmprune.model import attention
-from llmprune.model.attention import causal_attention, quick_attention
+from llmprune.model import attention, cpu
+from llmprune.model.attention import causal_attention
+from llmprune.model.cpu import quick
 
 CPU = torch.device("cpu")
 
@@ -62,13 +63,13 @@ def test_is_about_as_exact_as_torchs_own() -> None:
 class TestWhichCalls:
     @pytest.fixture(autouse=True)
     def _where_it_pays(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(attention, "_products_are_fast", lambda: True)
+        monkeypatch.setattr(cpu, "_halves", lambda: "products")
 
     @pytest.mark.parametrize("keywords", [False, True])
     @pytest.mark.parametrize("scale", [None, 0.5])
     def test_plain_causal_attention_is_taken(self, keywords: bool, scale: float | None) -> None:
         query, key, value = made(1, 4, 50, 16, seed=0), made(1, 2, 50, 16, seed=1), made(1, 2, 50, 16, seed=2)
-        with quick_attention(CPU, torch.bfloat16):
+        with quick(CPU, torch.bfloat16):
             if keywords:
                 got = functional.scaled_dot_product_attention(
                     query=query, key=key, value=value, is_causal=True, scale=scale, enable_gqa=True
@@ -109,7 +110,7 @@ class TestWhichCalls:
         elif case == "one head for all":
             key = key[:, :1]
         theirs = functional.scaled_dot_product_attention(query, key, value, **options)
-        with quick_attention(CPU, torch.bfloat16):
+        with quick(CPU, torch.bfloat16):
             got = functional.scaled_dot_product_attention(query, key, value, **options)
         assert torch.equal(got, theirs)
 
@@ -117,5 +118,11 @@ class TestWhichCalls:
         query, key, value = (made(1, 2, 20, 8, seed=seed) for seed in range(3))
         theirs = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         for device, dtype in ((CPU, torch.float32), (CPU, torch.float16), (torch.device("cuda"), torch.bfloat16)):
-            with quick_attention(device, dtype):
+            with quick(device, dtype):
                 assert torch.equal(functional.scaled_dot_product_attention(query, key, value, is_causal=True), theirs)
+
+    def test_what_must_be_exact_is_torchs(self) -> None:
+        query, key, value = (made(1, 2, 20, 8, seed=seed) for seed in range(3))
+        theirs = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        with quick(CPU, torch.bfloat16, exact=True):
+            assert torch.equal(functional.scaled_dot_product_attention(query, key, value, is_causal=True), theirs)

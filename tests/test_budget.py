@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -22,8 +23,9 @@ from llmprune import budget, memory
 from llmprune.budget import Needs, Room, Schedule, Work
 from llmprune.errors import Failure, Interrupted, UserError
 from llmprune.model.checkpoint import Checkpoint
-from llmprune.model.linears import Input
 from llmprune.model.source import resolve
+from llmprune.model.survey import Held
+from llmprune.model.watch import Input, Stage
 from llmprune.pipeline import plan
 from llmprune.progress import Silent
 from llmprune.recipe import parse_size
@@ -75,52 +77,73 @@ def shards(out: Path) -> dict[str, bytes]:
 
 
 def narrow(monkeypatch: pytest.MonkeyPatch, held: float) -> None:
-    """Make the statistics of every input seem to take 1 GiB, and let there be room for those of `held` of them."""
+    """Let there be room for `held` GiB, which the statistics of an input and a batch that stands still seem to take."""
     monkeypatch.setattr(budget, "_held", lambda entry: GIB)
+    monkeypatch.setattr(Needs, "_still", lambda self, work, option: 0 if work.dense else GIB * option.held)
     monkeypatch.setattr("llmprune.pipeline.room", lambda checkpoint, cap: roomy(held))
+
+
+def crowd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a cap, let there be too little room for activations on the host, and for any batch that stands still."""
+    monkeypatch.setattr(memory, "available", lambda: 2 * GIB)
+    monkeypatch.setattr(Needs, "_kept", lambda self, option: budget.Peak(3 * GIB if option.place == "host" else 0))
+    monkeypatch.setattr(Needs, "_still", lambda self, work, option: 3 * GIB * option.held)
 
 
 def roomy(held: float) -> Room:
     return Room(memory.current() + budget.GROWTH + budget.EXPERTS + int(held * GIB), None, True)
 
 
+def calibrated(text: str, true_sequential: bool = True) -> dict[str, Any]:
+    return {"calibration": {"source": text, **OPTIONS, "true_sequential": true_sequential}}
+
+
 @pytest.mark.parametrize("held", [1.5, 2.5])
+@pytest.mark.parametrize("true_sequential", [True, False])
 @pytest.mark.parametrize("case", CASES)
 def test_leaner_schedules_write_the_same_bytes(
-    case: str, held: float, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, true_sequential: bool, held: float, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family, changes = CASES[case]
     source = make(family, tmp_path / "model")
     monkeypatch.setitem(budget.BATCH_TOKENS, "cpu", LENGTH)  # one sequence at once, with little room and with much
-    options = {"sparsity": "2:4", "method": "sparsegpt", "calibration": text, **OPTIONS, **changes}
+    options = {"sparsity": "2:4", "method": "sparsegpt", **calibrated(text, true_sequential), **changes}
     _, fast = plan(source, **options)
     assert (fast.schedule.place, fast.schedule.overlap, fast.schedule.batch) == ("host", True, 1)
-    assert {len(passes) for passes in fast.schedule.passes} == {1}
+    assert fast.schedule.held == fast.schedule.batches == OPTIONS["samples"]
     before = llmprune.prune(source, out=tmp_path / "fast", **options)
     narrow(monkeypatch, held)
     _, lean = plan(source, **options)
-    assert (lean.schedule.place, lean.schedule.overlap, lean.schedule.batch) == ("disk", False, 1)
-    assert {max(map(len, passes)) for passes in lean.schedule.passes} == {int(held)}
-    assert all(len(passes) > 1 for passes in lean.schedule.passes)
+    most = max(len(stage.inputs) for stages in fast.schedule.stages for stage in stages)
+    assert max(len(stage.inputs) for stages in lean.schedule.stages for stage in stages) == min(most, int(held))
+    if true_sequential:
+        assert lean.schedule.held == (int(held) - 1 if most == 1 else 0)
+    else:
+        assert (lean.schedule.place, lean.schedule.overlap, lean.schedule.batch) == ("disk", False, 1)
+        assert {len(stages) for stages in fast.schedule.stages} == {1}
+        assert all(len(stages) > 1 for stages in lean.schedule.stages)
     after = llmprune.prune(source, out=tmp_path / "lean", **options)
     assert shards(tmp_path / "fast") == shards(tmp_path / "lean")
     assert after.linears == before.linears
 
 
-@pytest.mark.parametrize(("place", "overlap"), [("host", False), ("disk", True)])
+@pytest.mark.parametrize(
+    ("place", "overlap", "held"), [("host", False, 6), ("disk", True, 6), ("host", True, 0), ("disk", False, 1)]
+)
 def test_each_lean_choice_alone_writes_the_same_bytes(
-    place: str, overlap: bool, model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: str, overlap: bool, held: int, model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(budget.BATCH_TOKENS, "cpu", LENGTH)
     options = {"sparsity": "2:4", "calibration": text, **OPTIONS}
     llmprune.prune(model, out=tmp_path / "fast", **options)
     chosen = Needs.schedule
 
     def other(self: Needs, *arguments: Any) -> Schedule:
-        return budget.replace(chosen(self, *arguments), place=place, overlap=overlap)
+        return budget.replace(chosen(self, *arguments), place=place, overlap=overlap, held=held)
 
     monkeypatch.setattr(Needs, "schedule", other)
     _, made = plan(model, **options)
-    assert (made.schedule.place, made.schedule.overlap) == (place, overlap)
+    assert (made.schedule.place, made.schedule.overlap, made.schedule.held) == (place, overlap, held)
     llmprune.prune(model, out=tmp_path / "lean", **options)
     assert shards(tmp_path / "fast") == shards(tmp_path / "lean")
 
@@ -128,7 +151,6 @@ def test_each_lean_choice_alone_writes_the_same_bytes(
 def test_an_expert_that_the_first_batch_does_not_reach_is_seen_later(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In its pass `o_proj`, which comes before it, was the last to be seen in that batch; more has to be computed."""
     source = make("mixtral", tmp_path / "model", num_local_experts=16, num_experts_per_tok=1)
     monkeypatch.setitem(budget.BATCH_TOKENS, "cpu", 2)
     options: dict[str, Any] = {"sparsity": "2:4", "method": "wanda", "calibration": text, "samples": 64, "length": 2}
@@ -137,15 +159,14 @@ def test_an_expert_that_the_first_batch_does_not_reach_is_seen_later(
     assert any(first.values())
     narrow(monkeypatch, 3.5)
     _, made = plan(source, **options)
-    mixed = [entries[0].linears[0] for passes in made.schedule.passes for entries in passes if len(entries) == 3]
-    assert [name for name in mixed if "o_proj" in name] == [f"model.layers.{n}.self_attn.o_proj" for n in range(3)]
+    assert {len(stage.inputs) for stages in made.schedule.stages for stage in stages} == {1, 3}
     after = llmprune.prune(source, out=tmp_path / "lean", **options)
     assert after.linears == before.linears
     assert shards(tmp_path / "fast") == shards(tmp_path / "lean")
 
 
 class TestRunTwice:
-    """A block in which one linear is run twice is captured in one pass: what it does first changes what it sees."""
+    """A block in which one linear is run twice is captured in one run: what it does first changes what it sees."""
 
     @pytest.fixture(autouse=True)
     def twice(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +179,7 @@ class TestRunTwice:
 
         monkeypatch.setattr(LlamaMLP, "forward", forward)
 
-    def test_it_is_one_pass_or_none(
+    def test_it_is_one_stage_or_none(
         self, model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         options = {"sparsity": "2:4", "method": "wanda", "calibration": text, **OPTIONS}
@@ -167,13 +188,13 @@ class TestRunTwice:
             plan(model, **options)
         narrow(monkeypatch, 7.5)
         _, made = plan(model, **options)
-        assert [len(passes) for passes in made.schedule.passes] == [1, 1, 1]
+        assert [[stage.dense for stage in stages] for stages in made.schedule.stages] == [[True]] * 3
         report = llmprune.prune(model, out=tmp_path / "out", **options)
         seen = {record.name.rsplit(".", 1)[-1]: record.tokens for record in report.pruned}
         assert seen["up_proj"] == seen["down_proj"] == 2 * seen["gate_proj"] == 2 * 6 * LENGTH
 
 
-class TestPasses:
+class TestStages:
     """Of random work for a model of three blocks."""
 
     @pytest.fixture
@@ -185,21 +206,26 @@ class TestPasses:
         monkeypatch.setattr(memory, "current", lambda: 0)
 
     def work(self, number: int, chance: random.Random, whole: bool = False) -> Work:
+        dense = whole or chance.random() < 0.3
         count = chance.randint(0, 12)
         names = [f"{number}.{place}" for place in range(count)]
         features = [chance.choice((256, 1024, 4096, 11008)) for _ in names]
         inputs = tuple(
             Input((name,), width, chance.choice(LEVELS)) for name, width in zip(names, features, strict=True)
         )
-        rows = tuple(chance.choice((256, 4096, 22016)) for _ in names)
-        return Work(number, inputs, rows, whole, 11008, 4096 * 11008, False)
+        rows = {entry: chance.choice((256, 4096, 22016)) for entry in inputs}
+        cuts = [0, *sorted(chance.sample(range(1, count), chance.randint(0, count - 1))), count] if count else [0]
+        moments = tuple(inputs[start:end] for start, end in itertools.pairwise([0, count] if dense else cuts) if end)
+        held = Held(chance.choice((0, 40_000, 400_000)), chance.choice((0, 32)))
+        return Work(number, moments, rows, dense, whole, held, 11008, 4096 * 11008, False)
 
     @pytest.mark.parametrize("seed", range(40))
-    def test_every_input_once_the_last_first_as_few_as_fit(self, seed: int, checkpoint: Checkpoint) -> None:
+    def test_every_input_once_in_as_few_stages_as_fit(self, seed: int, checkpoint: Checkpoint) -> None:
         chance = random.Random(seed)
         works = [self.work(number, chance) for number in range(3)]
         needs = Needs(checkpoint, works, 8, 64, None)
         counts: list[list[int]] = []
+        holding: list[int] = []
         for host in sorted(int(2 ** chance.uniform(27, 33)) for _ in range(12)):
             had = Room(host, None, True)
             try:
@@ -210,12 +236,23 @@ class TestPasses:
                 assert host < named
                 continue
             assert had.holds(made.peak)
-            for work, passes in zip(works, made.passes, strict=True):
-                assert [entry for entries in reversed(passes) for entry in entries] == list(work.inputs)
-                assert all(passes)
-            counts.append([len(passes) for passes in made.passes])
+            for work, stages in zip(works, made.stages, strict=True):
+                assert all(stage.inputs and stage.dense == work.dense for stage in stages)
+                left = list(stages)
+                for moment in work.moments:  # what is there at once may be split up, and then the last goes first
+                    seen: tuple[Input, ...] = ()
+                    while len(seen) < len(moment):
+                        seen = left.pop(0).inputs + seen
+                    assert seen == moment
+                assert not left
+            assert made.held == 0 or all(
+                len(stages) == len(work.moments) for work, stages in zip(works, made.stages, strict=True)
+            )
+            counts.append([len(stages) for stages in made.stages])
+            holding.append(made.held * made.batch)
         for fewer, more in zip(counts[1:], counts[:-1], strict=True):
             assert all(a <= b for a, b in zip(fewer, more, strict=True))
+        assert holding == sorted(holding)
 
     @pytest.mark.parametrize("seed", range(10))
     def test_two_neighbours_that_would_fit_together_are_together(self, seed: int, checkpoint: Checkpoint) -> None:
@@ -224,20 +261,21 @@ class TestPasses:
         needs = Needs(checkpoint, works, 8, 64, None)
         had = Room(self.least(needs), None, True)
         made = needs.schedule(8, had)
-        for number, passes in enumerate(made.passes):
-            for place in range(len(passes) - 1):
-                merged = (*passes[:place], passes[place + 1] + passes[place], *passes[place + 2 :])
-                assert not had.holds(
-                    needs._with(made, [*made.passes[:number], merged, *made.passes[number + 1 :]]).peak
-                )
+        for number, (work, stages) in enumerate(zip(works, made.stages, strict=True)):
+            for place, (one, two) in enumerate(itertools.pairwise(stages)):
+                together = two.inputs + one.inputs
+                if any(set(together) <= set(moment) for moment in work.moments):
+                    merged = (*stages[:place], Stage(together, work.dense), *stages[place + 2 :])
+                    option = budget.replace(made, stages=(*made.stages[:number], merged, *made.stages[number + 1 :]))
+                    assert not had.holds(needs._measured(option).peak)
 
     @pytest.mark.parametrize("seed", range(10))
-    def test_a_block_that_is_whole_is_one_pass(self, seed: int, checkpoint: Checkpoint) -> None:
+    def test_a_block_that_is_whole_is_one_stage(self, seed: int, checkpoint: Checkpoint) -> None:
         chance = random.Random(seed)
         works = [self.work(number, chance, whole=number == 1) for number in range(3)]
         needs = Needs(checkpoint, works, 8, 64, None)
         made = needs.schedule(8, Room(self.least(needs), None, True))
-        assert made.passes[1] == ((works[1].inputs,) if works[1].inputs else ())
+        assert made.stages[1] == ((Stage(works[1].inputs, True),) if works[1].inputs else ())
 
     def least(self, needs: Needs) -> int:
         """The smallest cap, as the refusal of none at all names it."""
@@ -320,11 +358,10 @@ class TestWithoutACap:
         self, model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         llmprune.prune(model, out=tmp_path / "a", calibration=text, **OPTIONS)
-        monkeypatch.setattr(budget, "_held", lambda entry: GIB)
-        monkeypatch.setattr(memory, "available", lambda: 2 * GIB)
+        crowd(monkeypatch)
         _, made = plan(model, calibration=text, **OPTIONS)
         assert (made.schedule.batch, made.schedule.place) == (6, "disk")
-        assert {len(passes) for passes in made.schedule.passes} == {4}
+        assert made.schedule.held == 0
         llmprune.prune(model, out=tmp_path / "b", calibration=text, **OPTIONS)
         assert shards(tmp_path / "a") == shards(tmp_path / "b")
 
@@ -370,8 +407,7 @@ class TestResuming:
         out = tmp_path / "out"
         self.stop(model, out, text)
         finished = shards(out)
-        monkeypatch.setattr(memory, "available", lambda: 2 * GIB)
-        monkeypatch.setattr(budget, "_held", lambda entry: GIB)
+        crowd(monkeypatch)
 
         def full(*arguments: Any) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -58,11 +58,26 @@ def inputs_of(model: torch.nn.Module, name: str, tokens: torch.Tensor) -> torch.
     return caught[0].flatten(0, -2)
 
 
-def test_each_block_sees_the_pruned_blocks_before_it_and_errors_are_true(
-    model: Path, text: str, tmp_path: Path
+STAGES = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+"""The linears of a Llama's block, in the order in which they are pruned."""
+
+
+def calibrated(text: str, true_sequential: bool) -> dict[str, Any]:
+    return {"calibration": {"source": text, "samples": 16, "length": 32, "true_sequential": true_sequential}}
+
+
+@pytest.mark.parametrize("true_sequential", [True, False])
+def test_all_that_comes_before_a_linear_is_pruned_and_errors_are_true(
+    true_sequential: bool, model: Path, text: str, tmp_path: Path
 ) -> None:
     """The report's relative error is recomputed from scratch with plain transformers."""
-    report = llmprune.prune(model, out=tmp_path / "out", sparsity="50%", method="sparsegpt", **options(text))
+    chosen = calibrated(text, true_sequential)
+    report = llmprune.prune(model, out=tmp_path / "out", sparsity="50%", method="sparsegpt", **chosen)
     checkpoint = Checkpoint(resolve(model), "cpu")
     from llmprune import data
 
@@ -71,12 +86,15 @@ def test_each_block_sees_the_pruned_blocks_before_it_and_errors_are_true(
     assert report.calibration["tokens_sha256"] == tokens.sha256
     dense, pruned = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (model, tmp_path / "out"))
     for number in range(3):
-        for name in ("self_attn.q_proj", "mlp.up_proj"):
+        for place, name in enumerate(("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")):
             full = f"model.layers.{number}.{name}"
-            # Dense weights inside the block that is being pruned, pruned ones in all blocks before.
             mixed = AutoModelForCausalLM.from_pretrained(model).eval()
             for before in range(number):
                 mixed.model.layers[before].load_state_dict(pruned.model.layers[before].state_dict())
+            for stage in STAGES[:place] if true_sequential else ():
+                for linear in stage:
+                    path = f"model.layers.{number}.{linear}"
+                    mixed.get_submodule(path).load_state_dict(pruned.get_submodule(path).state_dict())
             x = inputs_of(mixed, full, tokens.ids)
             w, v = dense.get_submodule(full).weight, pruned.get_submodule(full).weight
             expected = (((v - w) @ x.T).square().sum() / (w @ x.T).square().sum()).item()
@@ -85,21 +103,25 @@ def test_each_block_sees_the_pruned_blocks_before_it_and_errors_are_true(
             assert record.tokens == 16 * 32
 
 
-def test_wanda_on_a_whole_model_equals_the_published_rule(model: Path, text: str, tmp_path: Path) -> None:
-    llmprune.prune(model, out=tmp_path / "out", sparsity="50%", method="wanda", **options(text))
+@pytest.mark.parametrize("true_sequential", [True, False])
+def test_wanda_on_a_whole_model_equals_the_published_rule(
+    true_sequential: bool, model: Path, text: str, tmp_path: Path
+) -> None:
+    chosen = calibrated(text, true_sequential)
+    llmprune.prune(model, out=tmp_path / "out", sparsity="50%", method="wanda", **chosen)
     from llmprune import data
 
     tokens = data.draw(data.documents(text), Checkpoint(resolve(model), "cpu").tokenizer, 16, 32, 0, text)
     restated = AutoModelForCausalLM.from_pretrained(model).eval()
     for layer in range(3):
         block = restated.model.layers[layer]
-        names = [name for name, part in block.named_modules() if isinstance(part, torch.nn.Linear)]
-        inputs = {name: inputs_of(restated, f"model.layers.{layer}.{name}", tokens.ids) for name in names}
-        for name in names:
-            weight = block.get_submodule(name).weight.data
-            score = weight.abs() * inputs[name].square().sum(0).sqrt()
-            lowest = score.sort(dim=1, stable=True).indices[:, : weight.shape[1] // 2]
-            weight.scatter_(1, lowest, 0.0)
+        for names in STAGES if true_sequential else [[name for stage in STAGES for name in stage]]:
+            inputs = {name: inputs_of(restated, f"model.layers.{layer}.{name}", tokens.ids) for name in names}
+            for name in names:
+                weight = block.get_submodule(name).weight.data
+                score = weight.abs() * inputs[name].square().sum(0).sqrt()
+                lowest = score.sort(dim=1, stable=True).indices[:, : weight.shape[1] // 2]
+                weight.scatter_(1, lowest, 0.0)
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     same = total = 0
     for name, value in restated.named_parameters():

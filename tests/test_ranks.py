@@ -217,20 +217,21 @@ def test_what_is_dealt_covers_every_row_once(models: dict[str, Path], text: str)
     _, matrix = pipeline.plan(models["llama"], calibration=text, sparsity="50%", **SETTINGS)
     for made in (plan, matrix):
         for ranks in (1, 2, 3, 8):
-            for inputs, choices in zip(made.schedule.passes[0], [made.blocks[0]], strict=True):
-                tasks = _tasks(inputs, choices, ranks)
-                rows: dict[tuple[str, ...], list[tuple[int, int]]] = {}
-                for task in tasks:
-                    rows.setdefault(tuple(choice.linear.name for choice in task.choices), []).append(task.rows)
-                assert sorted(name for names in rows for name in names) == sorted(
-                    choice.linear.name for choice in choices if choice.kept is None
-                )
-                for names, spans in rows.items():
-                    count = sum(choice.linear.shape[0] for choice in choices if choice.linear.name in names)
-                    assert spans[0][0] == 0
-                    assert spans[-1][1] == count
-                    assert all(first[1] == second[0] for first, second in itertools.pairwise(spans))
-                    assert len(spans) == 1 or made is plan
+            choices = made.blocks[0]
+            inputs = tuple(entry for stage in made.schedule.stages[0] for entry in stage.inputs)
+            tasks = _tasks(inputs, choices, ranks)
+            rows: dict[tuple[str, ...], list[tuple[int, int]]] = {}
+            for task in tasks:
+                rows.setdefault(tuple(choice.linear.name for choice in task.choices), []).append(task.rows)
+            assert sorted(name for names in rows for name in names) == sorted(
+                choice.linear.name for choice in choices if choice.kept is None
+            )
+            for names, spans in rows.items():
+                count = sum(choice.linear.shape[0] for choice in choices if choice.linear.name in names)
+                assert spans[0][0] == 0
+                assert spans[-1][1] == count
+                assert all(first[1] == second[0] for first, second in itertools.pairwise(spans))
+                assert len(spans) == 1 or made is plan
 
 
 class TestMemory:

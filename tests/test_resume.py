@@ -203,15 +203,15 @@ class TestRecovery:
         out = tmp_path / "out"
         stop_after(4, model, out, text)
         pruned: list[str] = []
-        prune_block = pipeline.prune_block
+        solve_stage = pipeline.solve_stage
 
         def counting(checkpoint: Any, block: Any, *arguments: Any) -> Any:
             pruned.append(block.name)
-            return prune_block(checkpoint, block, *arguments)
+            return solve_stage(checkpoint, block, *arguments)
 
-        monkeypatch.setattr(pipeline, "prune_block", counting)
+        monkeypatch.setattr(pipeline, "solve_stage", counting)
         report = llmprune.prune(model, out=out, calibration=text, **SETTINGS)
-        assert pruned == ["model.layers.4", "model.layers.5"]
+        assert sorted(set(pruned)) == ["model.layers.4", "model.layers.5"]
         assert report.resumed == 4
         assert digests(out) == whole
 

@@ -21,6 +21,7 @@ from llmprune.errors import Failure, UserError
 from llmprune.model import blocks
 from llmprune.model.activations import Activations
 from llmprune.model.checkpoint import Checkpoint
+from llmprune.model.cpu import quick
 from llmprune.model.source import resolve
 from llmprune.plan import sequence_length
 from llmprune.progress import Progress, Silent
@@ -145,10 +146,12 @@ def measure(
             activations = blocks.start(checkpoint, chain, batches)
         assert activations is not None
         checkpoint.load_block(block)
-        blocks.advance(checkpoint, block, activations)
+        with quick(checkpoint.device, checkpoint.dtype, exact=True):
+            blocks.advance(checkpoint, block, activations)
         checkpoint.unload_block(block)
         if block == len(checkpoint.blocks) - 1:
-            total += _loss(checkpoint, chain, batches, activations)
+            with quick(checkpoint.device, checkpoint.dtype, exact=True):
+                total += _loss(checkpoint, chain, batches, activations)
     summed = torch.tensor([total], dtype=torch.float64)
     if not alone:
         distributed.total(summed)

@@ -7,24 +7,12 @@ as in transformers' eager attention, and the scaled queries are too.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 SCORES = 2**22
 """Scores held at once; more would no longer fit into the caches."""
-
-
-def quick_attention(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
-    """Inside, plain causal attention is computed by `causal_attention` where that pays; all other calls are torch's."""
-    pays = device.type == "cpu" and dtype == torch.bfloat16 and _products_are_fast()
-    return _Quick() if pays else contextlib.nullcontext()
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -55,16 +43,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     return result
 
 
-class _Quick(TorchFunctionMode):
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func is functional.scaled_dot_product_attention:
-            return _attend(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _attend(
+def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -74,6 +53,7 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
+    """torch's `scaled_dot_product_attention`, of which plain causal attention in bfloat16 is `causal_attention`."""
     plain = is_causal and attn_mask is None and dropout_p == 0 and query.ndim == key.ndim == value.ndim == 4
     if plain and _fit(query, key, value, enable_gqa):
         return causal_attention(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
@@ -88,12 +68,3 @@ def _fit(query: Tensor, key: Tensor, value: Tensor, shared: bool) -> bool:
     alike = query.shape[0] == key.shape[0] and query.shape[2:] == key.shape[2:] and key.shape[:3] == value.shape[:3]
     narrow = query.dtype == key.dtype == value.dtype == torch.bfloat16
     return heads and alike and narrow and not any(tensor.requires_grad for tensor in (query, key, value))
-
-
-@functools.cache
-def _products_are_fast() -> bool:
-    """Whether oneDNN multiplies in bfloat16 here, and torch's attention, which wants AMX for that, does not."""
-    bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    onednn = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
-    return onednn and bfloat16() and not amx()

@@ -21,7 +21,8 @@ from llmprune.errors import Failure, LLMPruneError, UserError
 from llmprune.model.activations import HIDDEN, Activations, Call, Place
 from llmprune.model.checkpoint import Checkpoint
 
-PROBE_TOKENS = 16
+PROBE_TOKENS = 19
+"""Tokens of a trial run; no width in a model is likely to be this number."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,11 @@ def probe(checkpoint: Checkpoint, watch: Watch = _unwatched) -> Chain:
         checkpoint.unload()
 
 
+def probe_length(checkpoint: Checkpoint) -> int:
+    """The tokens of a trial run."""
+    return min(PROBE_TOKENS, checkpoint.max_length or PROBE_TOKENS)
+
+
 def kinds(checkpoint: Checkpoint) -> list[int]:
     """For each block the number of the first block that has the same class and the same parameters."""
     first: dict[Any, int] = {}
@@ -123,9 +129,8 @@ def _probe(checkpoint: Checkpoint, watch: Watch) -> Chain:
 
     checkpoint.load_outer()
     checkpoint.load_block(0)
-    length = min(PROBE_TOKENS, checkpoint.max_length or PROBE_TOKENS)
     vocabulary = int(checkpoint.config.get_text_config().vocab_size)
-    tokens = (torch.arange(length, device=checkpoint.device) % vocabulary)[None]
+    tokens = (torch.arange(probe_length(checkpoint), device=checkpoint.device) % vocabulary)[None]
     with torch.enable_grad(), replaced(blocks, [first, *[later] * (len(blocks) - 1)]):
         model.get_decoder()(input_ids=tokens, use_cache=False)
     if len(seen) != len(blocks):
@@ -221,15 +226,20 @@ def run(block: nn.Module, call: Call, hidden: Tensor) -> Tensor:
         return _hidden(block(*args, **kwargs))
 
 
-def advance(checkpoint: Checkpoint, number: int, activations: Activations) -> None:
+def advance(
+    checkpoint: Checkpoint, number: int, activations: Activations, through: Callable[[int], Tensor] | None = None
+) -> None:
     """Take all batches through one loaded block.
+
+    Args:
+        through: what the block returns for a batch; by default it is run.
 
     Raises:
         Failure: the block returns NaN or infinite values.
     """
     block = checkpoint.block(checkpoint.blocks[number])
     for batch, call in enumerate(activations.calls[number]):
-        output = run(block, call, activations.read(batch))
+        output = through(batch) if through is not None else run(block, call, activations.read(batch))
         if not bool(torch.isfinite(output).all()):
             raise Failure(
                 f"{checkpoint.blocks[number]} returns NaN or infinite activations (batch {batch}) in "

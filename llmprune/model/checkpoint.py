@@ -66,12 +66,12 @@ class LoadedBlock:
     module: nn.Module
     state: dict[str, Tensor]
 
-    def refresh(self) -> None:
-        """Carry changes of `state` over to the module."""
+    def refresh(self, names: Iterable[str]) -> None:
+        """Carry changes of tensors in `state` over to the module."""
         running = self.module.state_dict(prefix=f"{self.name}.", keep_vars=True)
-        for name, tensor in self.state.items():
-            if running[name].data_ptr() != tensor.data_ptr():
-                running[name].copy_(tensor)
+        for name in names:
+            if running[name].data_ptr() != self.state[name].data_ptr():
+                running[name].copy_(self.state[name])
 
 
 class Checkpoint:

@@ -62,11 +62,12 @@ def memory_lines(plan: Plan) -> list[str]:
         phases = ", ".join(f"{name} {size(peak.device)}" for name, peak in schedule.memory.items() if peak.device)
         lines.append(f"             on the GPU about {size(schedule.peak.device)} ({phases})")
     if plan.needs_data:
-        most = schedule.most_passes
-        passes = "one pass a block" if most == 1 else f"up to {most} passes a block"
+        again = schedule.batches - schedule.held
+        anew = f", {again} of {schedule.batches} batches run anew for each" if again else ""
+        stages = f"up to {schedule.most_stages} stages a block{anew}"
         held = {"device": "on the GPU", "host": "in memory", "disk": "on the disk"}[schedule.place]
         lines.append(
-            f"laid out     {schedule.batch} x {schedule.length:,} tokens at once, activations {held}, {passes}"
+            f"laid out     {schedule.batch} x {schedule.length:,} tokens at once, activations {held}, {stages}"
         )
     return lines
 

@@ -1,0 +1,173 @@
+"""Takes batches through a block, and collects on the way what its linears are given.
+
+A block is one call. So that its linears can be solved in the order in which they run, each on inputs that have passed
+those before it, the call of each batch stands still before a linear that is not solved yet, and goes on when it is:
+every call is a greenlet, all in one thread. Where memory is short some calls are given up instead, and made anew for
+the next stage, with the same result to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+
+from llmprune.errors import Failure
+from llmprune.model import blocks
+from llmprune.model.activations import Activations
+from llmprune.model.linears import Linear
+from llmprune.model.watch import Mark, Shown, Stage, Watch
+from llmprune.stats import LinearStats
+
+_COURSE = "the model changes its course by its data; --set calibration.true_sequential=false may help"
+
+
+class Capture(Watch):
+    """All batches on their way through one block.
+
+    `collect` is called stage by stage, and the linears of each stage are solved before the next call; `finish` takes a
+    batch the rest of the way.
+    """
+
+    def __init__(self, linears: Iterable[Linear], stages: Sequence[Stage], held: int, again: bool = False) -> None:
+        """Nothing runs yet.
+
+        Args:
+            linears: those of the block that are pruned.
+            stages: what will be collected; none where all linears are solved already.
+            held: how many batches may stand still at a time.
+            again: whether any linear is run more than once.
+        """
+        entries = [entry for stage in stages for entry in stage.inputs]
+        self._leaders = {name: entry.linears[0] for entry in entries for name in entry.linears}
+        # Experts are always run one by one, so that a block that is read again from OUT gives the same to the bit.
+        super().__init__(linear for linear in linears if linear.name in self._leaders or linear.expert is not None)
+        self._held, self._again = held, again
+        self._dense = any(stage.dense for stage in stages)
+        self._waiting = set(self._leaders)
+        self._stage = Stage(())
+        self._stats: dict[str, LinearStats] = {}
+        self._steps: dict[int, greenlet] = {}
+        self._outputs: dict[int, Tensor] = {}
+        self._marks: list[dict[str, Mark]] = []
+        self._batch = 0
+
+    @contextlib.contextmanager
+    def running(self, block: nn.Module, name: str, number: int, activations: Activations | None) -> Iterator[None]:
+        """Inside, batches can be run through a block; without activations there are none.
+
+        Args:
+            block, name, number: the block, its full name, and its place in the model.
+        """
+
+        def run(batch: int) -> Tensor:
+            assert activations is not None
+            return blocks.run(block, activations.calls[number][batch], activations.read(batch))
+
+        self._run = run
+        self._marks = [{} for _ in activations.calls[number]] if activations is not None else []
+        with self.watching(block, name):
+            try:
+                yield
+            finally:
+                for batch in list(self._steps):
+                    self._give_up(batch)
+
+    def collect(self, stage: Stage, device: torch.device) -> dict[str, LinearStats]:
+        """Take all batches to the inputs of a stage.
+
+        Returns:
+            Their statistics over all ranks' batches, by the names of the linears, which share those of their `Input`.
+        """
+        self._settle(stage)
+        for entry in stage.inputs:
+            self._stats.update(dict.fromkeys(entry.linears, LinearStats(entry.features, entry.needs, device)))
+        for batch in range(len(self._marks)):
+            self._advance(batch)
+            if stage.dense or batch >= self._held:
+                self._give_up(batch)
+        stats, self._stats = self._stats, {}
+        for one in {id(value): value for value in stats.values()}.values():
+            one.finish()
+        return stats
+
+    def finish(self, batch: int) -> Tensor:
+        """What the block returns for a batch, when the linears of all stages are solved."""
+        self._settle(Stage(()))
+        self._advance(batch)
+        output = self._outputs.pop(batch, None)
+        self._give_up(batch)
+        if output is None:
+            raise RuntimeError(f"the linears {', '.join(sorted(self._waiting))} are not solved yet")
+        return output
+
+    def waits(self, names: Iterable[str]) -> bool:
+        """Whether any of these linears is still to be solved."""
+        return not self._waiting.isdisjoint(names)
+
+    def ready(self, inputs: Shown) -> None:
+        """Take in the inputs of linears that belong to the stage, and stand still before one that is not solved."""
+        while True:
+            marks = self._marks[self._batch]
+            for names, tensor in inputs.items():
+                wanted = [name for name in names if name in self._stats or self._solved(name)]
+                if wanted:
+                    self._see(wanted, tensor(), marks)
+            if not self._stands(inputs, marks):
+                return
+            parent = getcurrent().parent
+            assert parent is not None
+            parent.switch()
+
+    def _see(self, names: Sequence[str], inputs: Tensor, marks: dict[str, Mark]) -> None:
+        mark = Mark(inputs)
+        for name in names:
+            leader = self._leaders[name]
+            if name in self._stats and name == leader:
+                self._stats[name].add(inputs)
+            elif leader not in marks:
+                raise Failure(f"{name} was not run before what it is run before now: {_COURSE}")
+            elif name != leader and marks[leader] != mark:
+                raise Failure(f"{name} no longer shares its input with {leader}: {_COURSE}")
+            if name == leader:
+                marks[name] = mark
+
+    def _solved(self, name: str) -> bool:
+        """Whether a linear is solved, and what it is given must have been seen in this batch."""
+        return name in self._leaders and name not in self._waiting and not self._dense
+
+    def _stands(self, inputs: Shown, marks: dict[str, Mark]) -> bool:
+        if not self._dense:
+            return any(name in self._waiting for names in inputs for name in names)
+        # Nothing more is of interest in this run, which will be given up.
+        return bool(self._stats) and not self._again and all(self._leaders[name] in marks for name in self._stats)
+
+    def _settle(self, stage: Stage) -> None:
+        """Go over to a stage; the linears of the one before are solved by now."""
+        self._waiting.difference_update(name for entry in self._stage.inputs for name in entry.linears)
+        self._stage = stage
+
+    def _advance(self, batch: int) -> None:
+        """Let the call of a batch go on, until it stands still again or is through."""
+        self._batch = batch
+        step = self._steps.get(batch)
+        if step is None:
+            step = self._steps[batch] = greenlet(self._run)
+            step.gr_context = contextvars.copy_context()
+            result = step.switch(batch)
+        elif not step.dead:
+            result = step.switch()
+        else:
+            return
+        if step.dead:
+            self._outputs[batch] = result
+
+    def _give_up(self, batch: int) -> None:
+        self._outputs.pop(batch, None)
+        step = self._steps.pop(batch)
+        if not step.dead:
+            step.throw()

@@ -1,0 +1,168 @@
+"""Shows what flows into the linears of a block while it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional
+
+from llmprune.model.blocks import replaced
+from llmprune.model.linears import Linear, first_projection
+from llmprune.stats import Needs
+
+Shown = Mapping[tuple[str, ...], Callable[[], Tensor]]
+"""Names of linears that are given one tensor, and how to get it."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """A tensor inside a block that one or several linears are given, so that they share its statistics.
+
+    Attributes:
+        linears: their names.
+        features: its width.
+        needs: the most that any solver of these linears asks for.
+    """
+
+    linears: tuple[str, ...]
+    features: int
+    needs: Needs
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Inputs whose statistics are collected together, and whose linears are then solved.
+
+    Attributes:
+        inputs: what is collected.
+        dense: the whole block stays as it was until all of it is seen. Else a run stands still before the first linear
+            that is not solved yet, and goes on through it when it is.
+    """
+
+    inputs: tuple[Input, ...]
+    dense: bool = False
+
+
+class Watch(ABC):
+    """Is shown the inputs of some linears of a block while it runs.
+
+    Attributes:
+        linears: the linears by name.
+    """
+
+    def __init__(self, linears: Iterable[Linear]) -> None:
+        self.linears = {linear.name: linear for linear in linears}
+
+    @abstractmethod
+    def ready(self, inputs: Shown) -> None:
+        """Take in the inputs of linears that could all be run now, before any of them is."""
+
+    def waits(self, names: Iterable[str]) -> bool:
+        """Whether any of these linears is to be shown before it is run."""
+        return not self.linears.keys().isdisjoint(names)
+
+    @contextlib.contextmanager
+    def watching(self, block: nn.Module, name: str) -> Iterator[None]:
+        """Watch the block's linears while something runs inside."""
+        modules = dict(block.named_modules(prefix=name))
+        handles, fused = [], {}
+        for linear in self.linears.values():
+            if linear.expert is None:
+                handles.append(modules[linear.module].register_forward_pre_hook(self._hook(linear.name)))
+            else:
+                fused[linear.module] = modules[linear.module]
+        runners = [functools.partial(_run_experts, module, path, self) for path, module in fused.items()]
+        try:
+            with replaced(list(fused.values()), runners):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self.ready({(name,): lambda: inputs[0]})
+
+        return hook
+
+
+class Mark:
+    """What is left of a tensor to know it again by, as long as its memory is there, without holding it.
+
+    Two are equal when they are of the same part of the same memory.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._memory = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+        self._form = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else None
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, Mark) or self._form is None or self._form != other._form:
+            return False
+        return not self._memory.expired() and not other._memory.expired()  # type: ignore[no-untyped-call]
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _run_experts(
+    module: Any, path: str, watch: Watch, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Run fused experts one by one, after each expert's inputs have been shown: first all up, then all down.
+
+    Args:
+        hidden: (tokens, hidden).
+        top_k_index: (tokens, k) expert numbers; a number past the last expert means no expert.
+        top_k_weights: (tokens, k).
+    """
+    up = first_projection(module)
+    experts = range(module.down_proj.shape[0])
+    chosen = [torch.where(top_k_index == expert) for expert in experts]
+
+    def show(parts: Sequence[str], inputs: Callable[[int], Tensor]) -> bool:
+        named = {expert: [f"{path}.{expert}.{part}" for part in dict.fromkeys(parts)] for expert in experts}
+        if not watch.waits(name for names in named.values() for name in names):
+            return False
+        shown = {tuple(name for name in names if name in watch.linears): expert for expert, names in named.items()}
+        watch.ready({names: functools.partial(inputs, expert) for names, expert in shown.items() if names})
+        return True
+
+    def given(expert: int) -> Tensor:
+        return hidden[chosen[expert][0]]
+
+    def inner(expert: int) -> Tensor:
+        made = _project(module, up, expert, given(expert))
+        applied: Tensor = module._apply_gate(made) if up == "gate_up_proj" else module.act_fn(made)
+        return applied
+
+    show(("gate_proj", "up_proj", up), given)
+    held: dict[int, Tensor] = {}
+    if watch.waits(f"{path}.{expert}.down_proj" for expert in experts):
+        held = {expert: inner(expert) for expert in experts}
+        show(("down_proj",), held.__getitem__)
+    total = torch.zeros_like(hidden, dtype=torch.float32)
+    for expert in experts:
+        token, place = chosen[expert]
+        if not len(token):
+            continue
+        output = _project(module, "down_proj", expert, held.pop(expert) if held else inner(expert))
+        if getattr(module, "has_post_expert_norm", False):
+            output = module.post_expert_norm(output)
+        total.index_add_(0, token, (output * top_k_weights[token, place, None]).float())
+    return total.to(hidden.dtype)
+
+
+def _project(module: Any, name: str, expert: int, inputs: Tensor) -> Tensor:
+    weight = getattr(module, name)[expert]
+    biases = getattr(module, f"{name}_bias", None)
+    bias = None if biases is None else biases[expert]
+    return functional.linear(inputs, weight.T if module.is_transposed else weight, bias)
