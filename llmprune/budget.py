@@ -21,7 +21,7 @@ from llmprune.model.watch import Input, Stage
 from llmprune.recipe import format_size
 from llmprune.stats import SAMPLE_TOKENS
 
-BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Tokens that run through a block at once on a kind of device; whole sequences, at least one."""
 
 FREE_SHARE = 0.9
@@ -36,7 +36,7 @@ EXPERTS = 64 * 2**20
 """What experts take besides: code for their many shapes, see `memory.frugal`, and more pieces. Measured as well."""
 
 LOSS_TOKENS = 256
-"""Tokens whose losses are computed at once in an evaluation."""
+"""Tokens whose scores over the whole vocabulary are held at once in an evaluation."""
 
 TOKEN_BYTES = 128
 """What the text takes from which one calibration token is drawn."""
@@ -258,7 +258,7 @@ class Needs:
         if work.again:
             return tuple(Stage(moment, work.dense) for moment in work.moments)
         beside = self._base + self._kept(option) + self._loaded(work)
-        flow = self._flow(work, option.batch * option.length)
+        flow = self._flow(work, option.batch, option.length)
         stages: list[list[Input]] = []
         for moment in work.moments:
             here: list[list[Input]] = []
@@ -276,12 +276,11 @@ class Needs:
     # -- what is held --------------------------------------------------------------------------------------------------
 
     def _phases(self, option: Schedule) -> dict[str, Peak]:
-        tokens = option.batch * option.length
         capture = solve = write = behind = Peak()
         for work, stages in zip(self._blocks, option.stages, strict=True):
             size = self._sizes[work.number]
             loaded = self._loaded(work)
-            flow = self._flow(work, tokens) if self._samples else 0
+            flow = self._flow(work, option.batch, option.length) if self._samples else 0
             still = self._still(work, option)
             capture |= behind + loaded + Peak(size.reading)  # while it is read
             for stage in stages:
@@ -296,7 +295,9 @@ class Needs:
         found = {"capture": kept + capture, "solve": kept + solve, "write": kept + write, "copy": Peak(self._largest)}
         if self._samples:
             found["tokens"] = Peak(TOKEN_BYTES * self._samples * self._length)
-            found["embed"] = kept + self._placed(self._outer) + self._near(4 * tokens * self._width)
+            found["embed"] = (
+                kept + self._placed(self._outer) + self._near(4 * option.batch * option.length * self._width)
+            )
         if self._text is not None:
             found["evaluate"] = self._evaluation(self._text)
         return {phase: self._base + peak for phase, peak in found.items()}
@@ -325,24 +326,25 @@ class Needs:
         apart = option.place == "disk" or (self._apart and option.place == "host")
         return sequences * (work.held.size(option.length) + (option.length * self._width if apart else 0))
 
-    def _flow(self, work: Work, tokens: int) -> int:
+    def _flow(self, work: Work, sequences: int, length: int) -> int:
         """What is under way inside a block that runs, and what its statistics need to take it in."""
-        run = self._checkpoint.dtype.itemsize
+        run, tokens = self._checkpoint.dtype.itemsize, sequences * length
+        each = max(8 * self._width + 3 * run * work.widest, work.held.token + 4 * self._width) + length * work.held.pair
         taken = max((_TAKEN[entry.needs] * entry.features for entry in work.inputs), default=0)
         wide = 4 * (2 * tokens * work.widest + min(AT_ONCE, work.largest))
         wide = wide if widens(self._checkpoint.device, self._checkpoint.dtype) else 0
-        return tokens * (8 * self._width + 3 * run * work.widest + taken) + run * work.largest + wide
+        return int(tokens * (each + taken)) + run * work.largest + wide
 
     def _evaluation(self, length: int) -> Peak:
         """One batch of windows that goes through the largest block, or comes out at the end."""
-        tokens = batch_size(self._checkpoint, length) * length
-        scores = length * self._vocabulary * self._checkpoint.dtype.itemsize
+        batch = batch_size(self._checkpoint, length)
+        scores = LOSS_TOKENS * self._vocabulary * self._checkpoint.dtype.itemsize
         parts = 3 * 4 * LOSS_TOKENS * self._vocabulary
         most = self._placed(self._whole) + self._near(2 * scores + parts)
         for work in self._blocks:
             most |= self._loaded(work) + Peak(self._sizes[work.number].reading)
-            most |= self._loaded(work) + self._near(self._flow(replace(work, moments=()), tokens))
-        return most + Peak(tokens * self._width)
+            most |= self._loaded(work) + self._near(self._flow(replace(work, moments=()), batch, length))
+        return most + Peak(batch * length * self._width)
 
 
 def _held(entry: Input) -> int:

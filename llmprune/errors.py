@@ -37,9 +37,14 @@ class SingularGram(Failure):
     """A Gram matrix that cannot be factorised, even after every step of extra damping."""
 
 
+MANY = 200
+"""More names than anyone wants to read."""
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     """An error for an unknown name that answers with the nearest known one."""
     choices = sorted(known)
     near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return UserError(f"unknown {what} {name!r}: {hint}known: {', '.join(choices)}")
+    listed = f"known: {', '.join(choices)}" if len(choices) <= MANY else f"one of {len(choices):,}"
+    return UserError(f"unknown {what} {name!r}: {hint}{listed}")

@@ -117,6 +117,7 @@ def _prepare(
                 text = perplexity.read_text(checkpoint, recipe.evaluate) if recipe.evaluate.text else None
             with clock("hash"), shown.waiting("hashing the model's files"):
                 fingerprint = _fingerprint(checkpoint, recipe, tokens, text)
+            checkpoint.forget_tokenizer()
     if checkpoint.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(checkpoint.device)
     return distributed.share((tokens, text, fingerprint))

@@ -37,10 +37,11 @@ def test_masks_agree_with_the_cpu(family: str, method: str, tmp_path: Path) -> N
     text.write_text("How many roads must a man walk down, before you call him a man? " * 60)
     found = {}
     for device in ("cpu", "cuda"):
+        # SparseGPT's ties are broken otherwise, and random blocks make much of little: one step of it for each block.
+        chosen = {"source": str(text), "samples": 16, "length": 32, "true_sequential": method == "wanda"}
         report = llmprune.prune(
-            source, out=tmp_path / device, sparsity="2:4", method=method, device=device,
-            calibration=str(text), samples=16, length=32,
-        )  # fmt: skip
+            source, out=tmp_path / device, sparsity="2:4", method=method, device=device, calibration=chosen
+        )
         found[device] = masks(tmp_path / device)
         assert (report.peak_device_memory is not None) == (device == "cuda")
     same = sum(int((mask == found["cuda"][name]).sum()) for name, mask in found["cpu"].items())

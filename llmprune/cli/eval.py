@@ -1,35 +1,99 @@
-"""Measure the perplexity of a model, dense or sparse, one block in memory at a time.
+"""Evaluate a model, dense or sparse: perplexity, block by block, and the tasks of EleutherAI's lm-eval.
 
-example: llmprune eval OUT --text wikitext2 --length 2048
+example: llmprune eval OUT --perplexity wikitext2 --tasks arc_easy,hellaswag
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 from llmprune.cli.options import MODEL, add_json, print_json
+from llmprune.errors import UserError
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The arguments."""
     parser.add_argument("model", help=MODEL)
-    parser.add_argument("--text", default="wikitext2", help="wikitext2, c4, builtin, owner/name, or a file [wikitext2]")
-    parser.add_argument("--length", type=int, help="context length in tokens [2048, or what the model can take]")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ... [a GPU where there is one]")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 [the checkpoint's]")
+    add = parser.add_argument_group("perplexity").add_argument
+    texts = "wikitext2, c4, builtin, owner/name, or a file [wikitext2, where no tasks are named]"
+    add("--perplexity", "--text", dest="text", metavar="TEXT", help=texts)
+    add("--length", type=int, help="context length in tokens [2048, or what the model can take]")
+    add = parser.add_argument_group("tasks, by lm-eval").add_argument
+    add("--tasks", metavar="NAME,...", help="tasks or groups that lm-eval knows; `pruning` for the seven of the papers")
+    add("--include-path", action="append", default=[], metavar="FOLDER", help="a folder with tasks of yours; repeat")
+    add("--few-shot", type=int, metavar="N", help="solved examples before each question [as the task says]")
+    add("--limit", type=float, metavar="N", help="only the first N documents of each task; below 1, that part of them")
+    add("--batch-tokens", type=int, metavar="N", help="tokens that run at once [what suits the device]")
+    add = parser.add_argument
+    add("--device", default="auto", help="cpu, cuda, ... [a GPU where there is one]")
+    add("--dtype", default="auto", help="float32, bfloat16 or float16 [the checkpoint's]")
+    add("-o", "--out", metavar="FOLDER", help="write eval.json there, and lm-eval's own results as lm_eval.json")
     add_json(parser)
 
 
 def run(chosen: argparse.Namespace) -> int:
     """Evaluate."""
     from llmprune import distributed
-    from llmprune.evaluate.perplexity import perplexity
     from llmprune.progress import Bars
 
-    options = {"length": chosen.length, "device": chosen.device, "dtype": chosen.dtype}
+    names = [name.strip() for name in (chosen.tasks or "").split(",") if name.strip()]
+    if chosen.tasks is not None and not names:
+        raise UserError("--tasks names none: give names with commas between, such as arc_easy,hellaswag")
+    text = chosen.text or (None if names else "wikitext2")
+    where = {"device": chosen.device, "dtype": chosen.dtype, "progress": Bars()}
+    told: dict[str, Any] = {"model": chosen.model}
+    raw: dict[str, Any] | None = None
     with distributed.joined():
-        found = perplexity(chosen.model, chosen.text, progress=Bars(), **options)
+        if text is not None:
+            from llmprune.evaluate.perplexity import perplexity
+
+            found = perplexity(chosen.model, text, length=chosen.length, **where)
+            told["perplexity"] = vars(found)
+            if distributed.is_first() and not chosen.json:
+                print(f"perplexity {found}, {found.seconds:.0f} s")
+        if names:
+            from llmprune.evaluate import tasks
+
+            options = {"shots": chosen.few_shot, "limit": chosen.limit, "batch": chosen.batch_tokens}
+            scored = tasks.evaluate(
+                chosen.model,
+                names,
+                include_path=chosen.include_path,
+                samples=chosen.out is not None,
+                **options,
+                **where,
+            )
+            told["tasks"], raw = scored.to_dict(), scored.raw
+            if distributed.is_first() and not chosen.json:
+                show(scored)
         if distributed.is_first():
-            told = f"perplexity {found}, {found.seconds:.0f} s"
-            print_json({"model": chosen.model, "perplexity": vars(found)}) if chosen.json else print(told)
+            if chosen.out is not None:
+                keep(Path(chosen.out), told, raw)
+            if chosen.json:
+                print_json(told if raw is None or chosen.out is not None else {**told, "lm_eval": raw})
     return 0
+
+
+def show(scored: Any) -> None:
+    """Print what the tasks told for people."""
+    from rich.console import Console
+
+    from llmprune.report import tables
+
+    console = Console()
+    console.print(tables.tasks_table(scored.scores))
+    for name, mean in scored.means.items():
+        console.print(f"mean accuracy of {name!r}: {mean:.4f}", highlight=False)
+    console.print(f"{scored.seconds:.0f} s", highlight=False)
+
+
+def keep(folder: Path, told: dict[str, Any], raw: dict[str, Any] | None) -> None:
+    """Write what was found."""
+    import json
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "eval.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    if raw is not None:
+        (folder / "lm_eval.json").write_text(json.dumps(raw, indent=2, default=str) + "\n", encoding="utf-8")

@@ -16,12 +16,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from llmprune import data, distributed, memory
-from llmprune.budget import LOSS_TOKENS, batch_size, windows_at_once
+from llmprune.budget import batch_size, windows_at_once
 from llmprune.errors import Failure, UserError
+from llmprune.evaluate.stream import final_states, scores
 from llmprune.model import blocks
-from llmprune.model.activations import Activations
 from llmprune.model.checkpoint import Checkpoint
-from llmprune.model.cpu import quick
 from llmprune.model.source import resolve
 from llmprune.plan import sequence_length
 from llmprune.progress import Progress, Silent
@@ -136,22 +135,12 @@ def measure(
     batch = batch_size(checkpoint, length)
     at_once = windows_at_once(checkpoint, length, memory.available() if spare is None else spare)
     mine = text.windows if alone else text.windows[list(distributed.share_of(count))]
-    passes = torch.split(mine, at_once) if len(mine) else ()
+    batches = list(torch.split(mine, batch)) if len(mine) else []
+    room = at_once * length * checkpoint.hidden_size * checkpoint.dtype.itemsize
     total = 0.0
-    steps = [(number, block) for number in range(len(passes)) for block in range(len(checkpoint.blocks))]
-    activations = None
-    for number, block in progress.over(steps, title):
-        batches = list(torch.split(passes[number], batch))
-        if block == 0:
-            activations = blocks.start(checkpoint, chain, batches)
-        assert activations is not None
-        checkpoint.load_block(block)
-        with quick(checkpoint.device, checkpoint.dtype, exact=True):
-            blocks.advance(checkpoint, block, activations)
-        checkpoint.unload_block(block)
-        if block == len(checkpoint.blocks) - 1:
-            with quick(checkpoint.device, checkpoint.dtype, exact=True):
-                total += _loss(checkpoint, chain, batches, activations)
+    for number, states in final_states(checkpoint, chain, batches, progress, title, room):
+        for window, state in zip(batches[number], states, strict=True):
+            total += _loss(checkpoint, chain, window, state)
     summed = torch.tensor([total], dtype=torch.float64)
     if not alone:
         distributed.total(summed)
@@ -163,15 +152,11 @@ def measure(
     return Perplexity(value, text.name, length, count, predicted, round(time.monotonic() - began, 3))
 
 
-def _loss(checkpoint: Checkpoint, chain: blocks.Chain, batches: list[Tensor], activations: Activations) -> float:
-    """The summed negative log likelihood of every token but the first of each window."""
-    checkpoint.load_outer(head=True)
-    total = 0.0
-    for batch, tokens in enumerate(batches):
-        for window, state in zip(tokens[:, None], activations.read(batch)[:, None], strict=True):
-            scores = blocks.logits(checkpoint, chain, window, state)[0, :-1]
-            wanted = window[0, 1:].to(scores.device)
-            for part, target in zip(torch.split(scores, LOSS_TOKENS), torch.split(wanted, LOSS_TOKENS), strict=True):
-                total += float(functional.cross_entropy(part.float(), target, reduction="sum"))
-    checkpoint.unload()
+def _loss(checkpoint: Checkpoint, chain: blocks.Chain, window: Tensor, states: Tensor) -> float:
+    """The summed negative log likelihood of every token of a window but the first."""
+    total, done = 0.0, 1
+    for part in scores(checkpoint, chain, states[:-1]):
+        wanted = window[done : done + len(part)].to(part.device)
+        total += float(functional.cross_entropy(part.float(), wanted, reduction="sum"))
+        done += len(part)
     return total

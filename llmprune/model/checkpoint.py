@@ -116,6 +116,11 @@ class Checkpoint:
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise UserError(f"{self.source.name} has no tokenizer that can be loaded: {error}") from None
 
+    def forget_tokenizer(self) -> None:
+        """Give the memory of the tokenizer back; it is loaded again when it is asked for."""
+        self.__dict__.pop("tokenizer", None)
+        memory.give_back()
+
     @property
     def max_length(self) -> int | None:
         """The longest sequence that the model takes, None where its config does not say."""

@@ -97,6 +97,34 @@ class Perplexity:
         return f"{self.value:.2f} ({self.text}, context {self.length:,}, {self.tokens:,} tokens)"
 
 
+@dataclass(frozen=True)
+class Score:
+    """One figure of a task.
+
+    Attributes:
+        task: its name.
+        metric: as lm-eval names it: `acc`, `acc_norm`, `perplexity`, ...
+        filter: what the answers went through; `none` in most tasks.
+        value, stderr: the figure and its standard error, None where there is none.
+        documents: how many it is the mean over.
+        shots: solved examples before each question.
+        higher_is_better: None where lm-eval does not say.
+    """
+
+    task: str
+    metric: str
+    filter: str
+    value: float
+    stderr: float | None
+    documents: int
+    shots: int
+    higher_is_better: bool | None
+
+    def __str__(self) -> str:
+        error = "" if self.stderr is None else f" ± {self.stderr:.4f}"
+        return f"{self.task} {self.metric} {self.value:.4f}{error} ({self.documents:,} documents, {self.shots} shots)"
+
+
 @dataclass
 class Report:
     """A finished run.

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from llmprune.plan import Choice, Plan
 from llmprune.report.inspect import Inspection, Matrix
-from llmprune.report.record import LinearRecord, Report
+from llmprune.report.record import LinearRecord, Report, Score
 
 T = TypeVar("T")
 
@@ -113,6 +113,18 @@ def notes(records: Iterable[LinearRecord]) -> list[str]:
         f"{group[0].name}{f' and {len(group) - 1} like it' if len(group) > 1 else ''}: {group[0].note}"
         for group in groups
     ]
+
+
+def tasks_table(scores: Iterable[Score]) -> Table:
+    """What tasks told: a row for each figure."""
+    table = Table(title="Tasks", title_justify="left")
+    for heading in ("task", "metric", "value", "standard error", "documents", "shots"):
+        table.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
+    for score in scores:
+        metric = score.metric if score.filter == "none" else f"{score.metric} ({score.filter})"
+        error = "-" if score.stderr is None else f"{score.stderr:.4f}"
+        table.add_row(score.task, metric, f"{score.value:.4f}", error, f"{score.documents:,}", str(score.shots))
+    return table
 
 
 def inspection_table(found: Inspection, every: bool) -> Table:

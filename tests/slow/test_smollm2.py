@@ -47,7 +47,8 @@ def test_the_demo_from_download_to_answer(model: str | Path, tmp_path: Path) -> 
 
 def test_wanda_in_fp32_equals_the_published_rule(model: str | Path, tmp_path: Path) -> None:
     """The rule is restated on plain transformers: each block's inputs come from the pruned blocks before it."""
-    options = {"calibration": "builtin", "samples": SAMPLES, "length": LENGTH, "dtype": "float32"}
+    calibration = {"source": "builtin", "samples": SAMPLES, "length": LENGTH, "true_sequential": False}
+    options = {"calibration": calibration, "dtype": "float32"}
     llmprune.prune(model, out=tmp_path / "out", sparsity="50%", method="wanda", **options)
     source = resolve(model, "float32")
     tokens = data.draw(data.documents("builtin"), Checkpoint(source).tokenizer, SAMPLES, LENGTH, 0, "builtin")

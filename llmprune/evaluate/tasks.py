@@ -1,0 +1,281 @@
+"""Task benchmarks by EleutherAI's lm-eval: its tasks, prompts and metrics, on a model that runs block by block."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from llmprune import distributed, memory
+from llmprune.budget import BATCH_TOKENS
+from llmprune.errors import UserError, unknown
+from llmprune.evaluate.stream import final_states, scores
+from llmprune.model import blocks
+from llmprune.model.checkpoint import Checkpoint
+from llmprune.model.skeleton import make_skeleton
+from llmprune.model.source import quiet, resolve
+from llmprune.progress import Progress, Silent
+from llmprune.report.record import Score
+
+try:
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+except ImportError as error:
+    raise UserError(f"tasks need lm-eval, which is not installed ({error}): pip install 'llmprune[eval]'") from None
+
+SETS: dict[str, tuple[str, ...]] = {
+    "pruning": ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"),
+}
+"""Names for several tasks; `pruning` are the seven of the papers on pruning, whose mean accuracy (acc) they give."""
+
+
+WINDOWS = 2**40
+"""Parts of long texts that lm-eval hands over at once: all."""
+
+GENERATED = 8
+"""Texts that are generated at once."""
+
+
+@dataclass
+class Tasks:
+    """What the tasks told.
+
+    Attributes:
+        model: what was asked for.
+        scores: every figure.
+        means: the mean accuracy of each named set.
+        seconds: how long it took.
+        raw: lm-eval's own results, whole; with the single documents where they were asked for.
+    """
+
+    model: str
+    scores: list[Score]
+    means: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    raw: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON, without what is raw."""
+        shown = {"scores": [vars(score) for score in self.scores], "means": self.means}
+        return {"model": self.model, **shown, "seconds": self.seconds}
+
+
+def evaluate(
+    model: str | Path,
+    tasks: Sequence[str],
+    *,
+    shots: int | None = None,
+    limit: float | None = None,
+    include_path: Sequence[str | Path] = (),
+    batch: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    samples: bool = False,
+    progress: Progress | None = None,
+) -> Tasks:
+    """Run tasks of lm-eval on a model.
+
+    Args:
+        model: a Hub name, a folder, or a `.gguf` file.
+        tasks: names that lm-eval knows (tasks, groups, tags, globs), or of `SETS`.
+        shots: solved examples before each question; by default what the task says.
+        limit: only so many documents of each task, or below 1 that part of them.
+        include_path: folders with tasks of the user's own.
+        batch: tokens that run at once, padding included; by default what suits the device.
+        device, dtype: as in a recipe.
+        samples: keep what was said of each document in `raw`.
+        progress: where to show how far the work is.
+
+    Raises:
+        UserError: an unknown task (the answer names the nearest), or a model that cannot be evaluated.
+    """
+    began = time.monotonic()
+    with torch.no_grad(), distributed.joined(), _calm():
+        manager = TaskManager(include_path=[str(path) for path in include_path] or None)
+        wanted = _expand(tasks, manager)
+        with distributed.first():
+            checkpoint = Checkpoint(resolve(model, dtype), distributed.local_device(device), dtype)
+        shown = progress if progress is not None and distributed.is_first() else Silent()
+        runner = Streamed(checkpoint, batch or BATCH_TOKENS.get(checkpoint.device.type, BATCH_TOKENS["cpu"]), shown)
+        try:
+            found = lm_eval.simple_evaluate(
+                runner, tasks=wanted, num_fewshot=shots, limit=limit, task_manager=manager, log_samples=samples
+            )
+        finally:
+            checkpoint.unload()
+    assert found is not None
+    made = _scores(found)
+    return Tasks(str(model), made, _means(tasks, made), round(time.monotonic() - began, 3), found)
+
+
+class Streamed(HFLM):  # type: ignore[misc]
+    """A model of lm-eval's that reads one block at a time; how text becomes tokens and requests is lm-eval's own.
+
+    All requests of a task go through a block before the next block is read. What generates text loads the whole model.
+    Each rank takes its share of the requests.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, batch: int, progress: Progress) -> None:
+        with quiet():
+            # lm-eval reads the config of this one; it has no weights.
+            self._stand_in = make_skeleton(checkpoint.config, checkpoint.dtype)
+            tokenizer = checkpoint.tokenizer
+            super().__init__(self._stand_in, tokenizer=tokenizer, backend="causal", batch_size=WINDOWS)
+        self._device = checkpoint.device
+        self._checkpoint, self._tokens, self._progress = checkpoint, batch, progress
+        self._chain = blocks.probe(checkpoint)
+        self._whole: Any = None
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval writes about the model."""
+        return {
+            "model_num_parameters": sum(info.numel for info in self._checkpoint.index.values()),
+            "model_dtype": str(self._checkpoint.dtype),
+            "model_revision": self._checkpoint.source.revision,
+            "model_sha": self._checkpoint.source.revision or "",
+        }
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        """For each request the log probability of its continuation, and whether it is what greedy decoding gives."""
+        sequences: dict[tuple[int, ...], list[int]] = {}
+        for number, (_, context, continuation) in enumerate(requests):
+            if not context or not 0 < len(continuation) <= self.max_length:
+                raise UserError(f"a continuation of {len(continuation):,} tokens cannot be scored by this model")
+            told = tuple((context + continuation)[-(self.max_length + 1) : -1])
+            sequences.setdefault(told, []).append(number)
+        found: dict[int, tuple[float, bool]] = {}
+        batches = list(_batches(list(sequences), self._tokens))
+        batches = [batches[number] for number in distributed.share_of(len(batches))]
+        padded = [_padded(batch) for batch in batches]
+        room = memory.available() // 4
+        states = final_states(self._checkpoint, self._chain, padded, self._progress, "scoring", room)
+        for number, hidden in states:
+            for told, row in zip(batches[number], hidden, strict=True):
+                answers = [requests[place][2] for place in sequences[told]]
+                kept = row[len(told) - max(map(len, answers)) : len(told)]
+                found.update(zip(sequences[told], self._score(kept, answers), strict=True))
+        everything: dict[int, tuple[float, bool]] = {}
+        for part in distributed.gather(found):
+            everything.update(part)
+        for number, (text, _, _) in enumerate(requests):
+            if text is not None:
+                self.cache_hook.add_partial("loglikelihood", text, everything[number])
+        return [everything[number] for number in range(len(requests))]
+
+    def _score(self, states: Tensor, answers: list[list[int]]) -> Iterator[tuple[float, bool]]:
+        """Each answer's log probability; the states (tokens, hidden) are those before the tokens of the longest."""
+        longest = len(states)
+        wanted = torch.tensor([[0] * (longest - len(answer)) + answer for answer in answers])  # (answers, tokens)
+        wanted = wanted.to(self._checkpoint.device)
+        said, best = [], []
+        done = 0
+        for part in scores(self._checkpoint, self._chain, states):
+            logs = part.float().log_softmax(-1)
+            said.append(logs.gather(1, wanted[:, done : done + len(part)].T))
+            best.append(part.argmax(-1))
+            done += len(part)
+        logs, greedy = torch.cat(said).double(), torch.cat(best)
+        for place, answer in enumerate(answers):
+            start = longest - len(answer)
+            yield float(logs[start:, place].sum()), bool((greedy[start:] == wanted[place, start:]).all())
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """What the model goes on to say; for this it is loaded as a whole."""
+        if self._whole is None:
+            self._checkpoint.unload()
+            folder = self._checkpoint.source.folder
+            self._whole = AutoModelForCausalLM.from_pretrained(folder, dtype=self._checkpoint.dtype).to(self._device)
+        self._model, self.batch_size_per_gpu = self._whole, GENERATED
+        try:
+            mine = [requests[number] for number in distributed.share_of(len(requests))]
+            said = super().generate_until(mine, disable_tqdm) if mine else []
+        finally:
+            self._model, self.batch_size_per_gpu = self._stand_in, WINDOWS
+        parts = distributed.gather(said)
+        return [parts[number % len(parts)][number // len(parts)] for number in range(len(requests))]
+
+
+def _batches(sequences: list[tuple[int, ...]], most: int) -> Iterator[list[tuple[int, ...]]]:
+    """Sequences of about one length together, the longest first, at most so many tokens with padding."""
+    batch: list[tuple[int, ...]] = []
+    for sequence in sorted(sequences, key=lambda sequence: (-len(sequence), sequence)):
+        if batch and (len(batch) + 1) * len(batch[0]) > most:
+            yield batch
+            batch = []
+        batch.append(sequence)
+    if batch:
+        yield batch
+
+
+def _padded(batch: list[tuple[int, ...]]) -> Tensor:
+    """(sequences, length), filled up on the right, where nothing before looks."""
+    length = len(batch[0])
+    return torch.tensor([[*sequence, *[0] * (length - len(sequence))] for sequence in batch])
+
+
+def _expand(tasks: Sequence[str], manager: Any) -> list[str]:
+    """The names that lm-eval knows."""
+    names: list[str] = []
+    for task in tasks:
+        if task in SETS:
+            names += SETS[task]
+        elif found := manager.match_tasks([task]):
+            names += found
+        else:
+            raise unknown("task", task, [*SETS, *manager.all_tasks])
+    return list(dict.fromkeys(names))
+
+
+def _scores(found: dict[str, Any]) -> list[Score]:
+    made = []
+    for task, figures in found["results"].items():
+        counted = found.get("n-samples", {}).get(task, {}).get("effective")
+        documents = counted if counted is not None else int(figures.get("sample_len", 0))
+        for key, value in figures.items():
+            metric, comma, kind = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            stderr = figures.get(f"{metric}_stderr,{kind}")
+            better = found.get("higher_is_better", {}).get(task, {}).get(metric)
+            error = float(stderr) if isinstance(stderr, int | float) else None
+            shots = int(found.get("n-shot", {}).get(task) or 0)
+            made.append(Score(task, metric, kind, float(value), error, documents, shots, better))
+    return made
+
+
+def _means(tasks: Sequence[str], made: list[Score]) -> dict[str, float]:
+    """The mean accuracy of the sets that were asked for."""
+    means = {}
+    for name in tasks:
+        if name in SETS:
+            values = {score.task: score.value for score in made if score.metric == "acc"}
+            means[name] = sum(values[task] for task in SETS[name]) / len(SETS[name])
+    return means
+
+
+@contextlib.contextmanager
+def _calm() -> Iterator[None]:
+    """Let lm-eval only speak of what goes wrong, and not on standard output, where results are."""
+    log = logging.getLogger("lm_eval")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        log.setLevel(before)

@@ -1,0 +1,224 @@
+"""Tasks through lm-eval: block by block, the figures are those that lm-eval finds with the whole model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("lm_eval")
+
+import lm_eval
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from llmprune import cli
+from llmprune.errors import UserError
+from llmprune.evaluate import tasks
+from llmprune.evaluate.tasks import Streamed, evaluate
+from llmprune.model.checkpoint import Checkpoint
+from llmprune.model.source import resolve
+from llmprune.progress import Silent
+from tests.families import make
+
+CHOICE = """
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {data}}}}}
+validation_split: validation
+fewshot_split: validation
+output_type: multiple_choice
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{label}}}}"
+doc_to_choice: "choices"
+"""
+LAST = """
+task: tiny_last
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {data}}}}}
+validation_split: validation
+output_type: loglikelihood
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{' ' + choices[label]}}}}"
+metric_list:
+  - {{metric: perplexity, aggregation: perplexity, higher_is_better: false}}
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+"""
+ROLLING = """
+task: tiny_rolling
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {data}}}}}
+validation_split: validation
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{page}}}}"
+metric_list:
+  - {{metric: word_perplexity}}
+  - {{metric: byte_perplexity}}
+"""
+GENERATE = """
+task: tiny_generate
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {data}}}}}
+validation_split: validation
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{choices[label]}}}}"
+generation_kwargs: {{until: ["."], max_gen_toks: 5}}
+metric_list:
+  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
+"""
+NAMES = ("tiny_choice", "tiny_last", "tiny_rolling", "tiny_generate")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tasks of the user's own, with answers of one and of many tokens, and questions that several documents share."""
+    place = tmp_path_factory.mktemp("tasks")
+    draw = torch.Generator().manual_seed(0)
+
+    def letters(count: int) -> str:
+        return "".join(chr(97 + int(code)) for code in torch.randint(0, 26, (count,), generator=draw))
+
+    documents = []
+    for number in range(24):
+        length = int(torch.randint(3, 30, (), generator=draw))
+        choices = [
+            letters(1 if number % 3 == 0 else 1 + int(torch.randint(0, 9, (), generator=draw))) for _ in range(4)
+        ]
+        page = " ".join(letters(7) for _ in range(20))
+        question = documents[-1]["question"] if number % 8 == 1 else letters(length)
+        documents.append({"question": question, "choices": choices, "label": number % 4, "page": page})
+    data = place / "documents.jsonl"
+    data.write_text("\n".join(map(json.dumps, documents)))
+    for name, text in zip(NAMES, (CHOICE, LAST, ROLLING, GENERATE), strict=True):
+        (place / f"{name}.yaml").write_text(text.format(data=data))
+    return place
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make("llama", tmp_path_factory.mktemp("llama") / "model")
+
+
+def by_lm_eval(model: Path, folder: Path, names: tuple[str, ...], **options: Any) -> dict[str, Any]:
+    manager = TaskManager(include_path=str(folder))
+    runner = HFLM(pretrained=str(model), dtype="float32", device="cpu", batch_size=4)
+    found = lm_eval.simple_evaluate(runner, tasks=list(names), task_manager=manager, **options)
+    assert found is not None
+    return dict(found["results"])
+
+
+@pytest.mark.parametrize("shots", [None, 2])
+def test_figures_are_those_of_the_whole_model(shots: int | None, model: Path, folder: Path) -> None:
+    expected = by_lm_eval(model, folder, NAMES, num_fewshot=shots)
+    found = evaluate(model, NAMES, include_path=[folder], shots=shots, batch=64)
+    assert {score.task for score in found.scores} == set(NAMES)
+    for score in found.scores:
+        theirs = expected[score.task]
+        assert score.value == pytest.approx(theirs[f"{score.metric},{score.filter}"], rel=1e-5)
+        error = theirs.get(f"{score.metric}_stderr,{score.filter}")
+        assert score.stderr == (pytest.approx(error, rel=1e-2) if isinstance(error, float) else None)
+        assert score.documents == 24
+        assert score.shots == (shots or 0)
+    metrics = {(score.task, score.metric): score.higher_is_better for score in found.scores}
+    assert metrics["tiny_choice", "acc_norm"] is True
+    assert metrics["tiny_last", "perplexity"] is False
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "mamba", "gemma2"])
+def test_other_families(family: str, folder: Path, tmp_path: Path) -> None:
+    source = make(family, tmp_path / "model")
+    expected = by_lm_eval(source, folder, ("tiny_choice", "tiny_last"))
+    for score in evaluate(source, ("tiny_choice", "tiny_last"), include_path=[folder], batch=100).scores:
+        assert score.value == pytest.approx(expected[score.task][f"{score.metric},{score.filter}"], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def runner(model: Path) -> Streamed:
+    with torch.no_grad():
+        return Streamed(Checkpoint(resolve(model), "cpu"), 50, Silent())
+
+
+class TestLogProbabilities:
+    """Of token sequences, against the plain model."""
+
+    def test_equal_the_plain_model_in_every_shape(self, runner: Streamed, model: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        whole = AutoModelForCausalLM.from_pretrained(model).eval()
+        draw = torch.Generator().manual_seed(1)
+        requests = []
+        for context, answer in [(1, 1), (5, 3), (20, 1), (63, 1), (60, 4), (70, 10), (40, 64), (2, 2)]:
+            ids = torch.randint(3, 128, (context + answer,), generator=draw).tolist()
+            requests.append((None, ids[:context], ids[context:]))
+        same = requests[1][1]
+        requests += [(None, same, [7]), (None, same, [8]), (None, same, requests[1][2])]  # one context, many answers
+        with torch.no_grad():
+            found = runner._loglikelihood_tokens(requests)
+            for (_, context, answer), (value, greedy) in zip(requests, found, strict=True):
+                ids = torch.tensor([(context + answer)[-65:]])
+                logs = whole(input_ids=ids[:, :-1]).logits[0].double().log_softmax(-1)[-len(answer) :]
+                assert value == pytest.approx(float(logs.gather(1, torch.tensor(answer)[:, None]).sum()), rel=1e-5)
+                assert greedy == bool((logs.argmax(-1) == torch.tensor(answer)).all())
+
+    def test_what_is_greedy_is_told(self, runner: Streamed, model: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        whole = AutoModelForCausalLM.from_pretrained(model).eval()
+        ids = [5, 9, 11]
+        with torch.no_grad():
+            for _ in range(4):
+                ids.append(int(whole(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+            wrong = [*ids[:-1], (ids[-1] + 1) % 128]
+            found = runner._loglikelihood_tokens([(None, ids[:3], ids[3:]), (None, ids[:3], wrong[3:])])
+        assert [greedy for _, greedy in found] == [True, False]
+
+    def test_an_answer_that_is_too_long_is_refused(self, runner: Streamed) -> None:
+        with pytest.raises(UserError, match="a continuation of 65 tokens cannot be scored"):
+            runner._loglikelihood_tokens([(None, [1], [2] * 65)])
+
+
+def test_batches_are_full_and_of_one_length() -> None:
+    sequences = [(number,) * length for number, length in enumerate([3, 9, 9, 1, 4, 30, 2, 9])]
+    batches = list(tasks._batches(sequences, 20))
+    assert sorted(len(one) for batch in batches for one in batch) == sorted(map(len, sequences))
+    assert [len(batch[0]) for batch in batches] == [30, 9, 9, 3]
+    assert all(len(batch) == 1 or len(batch) * len(batch[0]) <= 20 for batch in batches)
+
+
+def test_the_set_of_the_papers_has_a_mean(monkeypatch: pytest.MonkeyPatch, model: Path, folder: Path) -> None:
+    monkeypatch.setitem(tasks.SETS, "mine", ("tiny_choice", "tiny_last"))
+    found = evaluate(model, ["mine"], include_path=[folder])
+    values = [score.value for score in found.scores if score.metric == "acc"]
+    assert found.means == {"mine": pytest.approx(sum(values) / 2)}
+
+
+def test_an_unknown_task_answers_with_the_nearest(model: Path, folder: Path) -> None:
+    with pytest.raises(UserError, match="unknown task 'tiny_choise': did you mean 'tiny_choice'"):
+        evaluate(model, ["tiny_choise"], include_path=[folder])
+
+
+def test_the_command_line(model: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["eval", str(model), "--tasks", "tiny_choice,tiny_last", "--include-path", str(folder), "--limit", "8"]
+    assert cli.main([*arguments, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {score["task"] for score in told["tasks"]["scores"]} == {"tiny_choice", "tiny_last"}
+    assert all(score["documents"] == 8 for score in told["tasks"]["scores"])
+    assert told["lm_eval"]["results"]["tiny_choice"]["acc,none"] == told["tasks"]["scores"][0]["value"]
+    assert "perplexity" not in told
+    assert cli.main([*arguments, "-o", str(tmp_path / "kept")]) == 0
+    shown = capsys.readouterr().out
+    assert "tiny_choice" in shown
+    assert "acc_norm" in shown
+    kept = json.loads((tmp_path / "kept" / "lm_eval.json").read_text())
+    assert len(kept["samples"]["tiny_choice"]) == 8
+    assert json.loads((tmp_path / "kept" / "eval.json").read_text())["tasks"]["scores"] == told["tasks"]["scores"]
+    assert cli.main(["eval", str(model), "--tasks", ","]) == 2
+    assert "--tasks names none" in capsys.readouterr().err
