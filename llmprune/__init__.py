@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from llmprune.errors import Failure, LLMPruneError, UserError
 
 if TYPE_CHECKING:
+    from llmprune.evaluate.divergence import divergence
     from llmprune.evaluate.perplexity import perplexity
     from llmprune.pipeline import prune
     from llmprune.recipe import Recipe
@@ -24,6 +25,7 @@ __all__ = [
     "Report",
     "UserError",
     "__version__",
+    "divergence",
     "inspect",
     "perplexity",
     "prune",
@@ -33,6 +35,7 @@ __all__ = [
 _PLACES = {
     "Recipe": "llmprune.recipe",
     "Report": "llmprune.report.record",
+    "divergence": "llmprune.evaluate.divergence",
     "inspect": "llmprune.report.inspect",
     "perplexity": "llmprune.evaluate.perplexity",
     "prune": "llmprune.pipeline",

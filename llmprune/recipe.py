@@ -74,19 +74,22 @@ class Evaluation:
     Args:
         text: as `Calibration.source`; named texts take the part held out for evaluation, Hub data sets their `test`.
         length: context length in tokens; by default 2048 or what the model can take.
+        stride: tokens from the start of one window to that of the next; each window but the first then tells of its
+            last so many tokens alone. By default windows don't overlap, and each tells of all its tokens but the first.
         config, split, column: as in `Calibration`.
         max_perplexity: a dense model worse than this counts as broken and is not pruned; null for no bound.
     """
 
     text: str | None = None
     length: int | None = None
+    stride: int | None = None
     config: str | None = None
     split: str | None = None
     column: str = "text"
     max_perplexity: float | None = 1000.0
 
     def __post_init__(self) -> None:
-        _positive(self, "evaluate", "length", "max_perplexity")
+        _positive(self, "evaluate", "length", "stride", "max_perplexity")
         if self.max_perplexity == float("inf"):
             raise UserError("evaluate.max_perplexity must be a number, or null for no bound")
 

@@ -108,7 +108,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_lm_eval(model: Path, folder: Path, names: tuple[str, ...], **options: Any) -> dict[str, Any]:
-    manager = TaskManager(include_path=str(folder))
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
     runner = HFLM(pretrained=str(model), dtype="float32", device="cpu", batch_size=4)
     found = lm_eval.simple_evaluate(runner, tasks=list(names), task_manager=manager, **options)
     assert found is not None
@@ -203,6 +203,11 @@ def test_the_set_of_the_papers_has_a_mean(monkeypatch: pytest.MonkeyPatch, model
 def test_an_unknown_task_answers_with_the_nearest(model: Path, folder: Path) -> None:
     with pytest.raises(UserError, match="unknown task 'tiny_choise': did you mean 'tiny_choice'"):
         evaluate(model, ["tiny_choise"], include_path=[folder])
+
+
+def test_a_folder_that_is_not_there_is_said(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no folder with tasks at"):
+        evaluate(model, ["tiny_choice"], include_path=[tmp_path / "nowhere"])
 
 
 def test_the_command_line(model: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

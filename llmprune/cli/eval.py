@@ -20,6 +20,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     texts = "wikitext2, c4, builtin, owner/name, or a file [wikitext2, where no tasks are named]"
     add("--perplexity", "--text", dest="text", metavar="TEXT", help=texts)
     add("--length", type=int, help="context length in tokens [2048, or what the model can take]")
+    add("--stride", type=int, help="let windows overlap, and count the last so many tokens of each [no overlap]")
+    add("--against", metavar="DENSE", help="a second model: the divergence from what it says, and how often both agree")
     add = parser.add_argument_group("tasks, by lm-eval").add_argument
     add("--tasks", metavar="NAME,...", help="tasks or groups that lm-eval knows; `pruning` for the seven of the papers")
     add("--include-path", action="append", default=[], metavar="FOLDER", help="a folder with tasks of yours; repeat")
@@ -49,10 +51,17 @@ def run(chosen: argparse.Namespace) -> int:
         if text is not None:
             from llmprune.evaluate.perplexity import perplexity
 
-            found = perplexity(chosen.model, text, length=chosen.length, **where)
+            found = perplexity(chosen.model, text, length=chosen.length, stride=chosen.stride, **where)
             told["perplexity"] = vars(found)
             if distributed.is_first() and not chosen.json:
                 print(f"perplexity {found}, {found.seconds:.0f} s")
+        if chosen.against is not None:
+            from llmprune.evaluate.divergence import divergence
+
+            apart = divergence(chosen.model, chosen.against, text or "wikitext2", length=chosen.length, **where)
+            told["divergence"] = {"dense": chosen.against, **vars(apart)}
+            if distributed.is_first() and not chosen.json:
+                print(f"from {chosen.against}: {apart}, {apart.seconds:.0f} s")
         if names:
             from llmprune.evaluate import tasks
 

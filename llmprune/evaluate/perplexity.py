@@ -1,7 +1,8 @@
 """Perplexity under the protocol of the pruning papers, block by block, so that whatever can be pruned can be evaluated.
 
 The text is tokenised as a whole and cut into windows of the context length without overlap; a shorter rest is left out.
-Each window predicts all its tokens but the first; the perplexity is exp of the mean over all predicted tokens.
+Each window predicts all its tokens but the first; the perplexity is exp of the mean over all predicted tokens. With a
+stride the windows overlap, and each but the first predicts its last tokens alone, with more before them.
 """
 
 from __future__ import annotations
@@ -35,10 +36,21 @@ class Text:
     Attributes:
         name: what was asked for.
         windows: (windows, length) token ids.
+        stride: tokens from one window to the next, None where they don't overlap.
     """
 
     name: str
     windows: Tensor
+    stride: int | None = None
+
+    def first(self, window: int) -> int:
+        """The first token of a window that is predicted from those before it, and counts."""
+        return 1 if self.stride is None or window == 0 else self.windows.shape[1] - self.stride
+
+    @property
+    def predicted(self) -> int:
+        """How many tokens count."""
+        return sum(self.windows.shape[1] - self.first(window) for window in range(len(self.windows)))
 
     @property
     def sha256(self) -> str:
@@ -51,6 +63,7 @@ def perplexity(
     text: str,
     *,
     length: int | None = None,
+    stride: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress | None = None,
@@ -61,13 +74,14 @@ def perplexity(
         model: a Hub name, a folder, or a `.gguf` file.
         text: `wikitext2`, `c4`, `builtin` (their evaluation part), a Hub data set, or a local file.
         length: context length in tokens; by default 2048, or what the model can take.
+        stride: see `Evaluation`.
         device, dtype: as in a recipe.
         progress: where to show how far the work is.
     """
     with torch.no_grad(), distributed.joined():
         with distributed.first():
             checkpoint = Checkpoint(resolve(model, dtype), distributed.local_device(device), dtype)
-            windows = read_text(checkpoint, Evaluation(text, length))
+            windows = read_text(checkpoint, Evaluation(text, length, stride))
         shown = progress if progress is not None and distributed.is_first() else Silent()
         return measure(checkpoint, windows, shown)
 
@@ -87,11 +101,13 @@ def read_text(checkpoint: Checkpoint, chosen: Evaluation) -> Text:
     count = len(ids) // length
     if length < 2:
         raise UserError("a window of one token predicts nothing: the length must be at least 2")
+    if chosen.stride is not None and chosen.stride >= length:
+        raise UserError(f"a stride of {chosen.stride:,} leaves tokens out: it must be less than the length, {length:,}")
     if count == 0:
         raise UserError(
             f"{chosen.text} has {len(ids):,} tokens, too few for a window of {length:,}: ask for a shorter one"
         )
-    return Text(chosen.text, ids[: count * length].reshape(count, length))
+    return Text(chosen.text, ids.unfold(0, length, chosen.stride or length), chosen.stride)
 
 
 def dense(
@@ -134,28 +150,29 @@ def measure(
     count, length = text.windows.shape
     batch = batch_size(checkpoint, length)
     at_once = windows_at_once(checkpoint, length, memory.available() if spare is None else spare)
-    mine = text.windows if alone else text.windows[list(distributed.share_of(count))]
-    batches = list(torch.split(mine, batch)) if len(mine) else []
+    mine = list(range(count) if alone else distributed.share_of(count))
+    groups = [mine[start : start + batch] for start in range(0, len(mine), batch)]
+    batches = [text.windows[group] for group in groups]
     room = at_once * length * checkpoint.hidden_size * checkpoint.dtype.itemsize
     total = 0.0
     for number, states in final_states(checkpoint, chain, batches, progress, title, room):
-        for window, state in zip(batches[number], states, strict=True):
-            total += _loss(checkpoint, chain, window, state)
+        for window, state in zip(groups[number], states, strict=True):
+            total += _loss(checkpoint, chain, text.windows[window], state, text.first(window))
     summed = torch.tensor([total], dtype=torch.float64)
     if not alone:
         distributed.total(summed)
-    predicted = count * (length - 1)
+    predicted = text.predicted
     mean = float(summed) / predicted
     if not math.isfinite(mean):
         raise Failure(f"the perplexity of {checkpoint.source.name} on {text.name} is not finite; try --dtype float32")
     value = math.exp(min(mean, 700.0))
-    return Perplexity(value, text.name, length, count, predicted, round(time.monotonic() - began, 3))
+    return Perplexity(value, text.name, length, count, predicted, round(time.monotonic() - began, 3), text.stride)
 
 
-def _loss(checkpoint: Checkpoint, chain: blocks.Chain, window: Tensor, states: Tensor) -> float:
-    """The summed negative log likelihood of every token of a window but the first."""
-    total, done = 0.0, 1
-    for part in scores(checkpoint, chain, states[:-1]):
+def _loss(checkpoint: Checkpoint, chain: blocks.Chain, window: Tensor, states: Tensor, first: int) -> float:
+    """The summed negative log likelihood of a window's tokens from the first that counts on."""
+    total, done = 0.0, first
+    for part in scores(checkpoint, chain, states[first - 1 : -1]):
         wanted = window[done : done + len(part)].to(part.device)
         total += float(functional.cross_entropy(part.float(), wanted, reduction="sum"))
         done += len(part)

@@ -101,8 +101,7 @@ def evaluate(
     """
     began = time.monotonic()
     with torch.no_grad(), distributed.joined(), _calm():
-        manager = TaskManager(include_path=[str(path) for path in include_path] or None)
-        wanted = _expand(tasks, manager)
+        manager, wanted = _find(tasks, [str(path) for path in include_path])
         with distributed.first():
             checkpoint = Checkpoint(resolve(model, dtype), distributed.local_device(device), dtype)
         shown = progress if progress is not None and distributed.is_first() else Silent()
@@ -228,17 +227,22 @@ def _padded(batch: list[tuple[int, ...]]) -> Tensor:
     return torch.tensor([[*sequence, *[0] * (length - len(sequence))] for sequence in batch])
 
 
-def _expand(tasks: Sequence[str], manager: Any) -> list[str]:
-    """The names that lm-eval knows."""
+def _find(tasks: Sequence[str], folders: list[str]) -> tuple[Any, list[str]]:
+    """A manager that knows the tasks, and their names in it."""
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise UserError(f"no folder with tasks at {folder} (--include-path)")
+    asked = [name for task in tasks for name in SETS.get(task, (task,))]
+    manager = TaskManager(include_path=folders, include_defaults=False) if folders else None
+    if manager is None or not all(manager.match_tasks([name]) for name in asked):
+        manager = TaskManager(include_path=folders or None)  # it takes seconds to read the thousands that lm-eval has
     names: list[str] = []
-    for task in tasks:
-        if task in SETS:
-            names += SETS[task]
-        elif found := manager.match_tasks([task]):
-            names += found
-        else:
-            raise unknown("task", task, [*SETS, *manager.all_tasks])
-    return list(dict.fromkeys(names))
+    for name in asked:
+        found = manager.match_tasks([name])
+        if not found:
+            raise unknown("task", name, [*SETS, *manager.all_tasks])
+        names += found
+    return manager, list(dict.fromkeys(names))
 
 
 def _scores(found: dict[str, Any]) -> list[Score]:

@@ -80,10 +80,11 @@ class Perplexity:
     Attributes:
         value: exp of the mean negative log likelihood per predicted token.
         text: what it was measured on.
-        length: the context length; windows of that many tokens, without overlap.
+        length: the context length; windows of that many tokens.
         windows: how many; a shorter rest is left out.
-        tokens: tokens predicted (length − 1 per window).
+        tokens: tokens predicted (length − 1 per window, where they don't overlap).
         seconds: how long it took.
+        stride: tokens from one window to the next, None where they don't overlap.
     """
 
     value: float
@@ -92,9 +93,38 @@ class Perplexity:
     windows: int
     tokens: int
     seconds: float
+    stride: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} ({self.text}, context {self.length:,}, {self.tokens:,} tokens)"
+        stride = "" if self.stride is None else f", stride {self.stride:,}"
+        return f"{self.value:.2f} ({self.text}, context {self.length:,}{stride}, {self.tokens:,} tokens)"
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far a model is from its dense original on a text.
+
+    Attributes:
+        kl: the Kullback-Leibler divergence of what the model says of the next token from what the dense one says,
+            KL(dense ‖ model) in nats, the mean over all predicted tokens.
+        stderr: its standard error over the windows; None for one window.
+        agreement: how often both hold the same token for the most likely.
+        text, length, windows, tokens, seconds: as in `Perplexity`.
+    """
+
+    kl: float
+    stderr: float | None
+    agreement: float
+    text: str
+    length: int
+    windows: int
+    tokens: int
+    seconds: float
+
+    def __str__(self) -> str:
+        error = "" if self.stderr is None else f" ± {self.stderr:.5f}"
+        told = f"{self.text}, context {self.length:,}, {self.tokens:,} tokens"
+        return f"KL {self.kl:.5f}{error} nats, the same token {self.agreement:.2%} ({told})"
 
 
 @dataclass(frozen=True)
