@@ -40,10 +40,12 @@ def main() -> None:
     parser.add_argument("--length", default="1024")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--patterns", nargs="+", default=PATTERNS)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any recipe key; repeat")
     parser.add_argument("--no-perplexity", action="store_true", help="time and memory alone")
     chosen = parser.parse_args()
     run = ("--dtype", chosen.dtype, "--device", chosen.device)
     calibration = ("--calibration", chosen.calibration, "--samples", chosen.samples, "--length", chosen.length)
+    calibration += tuple(part for entry in chosen.set for part in ("--set", entry))
     measure = ("--text", chosen.text, "--length", chosen.length, *run)
     rows = []
 
