@@ -238,7 +238,9 @@ class TestDataThatChangesTheCourse:
                 return block.left(y) + block.right(y)
             return block.down(block.left(x) * block.right(x))
 
-        with pytest.raises(Failure, match=r"block\.left was not run before what it is run before now"):
+        with pytest.raises(
+            Failure, match=r"block\.left was passed over when its inputs were collected, and is run now"
+        ):
             self.run(forward, [UP, DOWN], held)
 
     @pytest.mark.parametrize("held", [BATCHES, 2, 0])

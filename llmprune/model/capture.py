@@ -130,7 +130,7 @@ class Capture(Watch):
             if name in self._stats and name == leader:
                 self._stats[name].add(inputs)
             elif leader not in marks:
-                raise Failure(f"{name} was not run before what it is run before now: {_COURSE}")
+                raise Failure(f"{name} was passed over when its inputs were collected, and is run now: {_COURSE}")
             elif name != leader and marks[leader] != mark:
                 raise Failure(f"{name} no longer shares its input with {leader}: {_COURSE}")
             if name == leader:
