@@ -27,7 +27,7 @@ BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 FREE_SHARE = 0.9
 """The part of the free memory that is counted on where the user names no cap."""
 
-GROWTH = 112 * 2**20
+GROWTH = 120 * 2**20
 """What a process takes on top of what it has when the plan is made: code that runs for the first time, threads, rows of
 attention scores, memory that was freed in pieces and cannot be given back. Measured on Linux with the CPU build of
 torch 2.13."""
