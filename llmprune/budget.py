@@ -134,6 +134,15 @@ class Work:
         """All inputs in order."""
         return tuple(entry for moment in self.moments for entry in moment)
 
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """One for each moment."""
+        return tuple(map(self.stage, self.moments))
+
+    def stage(self, inputs: Sequence[Input]) -> Stage:
+        """What collects some of the inputs together."""
+        return Stage(tuple(inputs), self.dense, self.again)
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -225,10 +234,10 @@ class Needs:
         places: list[tuple[Place, bool]] = [("host", True), ("host", False), ("disk", False)]
         if self._apart:
             places.insert(0, ("device", True))
-        stages = tuple(tuple(Stage(moment, work.dense) for moment in work.moments) for work in self._blocks)
+        stages = tuple(work.stages for work in self._blocks)
         while True:
+            batches = -(-self._samples // batch)
             for place, overlap in places:
-                batches = -(-self._samples // batch)
                 yield self._measured(Schedule(batch, self._length, batches, place, overlap, stages, batches))
             if batch == 1 or not (had.capped or self._apart):
                 return
@@ -256,7 +265,7 @@ class Needs:
 
     def _stages(self, work: Work, option: Schedule, had: Room | None) -> tuple[Stage, ...]:
         if work.again:
-            return tuple(Stage(moment, work.dense) for moment in work.moments)
+            return work.stages
         beside = self._base + self._kept(option) + self._loaded(work)
         flow = self._flow(work, option.batch, option.length)
         stages: list[list[Input]] = []
@@ -271,7 +280,7 @@ class Needs:
                     here.append([entry])
                     held, solving = _with_before(entry, work.rows[entry])
             stages += here
-        return tuple(Stage(tuple(inputs), work.dense) for inputs in stages)
+        return tuple(map(work.stage, stages))
 
     # -- what is held --------------------------------------------------------------------------------------------------
 
@@ -295,9 +304,8 @@ class Needs:
         found = {"capture": kept + capture, "solve": kept + solve, "write": kept + write, "copy": Peak(self._largest)}
         if self._samples:
             found["tokens"] = Peak(TOKEN_BYTES * self._samples * self._length)
-            found["embed"] = (
-                kept + self._placed(self._outer) + self._near(4 * option.batch * option.length * self._width)
-            )
+            embedded = option.batch * option.length * self._width
+            found["embed"] = kept + self._placed(self._outer) + self._near(4 * embedded)
         if self._text is not None:
             found["evaluate"] = self._evaluation(self._text)
         return {phase: self._base + peak for phase, peak in found.items()}
@@ -331,9 +339,10 @@ class Needs:
         run, tokens = self._checkpoint.dtype.itemsize, sequences * length
         each = max(8 * self._width + 3 * run * work.widest, work.held.token + 4 * self._width) + length * work.held.pair
         taken = max((_TAKEN[entry.needs] * entry.features for entry in work.inputs), default=0)
-        wide = 4 * (2 * tokens * work.widest + min(AT_ONCE, work.largest))
-        wide = wide if widens(self._checkpoint.device, self._checkpoint.dtype) else 0
-        return int(tokens * (each + taken)) + run * work.largest + wide
+        size = int(tokens * (each + taken)) + run * work.largest
+        if widens(self._checkpoint.device, self._checkpoint.dtype):
+            size += 4 * (2 * tokens * work.widest + min(AT_ONCE, work.largest))
+        return size
 
     def _evaluation(self, length: int) -> Peak:
         """One batch of windows that goes through the largest block, or comes out at the end."""

@@ -25,7 +25,7 @@ from llmprune.model.cpu import quick
 from llmprune.model.source import Source, resolve
 from llmprune.model.writer import INDEX, Writer, check_out, fingerprint_files, writing
 from llmprune.plan import Choice, Plan, make_plan
-from llmprune.progress import Clock, Progress, Silent
+from llmprune.progress import Clock, Progress, of_first
 from llmprune.recipe import Recipe, assemble, parse_size
 from llmprune.report.record import BlockRecord, LinearRecord, Perplexity, Report, versions
 from llmprune.report.verify import compare
@@ -63,7 +63,7 @@ def prune(
     chosen = assemble(recipe, options)
     memory.frugal()
     with torch.no_grad(), distributed.joined():
-        shown = progress if progress is not None and distributed.is_first() else Silent()
+        shown = of_first(progress)
         return _prune(model, out, chosen, restart, shown)
 
 
@@ -177,7 +177,7 @@ def prune_blocks(
         done: dict[str, LinearRecord] = {}
         stages = schedule.stages[number] if number >= finished else ()
         pruned = [choice.linear for choice in choices if choice.kept is None]
-        runs = Capture(pruned, stages, schedule.held, plan.again[number])
+        runs = Capture(pruned, stages, schedule.held)
         with runs.running(block.module, block.name, number, activations):
             for stage in stages:
                 with clock("capture"):

@@ -60,7 +60,6 @@ class Plan:
         others: weights that are in no linear: their kind to their number.
         schedule: how the work is laid out so that it fits into memory.
         room: the memory that it was laid out for.
-        again: per block, whether any of its linears is run more than once.
     """
 
     blocks: tuple[tuple[Choice, ...], ...]
@@ -69,7 +68,6 @@ class Plan:
     others: dict[str, int]
     schedule: Schedule
     room: Room
-    again: tuple[bool, ...]
 
     @property
     def choices(self) -> list[Choice]:
@@ -195,8 +193,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
     needs = Needs(checkpoint, works, samples if data else 0, length, text)
     schedule = needs.schedule(min(samples, batch_size(checkpoint, length)), had)
     weights = sum(info.numel for info in checkpoint.index.values())
-    again = tuple(work.again for work in works)
-    return Plan(tuple(blocks), chain, weights, _others(checkpoint, blocks), schedule, had, again)
+    return Plan(tuple(blocks), chain, weights, _others(checkpoint, blocks), schedule, had)
 
 
 def sequence_length(checkpoint: Checkpoint, asked: int | None) -> int:

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from llmprune import distributed
+
 T = TypeVar("T")
 
 
@@ -42,6 +44,11 @@ class Silent:
 
     def block(self, record: Mapping[str, Any]) -> None:
         """Do nothing."""
+
+
+def of_first(progress: Progress | None) -> Progress:
+    """What this rank shows: nothing but on the first one, and where nothing is asked for."""
+    return progress if progress is not None and distributed.is_first() else Silent()
 
 
 class JsonLines(Silent):

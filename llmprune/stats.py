@@ -181,9 +181,14 @@ def add_gram(lower: Tensor, x: Tensor) -> None:
             lower[start:end, :end] += product(columns[start:end], columns[:end])
 
 
+def has_onednn() -> bool:
+    """Whether this build of torch has oneDNN."""
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b.T in float32; on a CPU by oneDNN, which is twice as fast there as torch's own choice on AMD's."""
-    if a.device.type == "cpu" and bool(torch.backends.mkldnn.is_available()):  # type: ignore[no-untyped-call]
+    if a.device.type == "cpu" and has_onednn():
         result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
         return result
     return a @ b.T

@@ -265,7 +265,7 @@ class TestStages:
             for place, (one, two) in enumerate(itertools.pairwise(stages)):
                 together = two.inputs + one.inputs
                 if any(set(together) <= set(moment) for moment in work.moments):
-                    merged = (*stages[:place], Stage(together, work.dense), *stages[place + 2 :])
+                    merged = (*stages[:place], Stage(together, work.dense, work.again), *stages[place + 2 :])
                     option = budget.replace(made, stages=(*made.stages[:number], merged, *made.stages[number + 1 :]))
                     assert not had.holds(needs._measured(option).peak)
 
@@ -275,7 +275,7 @@ class TestStages:
         works = [self.work(number, chance, whole=number == 1) for number in range(3)]
         needs = Needs(checkpoint, works, 8, 64, None)
         made = needs.schedule(8, Room(self.least(needs), None, True))
-        assert made.stages[1] == ((Stage(works[1].inputs, True),) if works[1].inputs else ())
+        assert made.stages[1] == ((Stage(works[1].inputs, dense=True, again=True),) if works[1].inputs else ())
 
     def least(self, needs: Needs) -> int:
         """The smallest cap, as the refusal of none at all names it."""

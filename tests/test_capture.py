@@ -62,9 +62,9 @@ def batches(count: int = BATCHES) -> Activations:
 
 @contextmanager
 def running(
-    block: nn.Module, stages: list[Stage], held: int = BATCHES, again: bool = False, given: Activations | None = None
+    block: nn.Module, stages: list[Stage], held: int = BATCHES, given: Activations | None = None
 ) -> Iterator[Capture]:
-    capture = Capture(find_linears(block, "block"), stages, held, again)
+    capture = Capture(find_linears(block, "block"), stages, held)
     with torch.no_grad(), capture.running(block, "block", 0, batches() if given is None else given):
         yield capture
 
@@ -155,8 +155,8 @@ def test_what_stands_still_does_no_work_twice_and_what_does_not_is_run_anew() ->
 def test_a_linear_that_runs_twice_is_seen_twice() -> None:
     block = Block(twice=True)
     single = Stage(tuple(Input((f"block.{name}",), width, "norms") for name, width in
-                         (("left", 8), ("right", 8), ("down", 12))), dense=True)  # fmt: skip
-    with running(block, [single], again=True) as capture:
+                         (("left", 8), ("right", 8), ("down", 12))), dense=True, again=True)  # fmt: skip
+    with running(block, [single]) as capture:
         stats = capture.collect(single, CPU)
         assert {one.tokens for one in stats.values()} == {2 * BATCHES * 20}
 

@@ -20,7 +20,7 @@ from llmprune.evaluate.stream import final_states, scores
 from llmprune.model import blocks
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.source import resolve
-from llmprune.progress import Progress, Silent
+from llmprune.progress import Progress, Silent, of_first
 from llmprune.recipe import Evaluation
 from llmprune.report.record import Divergence
 
@@ -55,7 +55,7 @@ def divergence(
             pair = [Checkpoint(resolve(name, dtype), where, dtype) for name in (dense, model)]
             _check_alike(*pair)
             windows = read_text(pair[0], Evaluation(text, length)).windows
-        shown = progress if progress is not None and distributed.is_first() else Silent()
+        shown = of_first(progress)
         for checkpoint in pair:
             checkpoint.check_tokens(windows)
         sums = _sums(pair, windows, shown)

@@ -24,7 +24,7 @@ from llmprune.model import blocks
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.source import resolve
 from llmprune.plan import sequence_length
-from llmprune.progress import Progress, Silent
+from llmprune.progress import Progress, of_first
 from llmprune.recipe import Evaluation
 from llmprune.report.record import Perplexity
 
@@ -82,7 +82,7 @@ def perplexity(
         with distributed.first():
             checkpoint = Checkpoint(resolve(model, dtype), distributed.local_device(device), dtype)
             windows = read_text(checkpoint, Evaluation(text, length, stride))
-        shown = progress if progress is not None and distributed.is_first() else Silent()
+        shown = of_first(progress)
         return measure(checkpoint, windows, shown)
 
 

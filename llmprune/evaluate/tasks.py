@@ -23,7 +23,7 @@ from llmprune.model import blocks
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.skeleton import make_skeleton
 from llmprune.model.source import quiet, resolve
-from llmprune.progress import Progress, Silent
+from llmprune.progress import Progress, of_first
 from llmprune.report.record import Score
 
 try:
@@ -104,7 +104,7 @@ def evaluate(
         manager, wanted = _find(tasks, [str(path) for path in include_path])
         with distributed.first():
             checkpoint = Checkpoint(resolve(model, dtype), distributed.local_device(device), dtype)
-        shown = progress if progress is not None and distributed.is_first() else Silent()
+        shown = of_first(progress)
         runner = Streamed(checkpoint, batch or BATCH_TOKENS.get(checkpoint.device.type, BATCH_TOKENS["cpu"]), shown)
         try:
             found = lm_eval.simple_evaluate(

@@ -33,20 +33,19 @@ class Capture(Watch):
     batch the rest of the way.
     """
 
-    def __init__(self, linears: Iterable[Linear], stages: Sequence[Stage], held: int, again: bool = False) -> None:
+    def __init__(self, linears: Iterable[Linear], stages: Sequence[Stage], held: int) -> None:
         """Nothing runs yet.
 
         Args:
             linears: those of the block that are pruned.
             stages: what will be collected; none where all linears are solved already.
             held: how many batches may stand still at a time.
-            again: whether any linear is run more than once.
         """
         entries = [entry for stage in stages for entry in stage.inputs]
         self._leaders = {name: entry.linears[0] for entry in entries for name in entry.linears}
         # Experts are always run one by one, so that a block that is read again from OUT gives the same to the bit.
         super().__init__(linear for linear in linears if linear.name in self._leaders or linear.expert is not None)
-        self._held, self._again = held, again
+        self._held = held
         self._dense = any(stage.dense for stage in stages)
         self._waiting = set(self._leaders)
         self._stage = Stage(())
@@ -144,7 +143,7 @@ class Capture(Watch):
         if not self._dense:
             return any(name in self._waiting for names in inputs for name in names)
         # Nothing more is of interest in this run, which will be given up.
-        return bool(self._stats) and not self._again and all(self._leaders[name] in marks for name in self._stats)
+        return bool(self._stats) and not self._stage.again and all(self._leaders[name] in marks for name in self._stats)
 
     def _settle(self, stage: Stage) -> None:
         """Go over to a stage; the linears of the one before are solved by now."""

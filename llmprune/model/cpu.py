@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from llmprune.model.attention import attend
-from llmprune.stats import product
+from llmprune.stats import has_onednn, product
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -107,12 +107,8 @@ class _Quick(TorchFunctionMode):
 @functools.cache
 def _halves() -> Literal["all", "products", "none"]:
     """What torch is quick at in bfloat16 on this CPU; other makes than x86 are left to torch."""
-    if platform.machine().lower() not in ("x86_64", "amd64") or not _onednn():
+    if platform.machine().lower() not in ("x86_64", "amd64") or not has_onednn():
         return "all"
     if getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)():
         return "all"
     return "products" if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() else "none"
-
-
-def _onednn() -> bool:
-    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,10 +45,12 @@ class Stage:
         inputs: what is collected.
         dense: the whole block stays as it was until all of it is seen. Else a run stands still before the first linear
             that is not solved yet, and goes on through it when it is.
+        again: some of it is seen more than once in a run, which therefore goes on to its end.
     """
 
     inputs: tuple[Input, ...]
     dense: bool = False
+    again: bool = False
 
 
 class Watch(ABC):
@@ -128,13 +130,14 @@ def _run_experts(
     experts = range(module.down_proj.shape[0])
     chosen = [torch.where(top_k_index == expert) for expert in experts]
 
-    def show(parts: Sequence[str], inputs: Callable[[int], Tensor]) -> bool:
-        named = {expert: [f"{path}.{expert}.{part}" for part in dict.fromkeys(parts)] for expert in experts}
-        if not watch.waits(name for names in named.values() for name in names):
-            return False
-        shown = {tuple(name for name in names if name in watch.linears): expert for expert, names in named.items()}
-        watch.ready({names: functools.partial(inputs, expert) for names, expert in shown.items() if names})
-        return True
+    def show(parts: Iterable[str], inputs: Callable[[int], Tensor]) -> None:
+        shown = {}
+        for expert in experts:
+            names = tuple(name for part in parts if (name := f"{path}.{expert}.{part}") in watch.linears)
+            if names:
+                shown[names] = functools.partial(inputs, expert)
+        if watch.waits(name for names in shown for name in names):
+            watch.ready(shown)
 
     def given(expert: int) -> Tensor:
         return hidden[chosen[expert][0]]
@@ -144,7 +147,7 @@ def _run_experts(
         applied: Tensor = module._apply_gate(made) if up == "gate_up_proj" else module.act_fn(made)
         return applied
 
-    show(("gate_proj", "up_proj", up), given)
+    show(dict.fromkeys(("gate_proj", "up_proj", up)), given)
     held: dict[int, Tensor] = {}
     if watch.waits(f"{path}.{expert}.down_proj" for expert in experts):
         held = {expert: inner(expert) for expert in experts}
