@@ -42,9 +42,14 @@ TOKEN_BYTES = 128
 """What the text takes from which one calibration token is drawn."""
 
 
+def batch_tokens(checkpoint: Checkpoint) -> int:
+    """How many tokens run through a block at once, where there is room."""
+    return BATCH_TOKENS.get(checkpoint.device.type, BATCH_TOKENS["cpu"])
+
+
 def batch_size(checkpoint: Checkpoint, length: int) -> int:
     """How many sequences of a length run through a block at once, where there is room."""
-    return max(1, BATCH_TOKENS.get(checkpoint.device.type, BATCH_TOKENS["cpu"]) // length)
+    return max(1, batch_tokens(checkpoint) // length)
 
 
 def windows_at_once(checkpoint: Checkpoint, length: int, spare: int) -> int:

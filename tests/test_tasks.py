@@ -24,57 +24,48 @@ from llmprune.model.source import resolve
 from llmprune.progress import Silent
 from tests.families import make
 
-CHOICE = """
-task: tiny_choice
+HEAD = """
 dataset_path: json
 dataset_kwargs: {{data_files: {{validation: {data}}}}}
 validation_split: validation
 fewshot_split: validation
+"""
+TASKS = {
+    "tiny_choice": """
 output_type: multiple_choice
 metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{label}}}}"
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+doc_to_text: "{{question}}"
+doc_to_target: "{{label}}"
 doc_to_choice: "choices"
-"""
-LAST = """
-task: tiny_last
-dataset_path: json
-dataset_kwargs: {{data_files: {{validation: {data}}}}}
-validation_split: validation
+""",
+    "tiny_last": """
 output_type: loglikelihood
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{' ' + choices[label]}}}}"
+doc_to_text: "{{question}}"
+doc_to_target: "{{' ' + choices[label]}}"
 metric_list:
-  - {{metric: perplexity, aggregation: perplexity, higher_is_better: false}}
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-"""
-ROLLING = """
-task: tiny_rolling
-dataset_path: json
-dataset_kwargs: {{data_files: {{validation: {data}}}}}
-validation_split: validation
+  - {metric: perplexity, aggregation: perplexity, higher_is_better: false}
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+""",
+    "tiny_rolling": """
 output_type: loglikelihood_rolling
 doc_to_text: ""
-doc_to_target: "{{{{page}}}}"
+doc_to_target: "{{page}}"
 metric_list:
-  - {{metric: word_perplexity}}
-  - {{metric: byte_perplexity}}
-"""
-GENERATE = """
-task: tiny_generate
-dataset_path: json
-dataset_kwargs: {{data_files: {{validation: {data}}}}}
-validation_split: validation
+  - {metric: word_perplexity}
+  - {metric: byte_perplexity}
+""",
+    "tiny_generate": """
 output_type: generate_until
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{choices[label]}}}}"
-generation_kwargs: {{until: ["."], max_gen_toks: 5}}
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices[label]}}"
+generation_kwargs: {until: ["."], max_gen_toks: 5}
 metric_list:
-  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
-"""
-NAMES = ("tiny_choice", "tiny_last", "tiny_rolling", "tiny_generate")
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+""",
+}
+NAMES = tuple(TASKS)
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +88,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         documents.append({"question": question, "choices": choices, "label": number % 4, "page": page})
     data = place / "documents.jsonl"
     data.write_text("\n".join(map(json.dumps, documents)))
-    for name, text in zip(NAMES, (CHOICE, LAST, ROLLING, GENERATE), strict=True):
-        (place / f"{name}.yaml").write_text(text.format(data=data))
+    for name, text in TASKS.items():
+        (place / f"{name}.yaml").write_text(f"task: {name}{HEAD.format(data=data)}{text}")
     return place
 
 
@@ -210,6 +201,14 @@ def test_a_folder_that_is_not_there_is_said(model: Path, tmp_path: Path) -> None
         evaluate(model, ["tiny_choice"], include_path=[tmp_path / "nowhere"])
 
 
+def test_one_document_has_no_standard_error(model: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["eval", str(model), "--tasks", "tiny_choice", "--include-path", str(folder), "--limit", "1", "--json"]
+    assert cli.main(given) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert all(score["documents"] == 1 for score in told["tasks"]["scores"])
+    assert all(score["stderr"] is None for score in told["tasks"]["scores"])
+
+
 def test_the_command_line(model: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["eval", str(model), "--tasks", "tiny_choice,tiny_last", "--include-path", str(folder), "--limit", "8"]
     assert cli.main([*arguments, "--json"]) == 0
@@ -225,5 +224,7 @@ def test_the_command_line(model: Path, folder: Path, tmp_path: Path, capsys: pyt
     kept = json.loads((tmp_path / "kept" / "lm_eval.json").read_text())
     assert len(kept["samples"]["tiny_choice"]) == 8
     assert json.loads((tmp_path / "kept" / "eval.json").read_text())["tasks"]["scores"] == told["tasks"]["scores"]
+    assert cli.main([*arguments, "-o", str(folder / "documents.jsonl")]) == 2
+    assert "results cannot be written to" in capsys.readouterr().err
     assert cli.main(["eval", str(model), "--tasks", ","]) == 2
     assert "--tasks names none" in capsys.readouterr().err

@@ -6,6 +6,7 @@ example: llmprune eval OUT --perplexity wikitext2 --tasks arc_easy,hellaswag
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,10 @@ def run(chosen: argparse.Namespace) -> int:
     where = {"device": chosen.device, "dtype": chosen.dtype, "progress": Bars()}
     told: dict[str, Any] = {"model": chosen.model}
     raw: dict[str, Any] | None = None
+    folder = None if chosen.out is None else Path(chosen.out)
     with distributed.joined():
+        if folder is not None and distributed.is_first():
+            make(folder)
         if text is not None:
             from llmprune.evaluate.perplexity import perplexity
 
@@ -78,8 +82,8 @@ def run(chosen: argparse.Namespace) -> int:
             if distributed.is_first() and not chosen.json:
                 show(scored)
         if distributed.is_first():
-            if chosen.out is not None:
-                keep(Path(chosen.out), told, raw)
+            if folder is not None:
+                keep(folder, told, raw)
             if chosen.json:
                 print_json(told if raw is None or chosen.out is not None else {**told, "lm_eval": raw})
     return 0
@@ -98,11 +102,18 @@ def show(scored: Any) -> None:
     console.print(f"{scored.seconds:.0f} s", highlight=False)
 
 
+def make(folder: Path) -> None:
+    """See before any work that results can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"results cannot be written to {folder}: {error.strerror} (--out)") from None
+
+
 def keep(folder: Path, told: dict[str, Any], raw: dict[str, Any] | None) -> None:
     """Write what was found."""
-    import json
-
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "eval.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    if raw is not None:
-        (folder / "lm_eval.json").write_text(json.dumps(raw, indent=2, default=str) + "\n", encoding="utf-8")
+    for name, found in (("eval.json", told), ("lm_eval.json", raw)):
+        if found is not None:
+            draft = folder / f".{name}"
+            draft.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            draft.rename(folder / name)

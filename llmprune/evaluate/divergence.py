@@ -16,7 +16,7 @@ from llmprune import distributed, memory
 from llmprune.budget import batch_size
 from llmprune.errors import UserError
 from llmprune.evaluate.perplexity import read_text
-from llmprune.evaluate.stream import final_states, scores
+from llmprune.evaluate.stream import final_states, in_batches, scores
 from llmprune.model import blocks
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.source import resolve
@@ -69,16 +69,13 @@ def divergence(
 
 def _sums(pair: list[Checkpoint], windows: Tensor, progress: Progress) -> Tensor:
     """(windows, 2) for each window the sum of the divergences, and how often both say the same token."""
-    batch = batch_size(pair[0], windows.shape[1])
-    mine = list(distributed.share_of(len(windows)))
-    groups = [mine[start : start + batch] for start in range(0, len(mine), batch)]
+    groups = in_batches(distributed.share_of(len(windows)), batch_size(pair[0], windows.shape[1]))
     batches = [windows[group] for group in groups]
     room = memory.available() // 8
     chains = [blocks.probe(checkpoint) for checkpoint in pair]
-    titles = ("evaluating the dense model", "evaluating beside it")
-    streams = [
-        final_states(checkpoint, chain, batches, progress if place == 0 else Silent(), titles[place], room)
-        for place, (checkpoint, chain) in enumerate(zip(pair, chains, strict=True))
+    streams = [  # they go at one pace, so that one of them shows it for both
+        final_states(checkpoint, chain, batches, shown, "evaluating both models", room)
+        for checkpoint, chain, shown in zip(pair, chains, (progress, Silent()), strict=True)
     ]
     sums = torch.zeros(len(windows), 2, dtype=torch.float64)
     for (number, first), (_, second) in zip(*streams, strict=True):

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from llmprune import data, distributed, memory
 from llmprune.budget import batch_size, windows_at_once
 from llmprune.errors import Failure, UserError
-from llmprune.evaluate.stream import final_states, scores
+from llmprune.evaluate.stream import answered, final_states, in_batches
 from llmprune.model import blocks
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.source import resolve
@@ -150,14 +149,15 @@ def measure(
     count, length = text.windows.shape
     batch = batch_size(checkpoint, length)
     at_once = windows_at_once(checkpoint, length, memory.available() if spare is None else spare)
-    mine = list(range(count) if alone else distributed.share_of(count))
-    groups = [mine[start : start + batch] for start in range(0, len(mine), batch)]
+    groups = in_batches(range(count) if alone else distributed.share_of(count), batch)
     batches = [text.windows[group] for group in groups]
     room = at_once * length * checkpoint.hidden_size * checkpoint.dtype.itemsize
     total = 0.0
     for number, states in final_states(checkpoint, chain, batches, progress, title, room):
         for window, state in zip(groups[number], states, strict=True):
-            total += _loss(checkpoint, chain, text.windows[window], state, text.first(window))
+            first = text.first(window)
+            logs, _ = answered(checkpoint, chain, state[first - 1 : -1], text.windows[window, first:, None])
+            total -= float(logs.sum())
     summed = torch.tensor([total], dtype=torch.float64)
     if not alone:
         distributed.total(summed)
@@ -167,13 +167,3 @@ def measure(
         raise Failure(f"the perplexity of {checkpoint.source.name} on {text.name} is not finite; try --dtype float32")
     value = math.exp(min(mean, 700.0))
     return Perplexity(value, text.name, length, count, predicted, round(time.monotonic() - began, 3), text.stride)
-
-
-def _loss(checkpoint: Checkpoint, chain: blocks.Chain, window: Tensor, states: Tensor, first: int) -> float:
-    """The summed negative log likelihood of a window's tokens from the first that counts on."""
-    total, done = 0.0, first
-    for part in scores(checkpoint, chain, states[first - 1 : -1]):
-        wanted = window[done : done + len(part)].to(part.device)
-        total += float(functional.cross_entropy(part.float(), wanted, reduction="sum"))
-        done += len(part)
-    return total

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from llmprune import memory
 from llmprune.budget import LOSS_TOKENS
 from llmprune.model import blocks
 from llmprune.model.activations import Activations
@@ -65,10 +64,34 @@ def scores(checkpoint: Checkpoint, chain: blocks.Chain, states: Tensor) -> Itera
         yield said
 
 
+def answered(checkpoint: Checkpoint, chain: blocks.Chain, states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """How likely the model holds some next tokens, and which it holds the most likely.
+
+    Args:
+        states: (tokens, hidden) that have left the last block.
+        wanted: (tokens, answers) ids.
+
+    Returns:
+        (tokens, answers) natural logarithms of their probabilities, float64; (tokens,) the ids of the most likely.
+    """
+    logs, best = [], []
+    done = 0
+    for part in scores(checkpoint, chain, states):
+        ids = wanted[done : done + len(part)].to(part.device)
+        logs.append(part.float().log_softmax(-1).gather(1, ids).double())
+        best.append(part.argmax(-1))
+        done += len(part)
+    return torch.cat(logs), torch.cat(best)
+
+
+def in_batches(numbers: Sequence[int], batch: int) -> list[list[int]]:
+    """Things that are alike, so many at a time."""
+    return [list(numbers[start : start + batch]) for start in range(0, len(numbers), batch)]
+
+
 def _passes(checkpoint: Checkpoint, batches: Sequence[Tensor], room: int) -> list[range]:
     """Which batches go through a block together."""
     each = checkpoint.hidden_size * checkpoint.dtype.itemsize
-    room = min(room, memory.available() // 4)
     ends, taken = [0], 0
     for number, batch in enumerate(batches):
         size = batch.numel() * each

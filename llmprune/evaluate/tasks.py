@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmprune import distributed, memory
-from llmprune.budget import BATCH_TOKENS
+from llmprune.budget import batch_tokens
 from llmprune.errors import UserError, unknown
-from llmprune.evaluate.stream import final_states, scores
+from llmprune.evaluate.stream import answered, final_states
 from llmprune.model import blocks
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.skeleton import make_skeleton
@@ -104,8 +106,7 @@ def evaluate(
         manager, wanted = _find(tasks, [str(path) for path in include_path])
         with distributed.first():
             checkpoint = Checkpoint(resolve(model, dtype), distributed.local_device(device), dtype)
-        shown = of_first(progress)
-        runner = Streamed(checkpoint, batch or BATCH_TOKENS.get(checkpoint.device.type, BATCH_TOKENS["cpu"]), shown)
+        runner = Streamed(checkpoint, batch or batch_tokens(checkpoint), of_first(progress))
         try:
             found = lm_eval.simple_evaluate(
                 runner, tasks=wanted, num_fewshot=shots, limit=limit, task_manager=manager, log_samples=samples
@@ -114,7 +115,7 @@ def evaluate(
             checkpoint.unload()
     assert found is not None
     made = _scores(found)
-    return Tasks(str(model), made, _means(tasks, made), round(time.monotonic() - began, 3), found)
+    return Tasks(str(model), made, _means(tasks, made), round(time.monotonic() - began, 3), _plain(found))
 
 
 class Streamed(HFLM):  # type: ignore[misc]
@@ -179,19 +180,12 @@ class Streamed(HFLM):  # type: ignore[misc]
     def _score(self, states: Tensor, answers: list[list[int]]) -> Iterator[tuple[float, bool]]:
         """Each answer's log probability; the states (tokens, hidden) are those before the tokens of the longest."""
         longest = len(states)
-        wanted = torch.tensor([[0] * (longest - len(answer)) + answer for answer in answers])  # (answers, tokens)
-        wanted = wanted.to(self._checkpoint.device)
-        said, best = [], []
-        done = 0
-        for part in scores(self._checkpoint, self._chain, states):
-            logs = part.float().log_softmax(-1)
-            said.append(logs.gather(1, wanted[:, done : done + len(part)].T))
-            best.append(part.argmax(-1))
-            done += len(part)
-        logs, greedy = torch.cat(said).double(), torch.cat(best)
+        wanted = torch.tensor([[0] * (longest - len(answer)) + answer for answer in answers]).T  # (tokens, answers)
+        logs, best = answered(self._checkpoint, self._chain, states, wanted)
+        right = best[:, None].cpu() == wanted
         for place, answer in enumerate(answers):
             start = longest - len(answer)
-            yield float(logs[start:, place].sum()), bool((greedy[start:] == wanted[place, start:]).all())
+            yield float(logs[start:, place].sum()), bool(right[start:, place].all())
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """What the model goes on to say; for this it is loaded as a whole."""
@@ -256,10 +250,23 @@ def _scores(found: dict[str, Any]) -> list[Score]:
                 continue
             stderr = figures.get(f"{metric}_stderr,{kind}")
             better = found.get("higher_is_better", {}).get(task, {}).get(metric)
-            error = float(stderr) if isinstance(stderr, int | float) else None
+            error = float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None
             shots = int(found.get("n-shot", {}).get(task) or 0)
             made.append(Score(task, metric, kind, float(value), error, documents, shots, better))
     return made
+
+
+def _plain(value: Any) -> Any:
+    """The same as plain data; what is not finite is None, and what JSON does not know is its text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 def _means(tasks: Sequence[str], made: list[Score]) -> dict[str, float]:
