@@ -75,18 +75,14 @@ def account(chosen: argparse.Namespace) -> None:
         arguments = ["--method", method, "--sparsity", chosen.sparsity, "--dtype", chosen.dtype, *given]
         reports = [prune(chosen.model, arguments) for _ in range(chosen.rounds)]
         forward, grams = operations(chosen.model, {"method": method, "sparsity": chosen.sparsity}, tokens)
-        # Of each block's forward, what comes before its last stage and the linear that ends it are timed apart.
-        best = max(rates.values())
-        least = {"capture + propagate": forward / best + (grams / best if method == "sparsegpt" else 0.0)}
+        # A block's one forward is timed in two phases, before and after its last linears are solved.
+        least = (forward + (grams if method == "sparsegpt" else 0.0)) / max(rates.values())
         rows = []
-        for report in reports:
-            spent = report["seconds"]
-            spent["capture + propagate"] = spent.pop("capture") + spent.pop("propagate")
-        for phase in sorted(reports[0]["seconds"], key="total".__eq__):
-            seconds = statistics.median(report["seconds"][phase] for report in reports)
-            bound = sum(least.values()) if phase == "total" else least.get(phase)
-            share = ("", "") if bound is None else (f"{bound:.1f} s", f"{seconds / bound:.2f}")
-            rows.append((phase, f"{seconds:.1f} s", *share))
+        for phases in [*([phase] for phase in reports[0]["seconds"]), ["capture", "propagate"]]:
+            seconds = statistics.median(sum(report["seconds"][phase] for phase in phases) for report in reports)
+            bounded = phases in (["total"], ["capture", "propagate"])
+            share = (f"{least:.1f} s", f"{seconds / least:.2f}") if bounded else ("", "")
+            rows.append((" + ".join(phases), f"{seconds:.1f} s", *share))
         peak = statistics.median(report["peak_memory"] for report in reports)
         print(f"{method}, {chosen.sparsity}, median of {chosen.rounds}, peak memory {peak / 2**30:.2f} GiB\n")
         table(("phase", "time", "at the rate of a product", "ratio"), rows)
