@@ -24,6 +24,10 @@ JOINT = "\n\n"
 """Stands between documents, as in the pruning papers."""
 
 
+COLUMN = "text"
+"""Where the text stands in most data sets."""
+
+
 @dataclass(frozen=True)
 class HubText:
     """A text on the Hub.
@@ -32,16 +36,31 @@ class HubText:
         name, config, split, column: of the data set.
         file: the one file of it that is enough.
         documents: how many of its documents are enough.
-        joined: its rows are the lines of one text.
+        joint: its rows are the lines of one text, with this between them; None where each is a document.
+        revision: of the data set, where it is not the newest.
     """
 
     name: str
     config: str | None
     split: str
-    column: str = "text"
+    column: str = COLUMN
     file: str | None = None
     documents: int | None = None
-    joined: bool = False
+    joint: str | None = None
+    revision: str | None = None
+
+
+def _treebank(split: str) -> HubText:
+    """The Penn Treebank without its rare words. What the Hub made of it is read, as its own form is a program."""
+    return HubText(
+        "ptb-text-only/ptb_text_only",
+        None,
+        split,
+        "sentence",
+        file=f"penn_treebank/{split}/*.parquet",
+        joint=" ",
+        revision="refs/convert/parquet",
+    )
 
 
 NAMED: dict[str, dict[Part, HubText]] = {
@@ -52,9 +71,10 @@ NAMED: dict[str, dict[Part, HubText]] = {
         ),
     },
     "wikitext2": {
-        "calibration": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "train", joined=True),
-        "evaluation": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "test", joined=True),
+        "calibration": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "train", joint=JOINT),
+        "evaluation": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "test", joint=JOINT),
     },
+    "ptb": {"calibration": _treebank("train"), "evaluation": _treebank("test")},
 }
 
 SUFFIXES = (".txt", ".raw", ".md", ".jsonl", ".json", ".json.gz", ".jsonl.gz", ".parquet")
@@ -69,14 +89,14 @@ def documents(
     *,
     config: str | None = None,
     split: str | None = None,
-    column: str = "text",
+    column: str | None = None,
 ) -> Iterator[str]:
     """The documents of a text, in their own order.
 
     Args:
-        source: `builtin`, `c4`, `wikitext2`, a Hub data set `owner/name`, or a local file.
+        source: `builtin`, `c4`, `wikitext2`, `ptb`, a Hub data set `owner/name`, or a local file.
         part: which part of a named text.
-        config, split, column: of a Hub data set; a column also of a local file of records.
+        config, split, column: of a Hub data set; a column also of a local file of records, by default `text`.
 
     Raises:
         UserError: there is no such text, or it cannot be read as one.
@@ -85,17 +105,17 @@ def documents(
     check(source)
     path = Path(source).expanduser()
     if path.is_file():
-        yield from _local(path, column)
+        yield from _local(path, column or COLUMN)
     elif source == "builtin":
         yield from builtin(part)
     elif source in NAMED:
         named = NAMED[source][part]
         if config is not None or split is not None:
             named = replace(named, config=config or named.config, split=split or named.split, file=None)
-        yield from _hub(replace(named, column=column))
+        yield from _hub(replace(named, column=column or named.column))
     else:
         default = "train" if part == "calibration" else "test"
-        yield from _hub(HubText(source, config, split or default, column))
+        yield from _hub(HubText(source, config, split or default, column or COLUMN))
 
 
 def check(source: str) -> None:
@@ -279,12 +299,14 @@ def _hub(text: HubText) -> Iterator[str]:
         options["data_files"] = {text.split: text.file}
     elif text.config:
         options["name"] = text.config
+    if text.revision:
+        options["revision"] = text.revision
     advice = "where there is no network, name a local file, or `builtin` for the built-in text"
     try:
         rows = datasets.load_dataset(text.name, **options)
         found = (_field(row, text.column, text.name) for row in itertools.islice(rows, text.documents))
-        if text.joined:
-            yield JOINT.join(found)
+        if text.joint is not None:
+            yield text.joint.join(found)
         else:
             yield from found
     except UserError:

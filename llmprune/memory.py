@@ -8,7 +8,7 @@ import resource
 import sys
 from pathlib import Path
 
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 _C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -83,7 +83,7 @@ def frugal() -> None:
         os.environ.setdefault(cache, "64")
     tune = getattr(_C_LIBRARY, "mallopt", None)
     if tune is not None:
-        for option, value in ((_MMAP_THRESHOLD, 2**25), (_TRIM_THRESHOLD, 2**30), (_TOP_PAD, 2**25)):
+        for option, value in ((_MMAP_THRESHOLD, 2**25), (_TRIM_THRESHOLD, 2**30)):
             tune(option, value)
 
 

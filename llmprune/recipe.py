@@ -31,7 +31,7 @@ class Calibration:
         length: tokens per sequence; by default 2048, or what the model can take.
         seed: draws the documents.
         config, split: of a Hub data set.
-        column: where the text stands, in a Hub data set or a local file of records.
+        column: where the text stands, in a Hub data set or a local file of records; by default `text`.
         true_sequential: the linears of a block are pruned in the order in which they run, each on inputs that have
             passed those before it. Else all are pruned on what the block as it was sees, as in the published code of
             most methods, and the block is run twice.
@@ -43,7 +43,7 @@ class Calibration:
     seed: int = 0
     config: str | None = None
     split: str | None = None
-    column: str = "text"
+    column: str | None = None
     true_sequential: bool = True
 
     def __post_init__(self) -> None:
@@ -85,7 +85,7 @@ class Evaluation:
     stride: int | None = None
     config: str | None = None
     split: str | None = None
-    column: str = "text"
+    column: str | None = None
     max_perplexity: float | None = 1000.0
 
     def __post_init__(self) -> None:

@@ -372,12 +372,13 @@ class Loader:
 
 
 def stub(monkeypatch: pytest.MonkeyPatch, *texts: str, **options: Any) -> Loader:
-    loader = Loader([{"text": text, "body": text.upper(), "id": 1} for text in texts], **options)
+    loader = Loader([{"text": text, "sentence": text, "body": text.upper(), "id": 1} for text in texts], **options)
     monkeypatch.setattr(datasets, "load_dataset", loader)
     return loader
 
 
 C4 = {"path": "allenai/c4", "streaming": True}
+PTB = {"path": "ptb-text-only/ptb_text_only", "revision": "refs/convert/parquet", "streaming": True}
 WIKITEXT = {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "streaming": True}
 
 
@@ -405,6 +406,9 @@ WIKITEXT = {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "streami
             {"config": "wikitext-103-v1"},
             {**WIKITEXT, "name": "wikitext-103-v1", "split": "train"},
         ),
+        ("ptb", "evaluation", {}, {**PTB, "split": "test", "data_files": {"test": "penn_treebank/test/*.parquet"}}),
+        ("ptb", "calibration", {}, {**PTB, "split": "train", "data_files": {"train": "penn_treebank/train/*.parquet"}}),
+        ("ptb", "evaluation", {"split": "validation"}, {**PTB, "split": "validation"}),
         ("owner/name", "calibration", {}, {"path": "owner/name", "split": "train", "streaming": True}),
         (
             "owner/name",
@@ -418,8 +422,9 @@ def test_the_hub_is_asked_for_the_right_text(
     source: str, part: data.Part, options: dict[str, str], call: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader = stub(monkeypatch, "a", "b")
-    # The rows of WikiText are the lines of one text; those of the others are documents.
-    assert list(data.documents(source, part, **options)) == (["a\n\nb"] if source == "wikitext2" else ["a", "b"])
+    # The rows of WikiText and of the Penn Treebank are the lines of one text; those of the others are documents.
+    texts = {"wikitext2": ["a\n\nb"], "ptb": ["a b"]}.get(source, ["a", "b"])
+    assert list(data.documents(source, part, **options)) == texts
     assert loader.calls == [call]
 
 

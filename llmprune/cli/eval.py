@@ -18,7 +18,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """The arguments."""
     parser.add_argument("model", help=MODEL)
     add = parser.add_argument_group("perplexity").add_argument
-    texts = "wikitext2, c4, builtin, owner/name, or a file [wikitext2, where no tasks are named]"
+    texts = "wikitext2, c4, ptb, builtin, owner/name, or a file [wikitext2, where no tasks are named]"
     add("--perplexity", "--text", dest="text", metavar="TEXT", help=texts)
     add("--length", type=int, help="context length in tokens [2048, or what the model can take]")
     add("--stride", type=int, help="let windows overlap, and count the last so many tokens of each [no overlap]")

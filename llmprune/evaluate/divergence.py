@@ -40,7 +40,7 @@ def divergence(
     Args:
         model: a Hub name, a folder, or a `.gguf` file.
         dense: what it is compared with, of the same vocabulary; the text is read with its tokenizer.
-        text: `wikitext2`, `c4`, `builtin` (their evaluation part), a Hub data set, or a local file.
+        text: `wikitext2`, `c4`, `ptb`, `builtin` (their evaluation part), a Hub data set, or a local file.
         length: context length in tokens; by default 2048, or what the models can take.
         device, dtype: as in a recipe.
         progress: where to show how far the work is.

@@ -71,7 +71,7 @@ def perplexity(
 
     Args:
         model: a Hub name, a folder, or a `.gguf` file.
-        text: `wikitext2`, `c4`, `builtin` (their evaluation part), a Hub data set, or a local file.
+        text: `wikitext2`, `c4`, `ptb`, `builtin` (their evaluation part), a Hub data set, or a local file.
         length: context length in tokens; by default 2048, or what the model can take.
         stride: see `Evaluation`.
         device, dtype: as in a recipe.
