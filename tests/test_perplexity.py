@@ -15,6 +15,9 @@ from llmprune.errors import UserError
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.source import resolve
 from tests.families import make
+from tests.wikitext import word_perplexity
+
+PAGE = " = Music = \n If music be the food of love , play on ; give me excess of it , that , surfeiting , may die . \n"
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +66,15 @@ def test_a_stride_that_leaves_tokens_out_is_refused(model: Path, text: str, caps
         llmprune.perplexity(model, text, length=32, stride=32)
     assert cli.main(["eval", str(model), "--perplexity", text, "--length", "32", "--stride", "0"]) == 2
     assert "stride" in capsys.readouterr().err
+
+
+def test_converted_to_words_it_is_that_of_lm_evals_wikitext(model: Path, tmp_path: Path) -> None:
+    """lm-eval puts a token before the text, predicts every token once, and counts words."""
+    ids = data.encode(Checkpoint(resolve(model), "cpu").tokenizer, PAGE)
+    windows, length = 3, 25
+    page, theirs, words, before = word_perplexity(model, PAGE, windows * length, length, tmp_path)
+    assert len(ids) > windows * length
+    (tmp_path / "page.txt").write_text(before + page)
+    ours = llmprune.perplexity(model, str(tmp_path / "page.txt"), length=length + 1, stride=length)
+    assert (ours.windows, ours.tokens) == (windows, windows * length)
+    assert math.exp(math.log(ours.value) * ours.tokens / words) == pytest.approx(theirs, rel=1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from llmprune.errors import Failure
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.source import resolve
 from llmprune.pipeline import plan
+from tests.wikitext import word_perplexity
 
 pytestmark = pytest.mark.slow
 
@@ -105,6 +107,17 @@ def test_streamed_perplexity_is_that_of_the_whole_model(model: str | Path, tmp_p
             scores = whole(input_ids=window[None]).logits[0, :-1].float()
             losses.append(torch.nn.functional.cross_entropy(scores, window[1:]))
     assert found.value == pytest.approx(float(torch.stack(losses).mean().exp()), rel=2e-3)
+
+
+def test_perplexity_converted_to_words_is_that_of_lm_evals_wikitext(model: str | Path, tmp_path: Path) -> None:
+    windows, length = 3, 512
+    folder = resolve(model, "float32").folder
+    text = "\n\n".join(data.builtin("evaluation"))[:20_000]
+    page, theirs, words, before = word_perplexity(folder, text, windows * length, length, tmp_path)
+    (tmp_path / "page.txt").write_text(before + page)
+    ours = llmprune.perplexity(folder, str(tmp_path / "page.txt"), length=length + 1, stride=length)
+    assert (ours.windows, ours.tokens) == (windows, windows * length)
+    assert math.exp(math.log(ours.value) * ours.tokens / words) == pytest.approx(theirs, rel=1e-3)
 
 
 def test_the_plan_covers_what_it_should(model: str | Path) -> None:
