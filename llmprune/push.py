@@ -110,8 +110,8 @@ def push(
         pushed.notes.append(f"{CARD} was written or changed by hand and is kept (--card new writes a new one)")
     else:
         base = _base(report, base_model, license, pushed.notes)
-        results = read_results(place, report, bool(verdict.changed))
-        pushed.card = marked(make_card(report, results, to, base))
+        changed = bool(verdict.changed)
+        pushed.card = marked(make_card(report, read_results(place, report, changed), to, base, changed))
         if not dry_run:
             _write(place / CARD, pushed.card)
     pushed.files = _files(place) | {CARD: len(pushed.card.encode())}

@@ -338,6 +338,27 @@ def test_prune_and_push(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert f"llmprune prune owner/tiny@{COMMIT} --recipe" in card.text
 
 
+def test_of_many_ranks_the_first_pushes(hub: Hub, source: Path, tmp_path: Path) -> None:
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "llmprune",
+    ]
+    options = ["prune", str(source), "-o", str(tmp_path / "new"), "--method", "magnitude", "--device", "cpu"]
+    settings = environment(hub, tmp_path / "other") | {"OMP_NUM_THREADS": "1"}
+    command = [*torchrun, *options, "--push-to", TO]
+    done = subprocess.run(command, capture_output=True, text=True, env=settings, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"pushed to {TO}") == 1
+    assert len([asked for asked in hub.asked if "/commit/" in asked]) == 1
+    assert hub.asked.count("GET /api/whoami-v2") == 2  # before the work and before the push
+
+
 def test_prune_and_a_push_that_fails(
     hub: Hub, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

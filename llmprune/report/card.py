@@ -161,7 +161,9 @@ def _score(told: Mapping[str, Any], dense: float | None) -> Result:
     return Result(f"{found.task} {metric}", dense, found.value, found.stderr, protocol, index)
 
 
-def make_card(report: Mapping[str, Any], results: list[Result], to: str, base: Mapping[str, Any]) -> ModelCard:
+def make_card(
+    report: Mapping[str, Any], results: list[Result], to: str, base: Mapping[str, Any], changed: bool = False
+) -> ModelCard:
     """The card of a pruned model.
 
     Args:
@@ -169,6 +171,7 @@ def make_card(report: Mapping[str, Any], results: list[Result], to: str, base: M
         results: what was measured of it.
         to: what it will be called, owner/name.
         base: what the dense model's card says: `name` on the Hub where it has one, `license`, ...
+        changed: the weights are others than the run wrote: somebody has trained them since.
     """
     recipe = report["recipe"]
     pruned = [record for record in report["linears"] if not record.get("kept")]
@@ -178,7 +181,7 @@ def make_card(report: Mapping[str, Any], results: list[Result], to: str, base: M
     text = "\n\n".join(
         [
             f"# {title}",
-            _what(report, base, methods, patterns),
+            _what(report, base, methods, patterns, changed),
             "## How it was pruned",
             _how(report, pruned, methods),
             "## Quality",
@@ -230,14 +233,17 @@ def is_ours(text: str) -> bool:
     return mark is not None and hashlib.sha256(_MARK.sub("", text, count=1).encode()).hexdigest() == mark[1]
 
 
-def _what(report: Mapping[str, Any], base: Mapping[str, Any], methods: list[str], patterns: list[str]) -> str:
+def _what(
+    report: Mapping[str, Any], base: Mapping[str, Any], methods: list[str], patterns: list[str], changed: bool
+) -> str:
     dense = f"[{base['name']}]({HUB}/{base['name']})" if base.get("name") else _text_name(report["model"])
     commit = report.get("revision") or ""
     at = f" at commit `{commit}`" if _COMMIT.fullmatch(commit) and base.get("name") else ""
+    since = "Its weights were changed after that, within the same masks" if changed else "It was not trained after that"
     return (
         f"{dense}{at}, pruned with llmprune {report['llmprune']} ({', '.join(methods)}; {', '.join(patterns)}): "
         f"{report['sparsity']:.2%} of the weights of the pruned linears are zero, which is "
-        f"{report['model_sparsity']:.2%} of all weights. It was not trained after that. It is a plain Hugging Face "
+        f"{report['model_sparsity']:.2%} of all weights. {since}. It is a plain Hugging Face "
         "checkpoint in the dense layout, with exact zeros."
     )
 
@@ -360,6 +366,6 @@ def _data_set(calibration: Mapping[str, Any] | None) -> str | None:
 def _link(base: Mapping[str, Any], report: Mapping[str, Any]) -> str | None:
     """Where the licence can be read; a file that is named beside the base model's card is named as there."""
     link = base.get("license_link")
-    if not isinstance(link, str) or "://" in link or link in report.get("side_files", ()) or not base.get("name"):
+    if not isinstance(link, str) or "://" in link or link in report.get("side_files", ()):
         return link if isinstance(link, str) else None
-    return f"{HUB}/{base['name']}/blob/main/{link}"
+    return f"{HUB}/{base['name']}/blob/main/{link}" if base.get("name") else None
