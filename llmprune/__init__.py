@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from llmprune.evaluate.divergence import divergence
     from llmprune.evaluate.perplexity import perplexity
     from llmprune.pipeline import prune
+    from llmprune.push import push
     from llmprune.recipe import Recipe
     from llmprune.report.inspect import inspect
     from llmprune.report.record import Report
@@ -29,6 +30,7 @@ __all__ = [
     "inspect",
     "perplexity",
     "prune",
+    "push",
     "verify",
 ]
 
@@ -39,6 +41,7 @@ _PLACES = {
     "inspect": "llmprune.report.inspect",
     "perplexity": "llmprune.evaluate.perplexity",
     "prune": "llmprune.pipeline",
+    "push": "llmprune.push",
     "verify": "llmprune.report.verify",
 }
 

@@ -79,6 +79,7 @@ def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, sh
                 before = perplexity.dense(checkpoint, text, recipe.evaluate, shown, plan.spare) if text else None
             writer.begin(fingerprint, vars(before) if before else None)
         report = Report(writer.out, checkpoint.source.name, checkpoint.source.revision, recipe.to_dict(), plan.weights)
+        report.base = dict(checkpoint.source.base)
         report.resumed = len(writer.records) if resumed else None
         with quick(checkpoint.device, checkpoint.dtype):
             prune_blocks(checkpoint, plan, tokens, writer, clock, shown)

@@ -69,6 +69,19 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
 
 
+class _NoToken(argparse.Action):
+    """A token on the command line is refused without being shown: others see it there, and logs keep it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        """Refuse."""
+        parser.error("a token is never taken from the command line: log in with `hf auth login`, or set HF_TOKEN")
+
+
+def add_token(parser: argparse.ArgumentParser) -> None:
+    """Answer somebody who gives a token."""
+    parser.add_argument("--token", action=_NoToken, help=argparse.SUPPRESS)
+
+
 def add_run(parser: argparse.ArgumentParser) -> None:
     """What to do about an earlier run, and how progress is shown."""
     anew = "begin anew: do away with an earlier run in OUT instead of going on with it"

@@ -10,24 +10,28 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, metadata_load, snapshot_download
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     GatedRepoError,
     HFValidationError,
     HTTPError,
-    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
+from yaml import YAMLError
 
+from llmprune import hub
 from llmprune.errors import Failure, UserError
 from llmprune.recipe import DTYPES
 
@@ -37,6 +41,10 @@ HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktok
 COPIES = ["*/*.safetensors", "*/*.json", "*/*.txt", "*/*.model", "consolidated*", "*.fp16.*", "*.fp32.*"]
 """The same model once more, in another layout or precision, or in a subfolder."""
 
+CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+"""What a model's card says that goes for a pruned one as well."""
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
 
 
@@ -48,11 +56,13 @@ class Source:
         name: as it was asked for.
         folder: holds config.json, safetensors and the tokenizer.
         revision: the commit on the Hub, the sha256 of a `.gguf`, or None for a folder.
+        base: for the card of what comes of it: its `name` on the Hub, and of its own card what is in `CARRIED`.
     """
 
     name: str
     folder: Path
     revision: str | None = None
+    base: Mapping[str, Any] = field(default_factory=dict)
 
 
 def resolve(model: str | Path, dtype: str = "auto") -> Source:
@@ -70,7 +80,7 @@ def resolve(model: str | Path, dtype: str = "auto") -> Source:
         raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     name, path = str(model), Path(model).expanduser()
     if path.is_dir():
-        return _from_pickles(Source(name, path.resolve()))
+        return _from_pickles(Source(name, path.resolve(), base=_of_card(path / "README.md")))
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"{name} is a file, but not a .gguf: give a model folder, a .gguf file or a Hub name")
@@ -82,29 +92,94 @@ def resolve(model: str | Path, dtype: str = "auto") -> Source:
 
 
 def _from_hub(asked: str, name: str, revision: str | None) -> Source:
+    doing = f"downloading {name}"
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=COPIES))
+        folder = _fetch(name, revision, HUB_FILES)
         if not any(folder.glob("*.safetensors")):
-            snapshot_download(name, revision=revision, allow_patterns=["pytorch_model*"])
-    except GatedRepoError:
-        raise UserError(
-            f"{name} is gated: accept its terms on its Hub page, then log in with `hf auth login` or set HF_TOKEN"
-        ) from None
+            _fetch(name, revision, ["pytorch_model*"])
+    except GatedRepoError as error:
+        raise hub.failed(error, name, doing) from None
     except RevisionNotFoundError:
         raise UserError(f"{name} has no revision {revision!r} on the Hub") from None
     except (RepositoryNotFoundError, HFValidationError):
         raise UserError(
             f"no model {name!r}: there is no such folder here, and no such model on the Hub that you may read "
-            "(a private one needs `hf auth login` or HF_TOKEN)"
+            f"(a private one needs {hub.LOG_IN})"
         ) from None
-    except LocalEntryNotFoundError:
+    except (HTTPError, OSError, ValueError) as error:
+        raise hub.failed(error, name, doing) from None
+    base = {"name": name, **_of_card(_card(name, folder))}
+    return _from_pickles(Source(asked, folder, folder.name, base))
+
+
+def _fetch(name: str, revision: str | None, wanted: list[str]) -> Path:
+    """Download files of a model, and see that they are what the Hub has.
+
+    Raises:
+        Failure: a file is not; it is taken out of the cache.
+    """
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=COPIES))
+    files = [path.name for path in folder.iterdir() if path.is_symlink()]
+    chosen = [folder / file for file in filter_repo_objects(files, allow_patterns=wanted, ignore_patterns=COPIES)]
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        harmed = [path for path, good in zip(chosen, pool.map(_is_whole, chosen), strict=True) if not good]
+    for path in harmed:
+        _discard(path)
+    if harmed:
         raise Failure(
-            f"{name} is not on this machine and the Hub cannot be reached: check the connection (and HF_HUB_OFFLINE), "
-            "or give a local folder"
-        ) from None
-    except (HTTPError, OSError) as error:
-        raise Failure(f"downloading {name} failed: {error}; run the same command again to go on with it") from None
-    return _from_pickles(Source(asked, folder, folder.name))
+            f"{harmed[0].name} of {name} is not what the Hub says it is: its sha256 is another; it was taken out of "
+            "the cache, and the same command downloads it again"
+        )
+    return folder
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a large file in the Hub's cache has the sha256 that it is named by; the client compares sizes alone.
+
+    What was found good is noted, so that it is read once.
+    """
+    digest = path.readlink().name
+    if not _SHA256.fullmatch(digest):
+        return True  # a small file, which is kept in git
+    status = path.stat()
+    note = cache_folder() / "checked" / f"{digest}-{status.st_size}-{status.st_mtime_ns}"
+    if note.exists():
+        return True
+    if sha256_of(path) != digest:
+        return False
+    with contextlib.suppress(OSError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.touch()
+    return True
+
+
+def _discard(path: Path) -> None:
+    """Remove a file from the Hub's cache, and all links that lead to it from there."""
+    while path.is_symlink():
+        target = path.parent / path.readlink()
+        path.unlink()
+        path = target
+    path.unlink(missing_ok=True)
+
+
+def _card(name: str, folder: Path) -> Path | None:
+    """The model's card, which tells its licence; a model without one, or one that cannot be had now, is fine too."""
+    try:
+        return Path(hf_hub_download(name, "README.md", revision=folder.name))
+    except (HTTPError, OSError, EntryNotFoundError):
+        return None
+
+
+def _of_card(path: Path | None) -> dict[str, Any]:
+    """What a model's card says that goes for a pruned one as well; nothing where it cannot be read."""
+    if path is None or not path.is_file():
+        return {}
+    try:
+        told = metadata_load(path) or {}
+    except (OSError, ValueError, YAMLError):
+        return {}
+    kept = {key: told[key] for key in CARRIED if isinstance(told.get(key), (str, list))}
+    return {key: list(map(str, value)) if isinstance(value, list) else value for key, value in kept.items()}
 
 
 def cache_folder() -> Path:
@@ -143,7 +218,7 @@ def _from_pickles(source: Source) -> Source:
                 beside = path.suffix in (".json", ".txt", ".model", ".jinja") and not path.name.endswith(".index.json")
                 if beside and path.is_file():
                     shutil.copyfile(path, draft / path.name)
-    return Source(source.name, folder, source.revision)
+    return replace(source, folder=folder)
 
 
 def read_pickle(path: Path) -> dict[str, torch.Tensor]:

@@ -175,6 +175,7 @@ class Report:
         ranks: how many processes worked together.
         shards: file name to sha256.
         side_files: what was copied from the source.
+        base: what the model's own card says and this one's must: `name` on the Hub, `license`, ...
         versions: of everything that took part.
     """
 
@@ -196,6 +197,7 @@ class Report:
     peak_device_memory: int | None = None
     shards: dict[str, str] = field(default_factory=dict)
     side_files: list[str] = field(default_factory=list)
+    base: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
     @property

@@ -64,7 +64,7 @@ def verify(folder: str | Path, *, progress: Progress | None = None) -> Verdict:
         Failure: a file of the checkpoint is missing or broken.
     """
     place = Path(folder).expanduser()
-    report = _read_report(place)
+    report = read_report(place)
     return compare(place, report["linears"], report["shards"], progress or Silent())
 
 
@@ -88,7 +88,12 @@ def compare(folder: Path, linears: list[dict[str, Any]], shards: dict[str, str],
     return verdict
 
 
-def _read_report(folder: Path) -> dict[str, Any]:
+def read_report(folder: Path) -> dict[str, Any]:
+    """The report that a finished run left in a folder, as plain data.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
     if not (folder / REPORT).is_file():
         unfinished = "; its run has not finished" if (folder / JOURNAL).exists() else ""
         raise UserError(f"no {REPORT} in {folder}: it was not written by llmprune{unfinished}")

@@ -1,0 +1,371 @@
+"""The model card: the README.md that tells people on the Hub what a pruned model is, and what it is not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from llmprune import solvers
+from llmprune.data import NAMED, SUFFIXES
+from llmprune.errors import LLMPruneError, UserError
+from llmprune.patterns import NM, Scope, parse
+from llmprune.recipe import Recipe
+from llmprune.report.record import Divergence, Perplexity, Score
+
+EVALUATION = "evaluation"
+"""The folder in OUT in which further results lie, as `eval -o` and `compare -o` write them."""
+
+HUB = "https://huggingface.co"
+
+_MARK = re.compile(r"<!-- llmprune card ([0-9a-f]{64}) -->\n")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One figure of the pruned model, with the dense model's beside it where that was measured in the same way.
+
+    Attributes:
+        measure: perplexity, or a task and its metric.
+        dense, sparse: the figures.
+        stderr: the standard error of the pruned model's.
+        protocol: all that gives the figure a meaning, in words.
+        told: the same for the Hub's model index, without the value; None for what it does not know.
+    """
+
+    measure: str
+    dense: float | None
+    sparse: float
+    stderr: float | None
+    protocol: str
+    told: Mapping[str, Any] | None = None
+
+
+@dataclass
+class Measured:
+    """What `read_results` found: figures by measure and protocol, the latest of each."""
+
+    results: dict[tuple[str, str], Result] = field(default_factory=dict)
+
+    def add(self, result: Result) -> None:
+        """Take in a figure; a dense one that was known is kept where the new one has none."""
+        key = (result.measure, result.protocol)
+        known = self.results.get(key)
+        if known is not None and result.dense is None:
+            result = Result(**{**vars(result), "dense": known.dense})
+        if math.isfinite(result.sparse):
+            self.results[key] = result
+
+
+def read_results(folder: Path, report: Mapping[str, Any], changed: bool = False) -> list[Result]:
+    """Everything that was measured of a pruned model: by its run, and by `eval` and `compare` later.
+
+    Args:
+        folder: the checkpoint.
+        report: its llmprune.json.
+        changed: the weights are others than the run wrote, so that its figures are not theirs.
+
+    Raises:
+        UserError: a file of results cannot be read.
+    """
+    measured = Measured()
+    if not changed and report.get("sparse"):
+        measured.add(_perplexity(report["sparse"], report.get("dense")))
+    try:
+        told = _read(folder / EVALUATION / "eval.json")
+        if told.get("perplexity"):
+            measured.add(_perplexity(told["perplexity"], None))
+        if told.get("divergence"):
+            measured.add(_divergence(told["divergence"]))
+        for score in (told.get("tasks") or {}).get("scores", ()):
+            measured.add(_score(score, None))
+        _of_comparison(folder, _read(folder / EVALUATION / "comparison.json"), measured)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"the results in {folder / EVALUATION} are not as llmprune writes them: {error!r}") from None
+    return list(measured.results.values())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}; write it anew, or remove it") from None
+    return told
+
+
+def _of_comparison(folder: Path, told: Mapping[str, Any], measured: Measured) -> None:
+    models = told.get("models", ())
+    dense: dict[str, Any] = next((model for model in models if model["dense"]), {})
+    sparse = [model for model in models if not model["dense"]]
+    ours = [model for model in sparse if Path(model["path"]).expanduser().resolve() == folder.resolve()]
+    if not ours and len(sparse) == 1:
+        ours = sparse  # the folder was moved since
+    for model in ours:
+        if model.get("perplexity"):
+            measured.add(_perplexity(model["perplexity"], dense.get("perplexity")))
+        if model.get("divergence"):
+            measured.add(_divergence(model["divergence"]))
+        before = {_score(score, None).measure: score["value"] for score in dense.get("scores", ())}
+        for score in model.get("scores", ()):
+            measured.add(_score(score, before.get(_score(score, None).measure)))
+
+
+def _perplexity(told: Mapping[str, Any], dense: Mapping[str, Any] | None) -> Result:
+    found = Perplexity(**told)
+    windows = "no overlap" if found.stride is None else f"stride {found.stride:,}"
+    text = _text_name(found.text)
+    protocol = f"{text}, context {found.length:,}, {windows}, {found.tokens:,} predicted tokens"
+    named = NAMED.get(found.text, {}).get("evaluation")
+    index = {
+        "task_type": "text-generation",
+        "dataset_type": named.name if named else text,
+        "dataset_name": text,
+        "dataset_config": named.config if named else None,
+        "dataset_split": named.split if named else None,
+        "metric_type": "perplexity",
+        "metric_name": f"perplexity ({protocol})",
+    }
+    return Result("perplexity", dense["value"] if dense else None, found.value, None, protocol, index)
+
+
+def _divergence(told: Mapping[str, Any]) -> Result:
+    found = Divergence(**{key: value for key, value in told.items() if key != "dense"})
+    agreement = f"the same most likely token {found.agreement:.2%} of the time"
+    protocol = f"{_text_name(found.text)}, context {found.length:,}, {found.tokens:,} tokens; {agreement}"
+    return Result("KL(dense ‖ this model), nats a token", 0.0, found.kl, found.stderr, protocol)
+
+
+def _score(told: Mapping[str, Any], dense: float | None) -> Result:
+    found = Score(**told)
+    metric = found.metric if found.filter == "none" else f"{found.metric} ({found.filter})"
+    protocol = f"lm-eval, {found.shots} shots, {found.documents:,} documents"
+    index = {
+        "task_type": "text-generation",
+        "dataset_type": found.task,
+        "dataset_name": found.task,
+        "metric_type": found.metric,
+        "metric_name": f"{metric} ({protocol})",
+    }
+    return Result(f"{found.task} {metric}", dense, found.value, found.stderr, protocol, index)
+
+
+def make_card(
+    report: Mapping[str, Any], results: list[Result], to: str, base: Mapping[str, Any], changed: bool = False
+) -> ModelCard:
+    """The card of a pruned model.
+
+    Args:
+        report: its llmprune.json.
+        results: what was measured of it.
+        to: what it will be called, owner/name.
+        base: what the dense model's card says: `name` on the Hub where it has one, `license`, ...
+        changed: the weights are others than the run wrote: somebody has trained them since.
+    """
+    recipe = report["recipe"]
+    pruned = [record for record in report["linears"] if not record.get("kept")]
+    methods = list(dict.fromkeys(record["method"] for record in pruned))
+    patterns = list(dict.fromkeys(record["pattern"] for record in pruned))
+    title = to.split("/")[-1]
+    text = "\n\n".join(
+        [
+            f"# {title}",
+            _what(report, base, methods, patterns, changed),
+            "## How it was pruned",
+            _how(report, pruned, methods),
+            "## Quality",
+            _quality(results),
+            "## How to load it",
+            _load(to),
+            "## What speed-up not to expect",
+            _speed(patterns),
+            "## How to make it again",
+            _again(report, recipe, base),
+        ]
+    )
+    index = [EvalResult(**result.told, metric_value=result.sparse) for result in results if result.told]
+    metadata = ModelCardData(
+        base_model=base.get("name"),
+        # The Hub knows adapter, finetune, merge and quantized; of these, new values for all weights is the nearest.
+        base_model_relation="finetune" if base.get("name") else None,
+        license=base.get("license"),
+        license_name=base.get("license_name"),
+        license_link=_link(base, report),
+        language=base.get("language"),
+        library_name="transformers",
+        pipeline_tag=base.get("pipeline_tag") or "text-generation",
+        tags=[
+            "llmprune",
+            "pruned",
+            "sparse",
+            *methods,
+            *(name if ":" in name else "unstructured" for name in patterns),
+        ],
+        datasets=[name] if (name := _data_set(report.get("calibration"))) else None,
+        eval_results=index or None,
+        model_name=title if index else None,
+    )
+    return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}\n")
+
+
+def marked(card: ModelCard) -> str:
+    """The text of a card with a mark in it, by which `is_ours` knows later that nobody has changed it."""
+    text = str(card)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    head, end, rest = text.partition("\n---\n")
+    return f"{head}{end}<!-- llmprune card {digest} -->\n{rest}"
+
+
+def is_ours(text: str) -> bool:
+    """Whether a README.md is a card of llmprune that nobody has changed."""
+    mark = _MARK.search(text)
+    return mark is not None and hashlib.sha256(_MARK.sub("", text, count=1).encode()).hexdigest() == mark[1]
+
+
+def _what(
+    report: Mapping[str, Any], base: Mapping[str, Any], methods: list[str], patterns: list[str], changed: bool
+) -> str:
+    dense = f"[{base['name']}]({HUB}/{base['name']})" if base.get("name") else _text_name(report["model"])
+    commit = report.get("revision") or ""
+    at = f" at commit `{commit}`" if _COMMIT.fullmatch(commit) and base.get("name") else ""
+    since = "Its weights were changed after that, within the same masks" if changed else "It was not trained after that"
+    return (
+        f"{dense}{at}, pruned with llmprune {report['llmprune']} ({', '.join(methods)}; {', '.join(patterns)}): "
+        f"{report['sparsity']:.2%} of the weights of the pruned linears are zero, which is "
+        f"{report['model_sparsity']:.2%} of all weights. {since}. It is a plain Hugging Face "
+        "checkpoint in the dense layout, with exact zeros."
+    )
+
+
+def _how(report: Mapping[str, Any], pruned: list[dict[str, Any]], methods: list[str]) -> str:
+    lines = [f"- **Method**: {_method(name)}" for name in methods]
+    kinds: Counter[tuple[str, str, Scope | None]] = Counter(
+        (record["method"], record["pattern"], record.get("scope")) for record in pruned
+    )
+    for (method, pattern, scope), count in kinds.items():
+        rule = parse(pattern, scope or "row")
+        kept_of = f"at most {rule.n} of every {rule.m} consecutive inputs are kept" if isinstance(rule, NM) else ""
+        lines.append(
+            f"- **Pattern**: {pattern} ({kept_of or f'counted over each {scope}'}) by {method}, {count:,} linears"
+        )
+    kept = Counter(record["kept"] for record in report["linears"] if record.get("kept"))
+    lines += [f"- **Left dense**: {count:,} linears ({why})" for why, count in kept.items()]
+    errors = [record["relative_error"] for record in pruned if record.get("relative_error") is not None]
+    if errors:
+        mean = sum(errors) / len(errors)
+        what = "‖(Ŵ−W)X‖² / ‖WX‖² on the calibration text"
+        lines.append(f"- **Relative error** of the linears' outputs, {what}: mean {mean:.4f}, worst {max(errors):.4f}")
+    chosen = report.get("calibration")
+    if chosen is None:
+        lines.append("- **Calibration**: none; the method sees no data")
+    else:
+        lines.append(
+            f"- **Calibration**: {_text_name(chosen['source'])}, {chosen['samples']} x {chosen['length']:,} tokens, "
+            f"seed {chosen['seed']} (sha256 of the tokens: `{chosen['tokens_sha256']}`)"
+        )
+    lines.append("- **Every linear**, with its error and the hash of its mask: `llmprune.json`")
+    return "\n".join(lines)
+
+
+def _method(name: str) -> str:
+    """A method with its published source, as its code names it."""
+    try:
+        told = type(solvers.load(name)).__doc__ or ""
+    except LLMPruneError:  # of another version
+        return f"`{name}`"
+    sources = (f"[arXiv:{number}]({f'https://arxiv.org/abs/{number}'})" for number in _ARXIV.findall(told))
+    return " ".join([f"`{name}`", *sources])
+
+
+def _quality(results: list[Result]) -> str:
+    if not results:
+        return "It was not measured. A pruned model is worse than the dense one: measure before you use it."
+    rows = ["| | dense | this model | how it was measured |", "|---|---:|---:|---|"]
+    for result in results:
+        dense = "not measured" if result.dense is None else f"{result.dense:.4g}"
+        error = "" if result.stderr is None else f" ± {result.stderr:.2g}"
+        rows.append(f"| {_cell(result.measure)} | {dense} | {result.sparse:.4g}{error} | {_cell(result.protocol)} |")
+    return "\n".join(rows)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _load(to: str) -> str:
+    return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{to}", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{to}")
+```"""
+
+
+def _speed(patterns: Iterable[str]) -> str:
+    text = (
+        "None by itself: zeros are stored and multiplied like any other number, so that this checkpoint is as large as "
+        "the dense one, and runs as fast, in transformers and in servers that load it as it is. No speed-up was "
+        "measured for this model."
+    )
+    if "2:4" in patterns:
+        text += (
+            " NVIDIA GPUs from Ampere on have instructions for 2:4, which a runtime uses only after it has compressed "
+            "the weights for them; what that brings depends on the shapes, the batch and the kernels."
+        )
+    else:
+        text += " A runtime with kernels for this kind of sparsity may gain from it; GPUs have no instructions for it."
+    return text
+
+
+def _again(report: Mapping[str, Any], recipe: dict[str, Any], base: Mapping[str, Any]) -> str:
+    model, commit = _text_name(report["model"]), report.get("revision") or ""
+    if base.get("name") and _COMMIT.fullmatch(commit):
+        model = f"{base['name']}@{commit}"
+    shown = json.loads(json.dumps(recipe))
+    for part, key in (("calibration", "source"), ("evaluate", "text")):
+        if shown.get(part, {}).get(key):
+            shown[part][key] = _text_name(shown[part][key])
+    try:
+        text = Recipe.from_dict(shown).to_yaml()
+    except LLMPruneError:  # of another version
+        text = json.dumps(shown, indent=2) + "\n"
+    names = ("llmprune", "torch", "transformers")
+    versions = ", ".join(f"{name} {report['versions'][name]}" for name in names if name in report["versions"])
+    return (
+        f"```bash\nllmprune prune {model} --recipe recipe.yaml -o OUT\n```\n\n"
+        f"with this `recipe.yaml`, and {versions}:\n\n```yaml\n{text}```"
+    )
+
+
+def _text_name(text: str) -> str:
+    """The name of a text or model; of a local path its last part, for the rest tells of somebody's machine."""
+    path = Path(text).expanduser()
+    return path.name if path.is_absolute() or text.startswith((".", "~")) else text
+
+
+def _data_set(calibration: Mapping[str, Any] | None) -> str | None:
+    """The Hub's name of the calibration text, where it has one."""
+    source = str((calibration or {}).get("source", ""))
+    if source in NAMED:
+        return NAMED[source]["calibration"].name
+    local = source.endswith(SUFFIXES) or source.startswith((".", "/", "~")) or Path(source).exists()
+    return source if source.count("/") == 1 and not local else None
+
+
+def _link(base: Mapping[str, Any], report: Mapping[str, Any]) -> str | None:
+    """Where the licence can be read; a file that is named beside the base model's card is named as there."""
+    link = base.get("license_link")
+    if not isinstance(link, str) or "://" in link or link in report.get("side_files", ()):
+        return link if isinstance(link, str) else None
+    return f"{HUB}/{base['name']}/blob/main/{link}" if base.get("name") else None

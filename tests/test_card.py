@@ -1,0 +1,174 @@
+"""The model card: what it says, read back with the Hub's own reader."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+import llmprune
+from llmprune.recipe import Recipe
+from llmprune.report.card import is_ours, make_card, marked, read_results
+from tests.families import make
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+PERPLEXITY = {
+    "value": 30.0,
+    "text": "wikitext2",
+    "length": 32,
+    "windows": 3,
+    "tokens": 93,
+    "seconds": 1.0,
+    "stride": None,
+}
+ACCURACY = {"task": "arc_easy", "metric": "acc", "filter": "none", "value": 0.5, "stderr": 0.01, "documents": 2376}
+ACCURACY |= {"shots": 0, "higher_is_better": True}
+BASE = {"name": "owner/tiny", "license": "mit", "language": ["en"], "pipeline_tag": "image-text-to-text"}
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("out")
+    model = make("llama", folder / "model")
+    rules = [{"match": "*.o_proj", "sparsity": "50%", "method": "magnitude"}]
+    calibration = {"source": "builtin", "samples": 4, "length": 32}
+    options = {"sparsity": "2:4", "method": "wanda", "rules": rules, "ignore": ["*.up_proj"]}
+    llmprune.prune(model, out=folder / "out", calibration=calibration, **options)
+    return folder / "out"
+
+
+@pytest.fixture
+def report(out: Path) -> dict[str, Any]:
+    told = json.loads((out / "llmprune.json").read_text())
+    return {**told, "model": "owner/tiny@main", "revision": COMMIT}
+
+
+def results_of(folder: Path, report: dict[str, Any], **files: Any) -> dict[str, Any]:
+    (folder / "evaluation").mkdir(parents=True, exist_ok=True)
+    for name, told in files.items():
+        (folder / "evaluation" / f"{name}.json").write_text(json.dumps(told))
+    return {result.measure: result for result in read_results(folder, report)}
+
+
+def test_what_it_says(report: dict[str, Any]) -> None:
+    card = ModelCard(marked(make_card(report, [], "me/small", BASE)))
+    told = card.data.to_dict()
+    assert (told["base_model"], told["base_model_relation"]) == ("owner/tiny", "finetune")
+    assert (told["license"], told["language"], told["pipeline_tag"]) == ("mit", ["en"], "image-text-to-text")
+    assert told["tags"] == ["llmprune", "pruned", "sparse", "wanda", "magnitude", "2:4", "unstructured"]
+    assert "datasets" not in told
+    assert "model-index" not in told
+    for words in (
+        "2:4 (at most 2 of every 4 consecutive inputs are kept) by wanda, 15 linears",
+        "50% (counted over each matrix) by magnitude, 3 linears",
+        "**Left dense**: 3 linears",
+        "builtin, 4 x 32 tokens, seed 0",
+        report["calibration"]["tokens_sha256"],
+        "It was not measured.",
+        'from_pretrained("me/small"',
+        "No speed-up was measured",
+        f"llmprune prune owner/tiny@{COMMIT} --recipe recipe.yaml -o OUT",
+    ):
+        assert words in card.text
+
+
+def test_the_recipe_in_it_is_the_recipe(report: dict[str, Any]) -> None:
+    text = make_card(report, [], "me/small", BASE).text
+    shown = text.partition("```yaml\n")[2].partition("```")[0]
+    path = Path(report["out"]).parent / "recipe.yaml"
+    path.write_text(shown)
+    assert Recipe.read(path).to_dict() == report["recipe"]
+
+
+def test_nothing_of_somebodys_machine(report: dict[str, Any]) -> None:
+    report |= {"model": "/home/me/models/tiny", "revision": None}
+    report["recipe"]["calibration"]["source"] = report["calibration"]["source"] = "/home/me/texts/mine.txt"
+    card = str(make_card(report, [], "me/small", {}))
+    assert "/home/me" not in card
+    assert "mine.txt, 4 x 32 tokens" in card
+    assert "base_model" not in card
+    assert "license" not in card.partition("\n---\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [("c4", "allenai/c4"), ("someone/texts", "someone/texts"), ("builtin", None), ("a/b.txt", None)],
+)
+def test_data_sets(source: str, named: str | None, report: dict[str, Any]) -> None:
+    report["calibration"]["source"] = source
+    assert make_card(report, [], "me/small", BASE).data.datasets == ([named] if named else None)
+
+
+def test_terms_that_lie_beside_the_dense_model(report: dict[str, Any]) -> None:
+    terms = {"license": "other", "license_name": "theirs", "license_link": "LICENSE"}
+    link = "https://huggingface.co/owner/tiny/blob/main/LICENSE"
+    assert make_card(report, [], "me/small", {**BASE, **terms}).data.license_link == link
+    report["side_files"].append("LICENSE")
+    assert make_card(report, [], "me/small", {**BASE, **terms}).data.license_link == "LICENSE"
+
+
+def test_what_the_run_measured(report: dict[str, Any], tmp_path: Path) -> None:
+    report |= {"dense": {**PERPLEXITY, "value": 20.0}, "sparse": PERPLEXITY}
+    (found,) = read_results(tmp_path, report)
+    assert (found.dense, found.sparse) == (20.0, 30.0)
+    assert read_results(tmp_path, report, changed=True) == []
+    card = ModelCard(str(make_card(report, [found], "me/small", BASE)))
+    (told,) = card.data.eval_results
+    assert (told.metric_type, told.metric_value) == ("perplexity", 30.0)
+    named = (told.dataset_type, told.dataset_config, told.dataset_split)
+    assert named == ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
+    assert "| perplexity | 20 | 30 | wikitext2, context 32, no overlap, 93 predicted tokens |" in card.text
+
+
+def test_what_eval_measured_later(report: dict[str, Any], tmp_path: Path) -> None:
+    report |= {"dense": {**PERPLEXITY, "value": 20.0}, "sparse": PERPLEXITY}
+    apart = {"dense": "owner/tiny", "kl": 0.25, "stderr": None, "agreement": 0.9, "text": "wikitext2"}
+    apart |= {"length": 32, "windows": 3, "tokens": 93, "seconds": 1.0}
+    told = {"model": "out", "perplexity": {**PERPLEXITY, "value": 29.0}, "divergence": apart}
+    found = results_of(tmp_path, report, eval={**told, "tasks": {"scores": [ACCURACY], "means": {}}})
+    assert (found["perplexity"].dense, found["perplexity"].sparse) == (20.0, 29.0)
+    assert found["KL(dense ‖ this model), nats a token"].sparse == 0.25
+    assert (found["arc_easy acc"].dense, found["arc_easy acc"].sparse) == (None, 0.5)
+    text = make_card(report, list(found.values()), "me/small", BASE).text
+    assert "| arc_easy acc | not measured | 0.5 ± 0.01 | lm-eval, 0 shots, 2,376 documents |" in text
+
+
+def test_what_compare_measured(report: dict[str, Any], tmp_path: Path) -> None:
+    def model(name: str, value: float, **more: Any) -> dict[str, Any]:
+        told = {"name": name, "path": str(tmp_path / name), "dense": False, "perplexity": None, "divergence": None}
+        return {**told, "scores": [{**ACCURACY, "value": value}], **more}
+
+    models = [model("dense", 0.75, dense=True), model("other", 0.1), model("out", 0.5)]
+    found = results_of(tmp_path / "out", report, comparison={"dense": "dense", "models": models})
+    assert [(result.dense, result.sparse) for result in found.values()] == [(0.75, 0.5)]
+    card = ModelCard(str(make_card(report, list(found.values()), "me/small", BASE)))
+    (told,) = card.data.eval_results
+    assert (told.dataset_type, told.metric_type, told.metric_value) == ("arc_easy", "acc", 0.5)
+    moved = results_of(tmp_path / "moved", report, comparison={"dense": "dense", "models": models[:2]})
+    assert [result.sparse for result in moved.values()] == [0.1]
+
+
+@pytest.mark.parametrize("told", ["{", '{"perplexity": {"value": 1}}', '{"tasks": 3}'])
+def test_results_that_are_none(told: str, report: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "eval.json").write_text(told)
+    with pytest.raises(llmprune.UserError, match="evaluation"):
+        read_results(tmp_path, report)
+
+
+def test_who_wrote_it(report: dict[str, Any]) -> None:
+    ours = marked(make_card(report, [], "me/small", BASE))
+    assert is_ours(ours)
+    assert not is_ours(ours.replace("license: mit", "license: gpl"))
+    assert not is_ours(f"{ours}And one thing more.\n")
+    assert not is_ours("# By hand\n")
+
+
+def test_weights_that_were_trained_since(report: dict[str, Any]) -> None:
+    assert "It was not trained after that" in make_card(report, [], "me/small", BASE).text
+    text = make_card(report, [], "me/small", BASE, changed=True).text
+    assert "Its weights were changed after that" in text
+    assert "not trained" not in text
