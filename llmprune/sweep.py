@@ -10,7 +10,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,7 +72,7 @@ class Sweep:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON: that of the comparison, and what the points are."""
         asked = {"model": self.model, "revision": self.revision, "recipe": self.recipe}
-        return {**asked, "points": [vars(point) for point in self.points], **self.comparison.to_dict()}
+        return {**asked, "points": [asdict(point) for point in self.points], **self.comparison.to_dict()}
 
 
 def sweep(
@@ -124,14 +124,16 @@ def sweep(
         with holding(folder):
             if not all(distributed.gather(folder.is_dir())):
                 raise UserError(f"{out} is not seen by every rank: choose a folder that is, or run on one machine")
-            reference = Reference(model, asked, folder, shown)
+            with distributed.first():
+                opened = asked.open(model)
+            reference = Reference(opened, asked, folder, shown)
             _check(folder, {"recipe": _shared(base), "calibration tokens": tokens, **reference.request()})
             dense = reference.measure(reference.checkpoint, DENSE)
             if dense.figures.perplexity is not None:
                 perplexity.check(dense.figures.perplexity, str(model), evaluation)
             for number, point in enumerate(points, 1):
                 title = Titled(shown, f"{number} of {len(points)}, {point.method} {point.pattern}: ")
-                _finish(folder, point, _recipe(base, point), reference, title)
+                _bring(folder, point, _recipe(base, point), reference, asked, title)
             reference.finish()
             told = distributed.share(_told(folder, points) if distributed.is_first() else None)
             assert told is not None
@@ -246,7 +248,7 @@ def _check(folder: Path, request: dict[str, Any]) -> None:
         write_json(path, request)
 
 
-def _finish(folder: Path, point: Point, recipe: Recipe, reference: Reference, progress: Titled) -> None:
+def _bring(folder: Path, point: Point, recipe: Recipe, reference: Reference, asked: Asked, progress: Titled) -> None:
     """Bring a point to its end, from wherever it is."""
     place, record = folder / point.name, folder / POINTS / f"{point.name}.json"
     done = distributed.share(_read(record) if distributed.is_first() else None)
@@ -254,10 +256,8 @@ def _finish(folder: Path, point: Point, recipe: Recipe, reference: Reference, pr
         report = _pruned(reference.checkpoint.source.name, place, recipe, progress)
         if not all(distributed.gather((place / INDEX).is_file())):
             raise UserError(f"{place} is not seen by every rank: choose a folder that is, or run on one machine")
-        checkpoint = reference.open(place)
-        measured = reference.measure(checkpoint, point.name)
-        del checkpoint
-        done = {"point": vars(point), "measured": measured.to_dict(), "report": report}
+        measured = reference.measure(asked.open(place), point.name)
+        done = {"point": asdict(point), "measured": measured.to_dict(), "report": report}
         if distributed.is_first():
             write_json(record, done)
     if distributed.is_first() and not done["point"]["kept"] and place.is_dir():

@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,10 @@ class Asked:
         if self.evaluation.stride is not None:
             raise UserError("models are compared on windows that do not overlap: leave the stride out")
 
+    def open(self, model: str | Path) -> Checkpoint:
+        """A checkpoint on the device and in the dtype of the comparison."""
+        return Checkpoint(resolve(model, self.dtype), distributed.local_device(self.device), self.dtype)
+
 
 @dataclass
 class Measured:
@@ -92,7 +96,7 @@ class Measured:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        return {**vars(self), "figures": self.figures.to_dict()}
+        return asdict(self)
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> Measured:
@@ -120,8 +124,8 @@ def compare(
 
     Args:
         dense: what they are compared with: a Hub name, a folder, or a `.gguf` file.
-        models: one or more others. Where a model's tokens are not the dense one's, its divergence is left out, and its
-            perplexity is of its own tokens and not compared.
+        models: one or more others. Where a model's vocabulary is not the dense one's, its divergence is left out; where
+            it makes other tokens of the text, its perplexity is of these and not compared.
         text, length: for perplexity and divergence; see `perplexity`.
         tasks, shots, limit, include_path, batch: for the tasks; see `tasks.evaluate`.
         device, dtype: as in a recipe.
@@ -138,9 +142,9 @@ def compare(
     asked = Asked(evaluation, tuple(tasks), shots, limit, tuple(map(str, include_path)), batch, str(device), str(dtype))
     shown = of_first(progress)
     with torch.no_grad(), distributed.joined(), _folder(out) as folder:
-        reference = Reference(dense, asked, folder, shown)
         with distributed.first():
-            opened = [reference.open(model) for model in models]
+            opened = [asked.open(model) for model in (dense, *models)]
+        reference = Reference(opened.pop(0), asked, folder, shown)
         names = _names([str(dense), *map(str, models)])
         measured = [reference.measure(reference.checkpoint, names[0])]
         while opened:
@@ -162,11 +166,10 @@ class Reference:
         files: the hashes of its files.
     """
 
-    def __init__(self, dense: str | Path, asked: Asked, folder: Path, progress: Progress) -> None:
+    def __init__(self, dense: Checkpoint, asked: Asked, folder: Path, progress: Progress) -> None:
+        self.checkpoint = dense
         self._asked, self._progress = asked, progress
         self._pieces, self._folder = Pieces(folder), folder
-        with distributed.first():
-            self.checkpoint = self.open(dense)
         self.text: perplexity.Text | None = None
         with distributed.first(), progress.waiting("reading the text"):
             if asked.evaluation.text is not None:
@@ -174,11 +177,6 @@ class Reference:
                 self.checkpoint.check_tokens(self.text.windows)
         self._tasks = self._find_tasks() if asked.tasks else {}
         self.files = self._hash(self.checkpoint)
-
-    def open(self, model: str | Path) -> Checkpoint:
-        """A checkpoint on the device and in the dtype of the comparison."""
-        asked = self._asked
-        return Checkpoint(resolve(model, asked.dtype), distributed.local_device(asked.device), asked.dtype)
 
     def measure(self, checkpoint: Checkpoint, name: str) -> Measured:
         """All that was asked for of a model, the dense one among them."""
@@ -220,8 +218,10 @@ class Reference:
         name, figures = measured.figures.name, measured.figures
         other = "" if checkpoint is self.checkpoint else divergence.other_tokens(self.checkpoint, checkpoint)
         if other:
-            measured.notes.append(f"{other}: no divergence, and a perplexity of its own tokens that is not compared")
             text = perplexity.read_text(checkpoint, self._asked.evaluation)
+            alike = self.text is not None and text.sha256 == self.text.sha256
+            rest = "" if alike else ", and a perplexity of its own tokens, which is not compared"
+            measured.notes.append(f"{other}: no divergence{rest}")
         key = {"tokens": text.sha256, "files": files, **self._run(checkpoint)}
         title = f"evaluating {name}"
         if other or checkpoint is self.checkpoint:

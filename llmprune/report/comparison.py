@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from llmprune.report.record import Divergence, Perplexity, Score
@@ -39,9 +39,7 @@ class Compared:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        parts = {"perplexity": self.perplexity, "divergence": self.divergence}
-        plain = {name: None if part is None else vars(part) for name, part in parts.items()}
-        return {**vars(self), **plain, "scores": [vars(score) for score in self.scores]}
+        return asdict(self)
 
     @classmethod
     def read(cls, data: dict[str, Any]) -> Compared:
@@ -110,8 +108,4 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        return {
-            **vars(self),
-            "models": [model.to_dict() for model in self.models],
-            "differences": [vars(difference) for difference in self.differences],
-        }
+        return asdict(self)

@@ -139,15 +139,14 @@ def comparison_tables(found: Comparison) -> list[Table]:
 
 
 def models_table(models: Sequence[Compared]) -> Table:
-    """A row for each checkpoint: size, zeros, perplexity and divergence."""
+    """A row for each checkpoint: size, zeros in all weights and in those that can be pruned, figures of the text."""
     read = any(model.perplexity is not None for model in models)
     table = Table(title="Models", title_justify="left")
-    told = ("perplexity", "KL, nats", "the same token") if read else ()
-    for heading in ("model", "files", "weights", "zeros", "of the linears", *told):
+    told = ("perplexity", "KL, nats", "same token") if read else ()
+    for heading in ("model", "files", "zeros", "in linears", *told):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for model in models:
-        row = [model.name, size(model.bytes), f"{model.weights:,}", f"{model.sparsity:.2%}"]
-        row.append(f"{model.linears_sparsity:.2%}")
+        row = [model.name, size(model.bytes), f"{model.sparsity:.2%}", f"{model.linears_sparsity:.2%}"]
         if read:
             row.append("-" if model.perplexity is None else f"{model.perplexity.value:.2f}")
             apart = model.divergence
