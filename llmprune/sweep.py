@@ -122,6 +122,7 @@ def sweep(
         with shown.waiting("planning"):
             tokens = _plan(model, base, points)
         with holding(folder):
+            distributed.share(None)  # the first rank has made it
             if not all(distributed.gather(folder.is_dir())):
                 raise UserError(f"{out} is not seen by every rank: choose a folder that is, or run on one machine")
             with distributed.first():

@@ -24,6 +24,8 @@ from llmprune.progress import Silent
 from llmprune.report import curve
 from llmprune.sweep import PAGE, RESULT, Sweep, sweep
 from tests.families import make
+from tests.test_distributed import Ranks
+from tests.test_tasks import HEAD, TASKS
 
 LENGTH = 32
 NAMES = ["wanda-30", "wanda-60", "wanda-2-4", "magnitude-30", "magnitude-60", "magnitude-2-4"]
@@ -248,6 +250,36 @@ def test_options_of_a_method_are_those_of_its_points(model: Path, text: str, tmp
     given["recipe"] = {"method": {"name": "sparsegpt", "damping": 0.1}}
     with pytest.raises(UserError, match=r"another recipe\.method\.damping \(0\.5 there, 0\.1 here\)"):
         sweep(model, out=tmp_path / "out", **lists("50%", "sparsegpt"), **given)
+
+
+def by_ranks(model: Path, out: Path, text: str, own: Path) -> None:
+    os.environ["LOCAL_RANK"] = os.environ["RANK"]  # as torchrun tells
+    given = {**lists("60%", "wanda"), **options(text), "device": "cpu"}
+    made = sweep(model, out=out, tasks=["tiny_choice"], include_path=[own], **given)
+    assert [point.name for point in made.points] == ["wanda-60"]
+    assert made.comparison.models[1].scores  # every rank is told
+
+
+def test_two_ranks(found: tuple[Sweep, Path, Watching], model: Path, text: str, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    (tmp_path / "own").mkdir()
+    data = tmp_path / "own" / "documents.jsonl"
+    documents = [{"question": f"{number}", "choices": ["ab", "c", "d", "ef"], "label": 1} for number in range(9)]
+    data.write_text("\n".join(map(json.dumps, documents)))
+    (tmp_path / "own" / "tiny_choice.yaml").write_text(
+        f"task: tiny_choice{HEAD.format(data=data)}{TASKS['tiny_choice']}"
+    )
+    with Ranks(tmp_path, 2, by_ranks, model, tmp_path / "out", text, tmp_path / "own") as ranks:
+        for process in ranks.processes:
+            process.join(240)
+        ranks.all_well()
+    told = json.loads((tmp_path / "out" / RESULT).read_text())
+    wanted = {row["name"]: row for row in figures(found[0])}
+    for row in told["models"]:
+        assert row["perplexity"]["value"] == pytest.approx(wanted[row["name"]]["perplexity"]["value"], rel=1e-3)
+    assert told["models"][1]["divergence"]["kl"] == pytest.approx(wanted["wanda-60"]["divergence"]["kl"], rel=1e-2)
+    assert {entry["task"] for entry in told["differences"]} == {"perplexity", "tiny_choice"}
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
 class TestPicture:
