@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from llmprune.errors import Failure, LLMPruneError, UserError
 
 if TYPE_CHECKING:
+    from llmprune.evaluate.compare import compare
     from llmprune.evaluate.divergence import divergence
     from llmprune.evaluate.perplexity import perplexity
     from llmprune.pipeline import prune
@@ -26,6 +27,7 @@ __all__ = [
     "Report",
     "UserError",
     "__version__",
+    "compare",
     "divergence",
     "inspect",
     "perplexity",
@@ -37,6 +39,7 @@ __all__ = [
 _PLACES = {
     "Recipe": "llmprune.recipe",
     "Report": "llmprune.report.record",
+    "compare": "llmprune.evaluate.compare",
     "divergence": "llmprune.evaluate.divergence",
     "inspect": "llmprune.report.inspect",
     "perplexity": "llmprune.evaluate.perplexity",

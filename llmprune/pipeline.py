@@ -114,7 +114,7 @@ def _prepare(
         if distributed.is_first():
             with clock("plan"), shown.waiting("reading the text"):
                 check_out(out, checkpoint, restart)
-                tokens = _draw(checkpoint, recipe, plan.schedule.length) if plan.needs_data else None
+                tokens = draw(checkpoint, recipe, plan.schedule.length) if plan.needs_data else None
                 text = perplexity.read_text(checkpoint, recipe.evaluate) if recipe.evaluate.text else None
             with clock("hash"), shown.waiting("hashing the model's files"):
                 fingerprint = _fingerprint(checkpoint, recipe, tokens, text)
@@ -285,7 +285,8 @@ def _peak_device_memory(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
-def _draw(checkpoint: Checkpoint, recipe: Recipe, length: int) -> data.Tokens:
+def draw(checkpoint: Checkpoint, recipe: Recipe, length: int) -> data.Tokens:
+    """The calibration tokens of a recipe."""
     chosen = recipe.calibration
     texts = data.documents(chosen.source, config=chosen.config, split=chosen.split, column=chosen.column)
     tokens = data.draw(texts, checkpoint.tokenizer, chosen.samples, length, chosen.seed, chosen.source)

@@ -10,29 +10,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llmprune.cli.options import MODEL, add_json, print_json
+from llmprune.cli.options import MODEL, add_device, add_json, add_tasks, add_text, print_json, task_options
 from llmprune.errors import UserError
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The arguments."""
     parser.add_argument("model", help=MODEL)
-    add = parser.add_argument_group("perplexity").add_argument
-    texts = "wikitext2, c4, ptb, builtin, owner/name, or a file [wikitext2, where no tasks are named]"
-    add("--perplexity", "--text", dest="text", metavar="TEXT", help=texts)
-    add("--length", type=int, help="context length in tokens [2048, or what the model can take]")
+    add = add_text(parser)
     add("--stride", type=int, help="let windows overlap, and count the last so many tokens of each [no overlap]")
     add("--against", metavar="DENSE", help="a second model: the divergence from what it says, and how often both agree")
-    add = parser.add_argument_group("tasks, by lm-eval").add_argument
-    add("--tasks", metavar="NAME,...", help="tasks or groups that lm-eval knows; `pruning` for the seven of the papers")
-    add("--include-path", action="append", default=[], metavar="FOLDER", help="a folder with tasks of yours; repeat")
-    add("--few-shot", type=int, metavar="N", help="solved examples before each question [as the task says]")
-    add("--limit", type=float, metavar="N", help="only the first N documents of each task; below 1, that part of them")
-    add("--batch-tokens", type=int, metavar="N", help="tokens that run at once [what suits the device]")
-    add = parser.add_argument
-    add("--device", default="auto", help="cpu, cuda, ... [a GPU where there is one]")
-    add("--dtype", default="auto", help="float32, bfloat16 or float16 [the checkpoint's]")
-    add("-o", "--out", metavar="FOLDER", help="write eval.json there, and lm-eval's own results as lm_eval.json")
+    add_tasks(parser)
+    add_device(parser)
+    results = "write eval.json there, and lm-eval's own results as lm_eval.json"
+    parser.add_argument("-o", "--out", metavar="FOLDER", help=results)
     add_json(parser)
 
 
@@ -41,9 +32,7 @@ def run(chosen: argparse.Namespace) -> int:
     from llmprune import distributed
     from llmprune.progress import Bars
 
-    names = [name.strip() for name in (chosen.tasks or "").split(",") if name.strip()]
-    if chosen.tasks is not None and not names:
-        raise UserError("--tasks names none: give names with commas between, such as arc_easy,hellaswag")
+    names, options = task_options(chosen)
     text = chosen.text or (None if names else "wikitext2")
     where = {"device": chosen.device, "dtype": chosen.dtype, "progress": Bars()}
     told: dict[str, Any] = {"model": chosen.model}
@@ -69,15 +58,7 @@ def run(chosen: argparse.Namespace) -> int:
         if names:
             from llmprune.evaluate import tasks
 
-            options = {"shots": chosen.few_shot, "limit": chosen.limit, "batch": chosen.batch_tokens}
-            scored = tasks.evaluate(
-                chosen.model,
-                names,
-                include_path=chosen.include_path,
-                samples=chosen.out is not None,
-                **options,
-                **where,
-            )
+            scored = tasks.evaluate(chosen.model, names, samples=chosen.out is not None, **options, **where)
             told["tasks"], raw = scored.to_dict(), scored.raw
             if distributed.is_first() and not chosen.json:
                 show(scored)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from llmprune.errors import UserError
@@ -17,12 +17,18 @@ if TYPE_CHECKING:
 MODEL = "a Hub name (owner/name or owner/name@revision), a folder, or a .gguf file"
 
 
-def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """The recipe and each of its keys."""
+def add_recipe(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """The recipe and each of its keys.
+
+    Args:
+        several: sparsities and methods are lists, and the evaluation is part of the work.
+    """
     add = parser.add_argument_group("recipe").add_argument
     add("--recipe", metavar="FILE", help="a YAML recipe; the options below go on top of it")
-    add("--sparsity", metavar="S", help="2:4, 4:8, any N:M (keeps at most N of every M), 0.5 or 50%% [50%%]")
-    add("--method", metavar="NAME", help="magnitude, wanda, sparsegpt, ... [sparsegpt]")
+    sparsity = "2:4, 4:8, any N:M (keeps at most N of every M), 0.5 or 50%% [50%%]"
+    method = "magnitude, wanda, sparsegpt, ... [sparsegpt]"
+    add("--sparsity", metavar="S,..." if several else "S", help=f"several of {sparsity}" if several else sparsity)
+    add("--method", metavar="NAME,..." if several else "NAME", help=f"several of {method}" if several else method)
     add("--scope", choices=("row", "matrix"), help="what an unstructured sparsity is counted over [the method's own]")
     add("--calibration", metavar="TEXT", help="c4, wikitext2, builtin, owner/name on the Hub, or a local file [c4]")
     add("--samples", type=int, metavar="N", help="calibration sequences [128]")
@@ -38,7 +44,11 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     add("--dtype", metavar="NAME", help="run the blocks in float32, bfloat16 or float16 [the checkpoint's]")
     add("--shard-size", metavar="SIZE", help="the largest file to write [5GB]")
     add("--max-memory", metavar="SIZE", help="stay below this much of the host's memory, such as 8GiB [what is free]")
-    add("--evaluate", metavar="TEXT", help="measure perplexity on this text before and after pruning")
+    if several:
+        text = "measure perplexity and divergence on this text [wikitext2]"
+        add("--perplexity", "--evaluate", dest="evaluate", metavar="TEXT", help=text)
+    else:
+        add("--evaluate", metavar="TEXT", help="measure perplexity on this text before and after pruning")
     add("--set", action="append", metavar="KEY=VALUE", help="any recipe key, such as method.damping=0.05; repeat")
 
 
@@ -62,6 +72,45 @@ def recipe_options(chosen: argparse.Namespace, default: Mapping[str, Any] | None
         except UserError as error:
             raise UserError(f"--set {entry}: {error}") from None
     return {"recipe": recipe}
+
+
+def add_text(parser: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
+    """The text of an evaluation; returns what adds more to its group."""
+    add = parser.add_argument_group("perplexity").add_argument
+    texts = "wikitext2, c4, ptb, builtin, owner/name, or a file [wikitext2, where no tasks are named]"
+    add("--perplexity", "--text", dest="text", metavar="TEXT", help=texts)
+    add("--length", type=int, help="context length in tokens [2048, or what the model can take]")
+    return add
+
+
+def add_tasks(parser: argparse.ArgumentParser) -> None:
+    """The tasks of an evaluation."""
+    add = parser.add_argument_group("tasks, by lm-eval").add_argument
+    add("--tasks", metavar="NAME,...", help="tasks or groups that lm-eval knows; `pruning` for the seven of the papers")
+    add("--include-path", action="append", default=[], metavar="FOLDER", help="a folder with tasks of yours; repeat")
+    add("--few-shot", type=int, metavar="N", help="solved examples before each question [as the task says]")
+    add("--limit", type=float, metavar="N", help="only the first N documents of each task; below 1, that part of them")
+    add("--batch-tokens", type=int, metavar="N", help="tokens that run at once [what suits the device]")
+
+
+def task_options(chosen: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
+    """The names of the tasks, and the other options of `tasks.evaluate`."""
+    names = listed(chosen.tasks or "")
+    if chosen.tasks is not None and not names:
+        raise UserError("--tasks names none: give names with commas between, such as arc_easy,hellaswag")
+    options = {"shots": chosen.few_shot, "limit": chosen.limit, "batch": chosen.batch_tokens}
+    return names, {"include_path": chosen.include_path, **options}
+
+
+def listed(text: str) -> list[str]:
+    """What stands between commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Where an evaluation runs."""
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... [a GPU where there is one]")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 [the checkpoint's]")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

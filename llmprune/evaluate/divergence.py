@@ -7,16 +7,16 @@ the perplexity moves.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from llmprune import distributed, memory
-from llmprune.budget import batch_size
 from llmprune.errors import UserError
-from llmprune.evaluate.perplexity import read_text
-from llmprune.evaluate.stream import final_states, in_batches, scores
+from llmprune.evaluate.perplexity import Text, batched, read_text
+from llmprune.evaluate.stream import final_states, scores
 from llmprune.model import blocks
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.source import resolve
@@ -53,55 +53,67 @@ def divergence(
         with distributed.first():
             where = distributed.local_device(device)
             pair = [Checkpoint(resolve(name, dtype), where, dtype) for name in (dense, model)]
-            _check_alike(*pair)
-            windows = read_text(pair[0], Evaluation(text, length)).windows
+            if difference := other_tokens(*pair):
+                raise UserError(f"{difference}: what they say of the next one cannot be compared")
+            read = read_text(pair[0], Evaluation(text, length))
         shown = of_first(progress)
         for checkpoint in pair:
-            checkpoint.check_tokens(windows)
-        sums = _sums(pair, windows, shown)
-    count, context = windows.shape
-    tokens = count * (context - 1)
-    per_window = sums[:, 0] / (context - 1)
-    error = float(per_window.std() / count**0.5) if count > 1 else None
-    kl, agreeing = float(sums[:, 0].sum()) / tokens, float(sums[:, 1].sum()) / tokens
-    return Divergence(kl, error, agreeing, text, context, count, tokens, round(time.monotonic() - began, 3))
+            checkpoint.check_tokens(read.windows)
+        groups = batched(pair[0], read)
+        batches = [read.windows[group] for group in groups]
+        room = memory.available() // 8
+        first, second = (blocks.probe(checkpoint) for checkpoint in pair)
+        said = final_states(pair[0], first, batches, Silent(), "", room)
+        told = final_states(pair[1], second, batches, shown, "evaluating both models", room)  # at one pace with `said`
+        sums = apart((pair[0], first, said), (pair[1], second, told), read, groups)
+    return figure(sums, read, time.monotonic() - began)
 
 
-def _sums(pair: list[Checkpoint], windows: Tensor, progress: Progress) -> Tensor:
-    """(windows, 2) for each window the sum of the divergences, and how often both say the same token."""
-    groups = in_batches(distributed.share_of(len(windows)), batch_size(pair[0], windows.shape[1]))
-    batches = [windows[group] for group in groups]
-    room = memory.available() // 8
-    chains = [blocks.probe(checkpoint) for checkpoint in pair]
-    streams = [  # they go at one pace, so that one of them shows it for both
-        final_states(checkpoint, chain, batches, shown, "evaluating both models", room)
-        for checkpoint, chain, shown in zip(pair, chains, (progress, Silent()), strict=True)
-    ]
-    sums = torch.zeros(len(windows), 2, dtype=torch.float64)
-    for (number, first), (_, second) in zip(*streams, strict=True):
-        for window, *states in zip(groups[number], first, second, strict=True):
-            said = [
-                scores(checkpoint, chain, state[:-1])
-                for checkpoint, chain, state in zip(pair, chains, states, strict=True)
-            ]
-            for ours, theirs in zip(*said, strict=True):
+Run = tuple[Checkpoint, blocks.Chain, Iterator[tuple[int, Tensor]]]
+"""A checkpoint, and what leaves its last block, batch by batch."""
+
+
+def apart(dense: Run, model: Run, text: Text, groups: Sequence[Sequence[int]]) -> Tensor:
+    """How far a model is from the dense one on each window of a text, where no windows overlap.
+
+    Args:
+        dense, model: their states come in the same batches; the model's are asked for first.
+        groups: the windows of each batch of this rank.
+
+    Returns:
+        (windows, 3) float64, sums over the predicted tokens of each window: the divergence, how often both say the same
+        token, and the negative log likelihood by the model, which is that of `perplexity.losses`.
+    """
+    sums = torch.zeros(len(text.windows), 3, dtype=torch.float64)
+    for (number, second), (_, first) in zip(model[2], dense[2], strict=True):
+        for window, state, other in zip(groups[number], first, second, strict=True):
+            ahead = scores(*dense[:2], state[:-1]), scores(*model[:2], other[:-1])
+            done, likely = 1, []
+            for ours, theirs in zip(*ahead, strict=True):
                 logs, others = ours.float().log_softmax(-1), theirs.float().log_softmax(-1)
                 sums[window, 0] += float((logs.exp() * (logs - others)).sum(dtype=torch.float64))
                 sums[window, 1] += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+                wanted = text.windows[window, done : done + len(theirs), None].to(others.device)
+                likely.append(others.gather(1, wanted).double())
+                done += len(theirs)
+            sums[window, 2] = -float(torch.cat(likely).sum())
     distributed.total(sums)
     return sums
 
 
-def _check_alike(dense: Checkpoint, model: Checkpoint) -> None:
-    """See that scores of the two are scores of the same tokens.
+def figure(sums: Tensor, text: Text, seconds: float) -> Divergence:
+    """The divergence that follows from the sums over each window that `apart` gives."""
+    count, context = text.windows.shape
+    per_window = sums[:, 0] / (context - 1)
+    error = float(per_window.std() / count**0.5) if count > 1 else None
+    kl, agreeing = (float(sums[:, column].sum()) / text.predicted for column in (0, 1))
+    return Divergence(kl, error, agreeing, text.name, context, count, text.predicted, round(seconds, 3))
 
-    Raises:
-        UserError: they are not.
-    """
+
+def other_tokens(dense: Checkpoint, model: Checkpoint) -> str:
+    """How the tokens of two models differ, in words; empty where they are the same."""
     sizes = [int(checkpoint.config.get_text_config().vocab_size) for checkpoint in (dense, model)]
     words = [checkpoint.tokenizer.get_vocab() for checkpoint in (dense, model)]
-    if sizes[0] != sizes[1] or words[0] != words[1]:
-        raise UserError(
-            f"{model.source.name} and {dense.source.name} have other tokens ({sizes[1]:,} and {sizes[0]:,}): what they "
-            "say of the next one cannot be compared"
-        )
+    if sizes[0] == sizes[1] and words[0] == words[1]:
+        return ""
+    return f"{model.source.name} and {dense.source.name} have other tokens ({sizes[1]:,} and {sizes[0]:,})"

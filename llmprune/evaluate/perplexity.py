@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from llmprune.plan import sequence_length
 from llmprune.progress import Progress, of_first
 from llmprune.recipe import Evaluation
 from llmprune.report.record import Perplexity
+
+Keep = Callable[[Iterator[tuple[int, Tensor]]], Iterator[tuple[int, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -118,12 +121,21 @@ def dense(
         UserError: it is broken: worse than the stated bound.
     """
     found = measure(checkpoint, text, progress, "evaluating the dense model", spare)
+    check(found, checkpoint.source.name, chosen)
+    return found
+
+
+def check(found: Perplexity, model: str, chosen: Evaluation) -> None:
+    """See that a model is worth being pruned.
+
+    Raises:
+        UserError: it is broken: worse than the stated bound.
+    """
     if chosen.max_perplexity is not None and not found.value <= chosen.max_perplexity:
         raise UserError(
-            f"{checkpoint.source.name} is broken before it is pruned: perplexity {found}, and the bound is "
+            f"{model} is broken before it is pruned: perplexity {found}, and the bound is "
             f"{chosen.max_perplexity:g}; check the checkpoint, or go on with --set evaluate.max_perplexity=null"
         )
-    return found
 
 
 def measure(
@@ -134,7 +146,22 @@ def measure(
     spare: int | None = None,
     alone: bool = False,
 ) -> Perplexity:
-    """The perplexity of an open checkpoint, one block in memory at a time.
+    """The perplexity of an open checkpoint; see `losses`."""
+    began = time.monotonic()
+    found = losses(checkpoint, text, progress, title, spare, alone)
+    return figure(found, text, checkpoint.source.name, time.monotonic() - began)
+
+
+def losses(
+    checkpoint: Checkpoint,
+    text: Text,
+    progress: Progress,
+    title: str = "evaluating",
+    spare: int | None = None,
+    alone: bool = False,
+    keep: Keep | None = None,
+) -> Tensor:
+    """How badly a model predicts each window of a text, with one block in memory at a time.
 
     All windows go through a block before the next is read, as far as a quarter of the free memory holds them. Each rank
     takes its share of them.
@@ -142,28 +169,45 @@ def measure(
     Args:
         spare: bytes that windows may take beyond the first batch of them.
         alone: only this rank measures, and takes them all.
+        keep: is given the states that leave the last block, batch by batch as `batched` makes them, to hand them on.
+
+    Returns:
+        (windows,) float64, the negative log likelihoods of the tokens that count, summed over each window.
     """
-    began = time.monotonic()
     checkpoint.check_tokens(text.windows)
     chain = blocks.probe(checkpoint)
     count, length = text.windows.shape
-    batch = batch_size(checkpoint, length)
-    at_once = windows_at_once(checkpoint, length, memory.available() if spare is None else spare)
-    groups = in_batches(range(count) if alone else distributed.share_of(count), batch)
+    groups = batched(checkpoint, text, alone)
     batches = [text.windows[group] for group in groups]
+    at_once = windows_at_once(checkpoint, length, memory.available() if spare is None else spare)
     room = at_once * length * checkpoint.hidden_size * checkpoint.dtype.itemsize
-    total = 0.0
-    for number, states in final_states(checkpoint, chain, batches, progress, title, room):
+    stream = final_states(checkpoint, chain, batches, progress, title, room)
+    found = torch.zeros(count, dtype=torch.float64)
+    for number, states in stream if keep is None else keep(stream):
         for window, state in zip(groups[number], states, strict=True):
             first = text.first(window)
             logs, _ = answered(checkpoint, chain, state[first - 1 : -1], text.windows[window, first:, None])
-            total -= float(logs.sum())
-    summed = torch.tensor([total], dtype=torch.float64)
+            found[window] = -float(logs.sum())
     if not alone:
-        distributed.total(summed)
-    predicted = text.predicted
-    mean = float(summed) / predicted
+        distributed.total(found)
+    return found
+
+
+def batched(checkpoint: Checkpoint, text: Text, alone: bool = False) -> list[list[int]]:
+    """The windows that this rank takes, those together that run at once."""
+    count, length = text.windows.shape
+    return in_batches(range(count) if alone else distributed.share_of(count), batch_size(checkpoint, length))
+
+
+def figure(losses: Tensor, text: Text, model: str, seconds: float) -> Perplexity:
+    """The perplexity that follows from what was lost on each window.
+
+    Raises:
+        Failure: it is not finite.
+    """
+    count, length = text.windows.shape
+    mean = float(losses.sum()) / text.predicted
     if not math.isfinite(mean):
-        raise Failure(f"the perplexity of {checkpoint.source.name} on {text.name} is not finite; try --dtype float32")
+        raise Failure(f"the perplexity of {model} on {text.name} is not finite; try --dtype float32")
     value = math.exp(min(mean, 700.0))
-    return Perplexity(value, text.name, length, count, predicted, round(time.monotonic() - began, 3), text.stride)
+    return Perplexity(value, text.name, length, count, text.predicted, round(seconds, 3), text.stride)

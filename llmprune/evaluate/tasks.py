@@ -83,6 +83,7 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
     samples: bool = False,
+    manager: Any = None,
     progress: Progress | None = None,
 ) -> Tasks:
     """Run tasks of lm-eval on a model.
@@ -96,14 +97,15 @@ def evaluate(
         batch: tokens that run at once, padding included; by default what suits the device.
         device, dtype: as in a recipe.
         samples: keep what was said of each document in `raw`.
+        manager: what `find` gave for these tasks, where they were looked for already.
         progress: where to show how far the work is.
 
     Raises:
         UserError: an unknown task (the answer names the nearest), or a model that cannot be evaluated.
     """
     began = time.monotonic()
-    with torch.no_grad(), distributed.joined(), _calm():
-        manager, wanted = _find(tasks, [str(path) for path in include_path])
+    with torch.no_grad(), distributed.joined(), calm():
+        manager, wanted = find(tasks, [str(path) for path in include_path], manager)
         with distributed.first():
             checkpoint = Checkpoint(resolve(model, dtype), distributed.local_device(device), dtype)
         runner = Streamed(checkpoint, batch or batch_tokens(checkpoint), of_first(progress))
@@ -113,9 +115,30 @@ def evaluate(
             )
         finally:
             checkpoint.unload()
-    assert found is not None
-    made = _scores(found)
-    return Tasks(str(model), made, _means(tasks, made), round(time.monotonic() - began, 3), _plain(found))
+        # lm-eval gives its results to one process alone.
+        made, raw = distributed.share((_scores(found), plain(found)) if found is not None else ([], {}))
+    return Tasks(str(model), made, means(tasks, made), round(time.monotonic() - began, 3), raw)
+
+
+def documents(found: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """What was measured of each single document, of the results that `samples` keep in `Tasks.raw`.
+
+    Returns:
+        For each task: `id` and `filter`, `hash` of all that was asked, and `values`, metric to value. The value is a
+        number, for some metrics of a whole text a list of a log likelihood and a length, or whatever else lm-eval has.
+    """
+    return {
+        task: [
+            {
+                "id": sample["doc_id"],
+                "filter": sample["filter"],
+                "hash": "-".join(sample[f"{part}_hash"][:16] for part in ("doc", "prompt", "target")),
+                "values": {metric: sample[metric] for metric in sample["metrics"]},
+            }
+            for sample in samples
+        ]
+        for task, samples in found.get("samples", {}).items()
+    }
 
 
 class Streamed(HFLM):  # type: ignore[misc]
@@ -221,13 +244,18 @@ def _padded(batch: list[tuple[int, ...]]) -> Tensor:
     return torch.tensor([[*sequence, *[0] * (length - len(sequence))] for sequence in batch])
 
 
-def _find(tasks: Sequence[str], folders: list[str]) -> tuple[Any, list[str]]:
-    """A manager that knows the tasks, and their names in it."""
+def find(tasks: Sequence[str], folders: list[str], manager: Any = None) -> tuple[Any, list[str]]:
+    """A manager that knows the tasks, and their names in it.
+
+    Args:
+        manager: one that was found earlier.
+    """
     for folder in folders:
         if not Path(folder).is_dir():
             raise UserError(f"no folder with tasks at {folder} (--include-path)")
     asked = [name for task in tasks for name in SETS.get(task, (task,))]
-    manager = TaskManager(include_path=folders, include_defaults=False) if folders else None
+    if manager is None and folders:
+        manager = TaskManager(include_path=folders, include_defaults=False)
     if manager is None or not all(manager.match_tasks([name]) for name in asked):
         manager = TaskManager(include_path=folders or None)  # it takes seconds to read the thousands that lm-eval has
     names: list[str] = []
@@ -256,12 +284,12 @@ def _scores(found: dict[str, Any]) -> list[Score]:
     return made
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The same as plain data; what is not finite is None, and what JSON does not know is its text."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float):
@@ -269,7 +297,7 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
-def _means(tasks: Sequence[str], made: list[Score]) -> dict[str, float]:
+def means(tasks: Sequence[str], made: list[Score]) -> dict[str, float]:
     """The mean accuracy of the sets that were asked for."""
     means = {}
     for name in tasks:
@@ -280,7 +308,7 @@ def _means(tasks: Sequence[str], made: list[Score]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _calm() -> Iterator[None]:
+def calm() -> Iterator[None]:
     """Let lm-eval only speak of what goes wrong, and not on standard output, where results are."""
     log = logging.getLogger("lm_eval")
     before = log.level

@@ -132,9 +132,9 @@ class Writer:
                 )
             return False
         header, committed = lines[0], lines[1:]
-        if difference := _difference(header.get("fingerprint"), json.loads(json.dumps(fingerprint))):
+        if other := difference(header.get("fingerprint"), json.loads(json.dumps(fingerprint))):
             raise UserError(
-                f"{self.out} holds an unfinished run with {difference}: give the same to go on with it, "
+                f"{self.out} holds an unfinished run with {other}: give the same to go on with it, "
                 "choose another folder, or begin anew with --restart"
             )
         self.dense = header.get("dense")
@@ -373,11 +373,11 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _difference(was: Any, now: Any, name: str = "") -> str:
+def difference(was: Any, now: Any, name: str = "") -> str:
     """The first place where two fingerprints differ, in words; empty where they are the same."""
     if isinstance(was, dict) and isinstance(now, dict):
         keys = dict.fromkeys([*now, *was])
-        found = (_difference(was.get(key), now.get(key), f"{name}.{key}" if name else key) for key in keys)
+        found = (difference(was.get(key), now.get(key), f"{name}.{key}" if name else key) for key in keys)
         return next((words for words in found if words), "")
     return "" if was == now else f"another {name} ({json.dumps(was)} there, {json.dumps(now)} here)"
 

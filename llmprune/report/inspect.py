@@ -12,8 +12,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llmprune.errors import UserError
+from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.index import read_header, read_index
+from llmprune.model.linears import find_linears
 from llmprune.model.source import read_pickle, resolve
+from llmprune.parts import zeros
 
 CANDIDATES = ((1, 2), (1, 4), (2, 4), (3, 4), (2, 8), (4, 8), (6, 8), (8, 16))
 """The N:M patterns that are tried."""
@@ -72,6 +75,37 @@ def inspect(path: str | Path) -> Inspection:
     if not matrices:
         raise UserError(f"{path} holds no weight matrices")
     return Inspection(str(path), matrices)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The size of a checkpoint.
+
+    Attributes:
+        bytes: of its safetensors files.
+        weights: elements of all its tensors.
+        sparsity: the fraction of zeros among them.
+        linears_sparsity: the same in the parameters that hold the linears which can be pruned.
+    """
+
+    bytes: int
+    weights: int
+    sparsity: float
+    linears_sparsity: float
+
+
+def count(checkpoint: Checkpoint) -> Counts:
+    """Count the weights and the zeros of a checkpoint, one tensor in memory at a time."""
+    linears = {linear.parameter for name in checkpoint.blocks for linear in find_linears(checkpoint.block(name), name)}
+    inside = {key for keys in checkpoint.block_keys for key in keys if linears.intersection(checkpoint.targets(key))}
+    weights = dict.fromkeys((False, True), 0)
+    zero = dict(weights)
+    for key, info in checkpoint.index.items():
+        weights[key in inside] += info.numel
+        zero[key in inside] += zeros(checkpoint.read([key])[key].reshape(1, -1).T)
+    size = sum(file.stat().st_size for file in {info.file for info in checkpoint.index.values()})
+    total = sum(weights.values())
+    return Counts(size, total, sum(zero.values()) / max(total, 1), zero[True] / max(weights[True], 1))
 
 
 def _tensors(path: Path, name: str) -> Iterator[tuple[str, Tensor]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from rich.table import Table
 
 from llmprune.plan import Choice, Plan
+from llmprune.report.comparison import Compared, Comparison
 from llmprune.report.inspect import Inspection, Matrix
 from llmprune.report.record import LinearRecord, Report, Score
 
@@ -125,6 +126,81 @@ def tasks_table(scores: Iterable[Score]) -> Table:
         error = "-" if score.stderr is None else f"{score.stderr:.4f}"
         table.add_row(score.task, metric, f"{score.value:.4f}", error, f"{score.documents:,}", str(score.shots))
     return table
+
+
+def comparison_tables(found: Comparison) -> list[Table]:
+    """Checkpoints side by side: one table of models, one of tasks, one of differences, where there is any."""
+    made = [models_table(found.models)]
+    if any(model.scores for model in found.models):
+        made.append(scores_table(found.models))
+    if found.differences:
+        made.append(differences_table(found))
+    return made
+
+
+def models_table(models: Sequence[Compared]) -> Table:
+    """A row for each checkpoint: size, zeros in all weights and in those that can be pruned, figures of the text."""
+    read = any(model.perplexity is not None for model in models)
+    table = Table(title="Models", title_justify="left")
+    told = ("perplexity", "KL, nats", "same token") if read else ()
+    for heading in ("model", "files", "zeros", "in linears", *told):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for model in models:
+        row = [model.name, size(model.bytes), f"{model.sparsity:.2%}", f"{model.linears_sparsity:.2%}"]
+        if read:
+            row.append("-" if model.perplexity is None else f"{model.perplexity.value:.2f}")
+            apart = model.divergence
+            row += ["-", "-"] if apart is None else [_with_error(apart.kl, apart.stderr), f"{apart.agreement:.2%}"]
+        table.add_row(*row)
+    return table
+
+
+def scores_table(models: Sequence[Compared]) -> Table:
+    """A row for each figure of a task, a column for each model."""
+    table = Table(title="Tasks", title_justify="left")
+    for heading in ("task", "metric", *(model.name for model in models)):
+        table.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
+    cells = [{(score.task, score.metric, score.filter): score for score in model.scores} for model in models]
+    for place in dict.fromkeys(place for column in cells for place in column):
+        task, metric, kind = place
+        row = [
+            "-" if (score := column.get(place)) is None else _with_error(score.value, score.stderr) for column in cells
+        ]
+        table.add_row(task, metric if kind == "none" else f"{metric} ({kind})", *row)
+    for name in dict.fromkeys(name for model in models for name in model.means):
+        row = [f"{model.means[name]:.4f}" if name in model.means else "-" for model in models]
+        table.add_row(f"mean of {name!r}", "acc", *row)
+    return table
+
+
+def differences_table(found: Comparison) -> Table:
+    """A row for each difference from the dense model."""
+    table = Table(title=f"Differences from {found.dense}", title_justify="left")
+    for heading in ("model", "task", "metric", "difference", "pairs", "p, adjusted", "beyond noise"):
+        table.add_column(heading, justify="left" if heading in ("model", "task", "metric") else "right")
+    for entry in found.differences:
+        metric = entry.metric if entry.filter == "none" else f"{entry.metric} ({entry.filter})"
+        p = "-" if entry.adjusted is None else f"{entry.adjusted:.2g}"
+        verdict = {True: "yes", False: "no", None: "not known"}[entry.beyond_noise]
+        told = _with_error(entry.difference, entry.stderr, sign="+")
+        table.add_row(entry.model, entry.task, metric, told, f"{entry.documents:,}", p, verdict)
+    return table
+
+
+def comparison_notes(found: Comparison) -> list[str]:
+    """What belongs to the tables: the text, how noise was judged, and what could not be compared."""
+    read = next((model.perplexity for model in found.models if model.perplexity is not None), None)
+    lines = [] if read is None else [f"text: {read.text}, context {read.length:,}, {read.tokens:,} tokens"]
+    if found.judged["tests"]:
+        rule = f"p below {found.judged['level']:g} after Holm's adjustment for {found.judged['tests']} differences"
+        lines.append(f"± is one standard error; beyond noise: {rule}, paired over the same documents")
+    if any(entry.task == "perplexity" for entry in found.differences):
+        lines.append("windows of a text are neighbours and not independent: the noise of nats is a little larger")
+    return lines + [f"note: {note}" for note in found.notes]
+
+
+def _with_error(value: float, stderr: float | None, sign: str = "") -> str:
+    return f"{value:{sign}.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
 
 
 def inspection_table(found: Inspection, every: bool) -> Table:
