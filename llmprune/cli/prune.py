@@ -6,6 +6,7 @@ example: llmprune prune HuggingFaceTB/SmolLM2-135M-Instruct --sparsity 2:4 --met
 from __future__ import annotations
 
 import argparse
+import sys
 
 from llmprune.cli.options import MODEL, add_json, add_recipe, add_run, log, print_json, recipe_options
 
@@ -29,6 +30,12 @@ def run(chosen: argparse.Namespace) -> int:
         report = prune(chosen.model, out=chosen.out, restart=chosen.restart, progress=log(chosen), **options)
         if distributed.is_first():
             print_json(report.to_dict()) if chosen.json else show(report)
+            if report.page_problem is not None:
+                print(
+                    f"llmprune: {report.out} is finished, but its report.html could not be drawn "
+                    f"({report.page_problem}): `llmprune report {report.out}` draws it",
+                    file=sys.stderr,
+                )
     return 0
 
 
