@@ -187,7 +187,7 @@ def verdict(results: Results) -> tuple[list[str], list[Row], list[str]]:
         error = "" if apart.stderr is None else f" ± {apart.stderr:.3g}"
         where = f"{short_name(apart.text)}, context {apart.length:,}, {apart.tokens:,} tokens"
         rows.append(Row("KL(dense ‖ pruned), nats a token", where, "0", f"{apart.kl:.4g}{error}"))
-        rows.append(Row("Same most likely token", where, "100 %", _percent(apart.agreement)))
+        rows.append(Row("Same most likely token", where, "100%", _percent(apart.agreement)))
         sentences.append(f"Both hold the same token for the most likely in {_percent(apart.agreement)} of places.")
     differences = (
         [entry for entry in comparison.differences if pruned and entry.model == pruned.name] if comparison else []
@@ -230,7 +230,7 @@ def verdict(results: Results) -> tuple[list[str], list[Row], list[str]]:
 
 
 def _percent(part: float) -> str:
-    return f"{100 * part:.4g} %"
+    return f"{100 * part:.4g}%"
 
 
 def _perplexities(results: Results) -> list[tuple[Perplexity | None, Perplexity]]:
@@ -348,7 +348,7 @@ def _zeros_plot(cells: plots.Grid) -> Plot | None:
     if not cells.blocks:
         return None
     heads, rows = _grid_rows(cells, lambda cell: "dense" if cell.dense is not None else f"{cell.sparsity:.2%}")
-    caption = "Zeros as a fraction of the weights; those that were left dense are 0 %."
+    caption = "Zeros as a fraction of the weights; those that were left dense are 0%."
     return Plot("zeros-map", "Sparsity by block and linear", plots.sparsity_map(cells), caption, heads, rows)
 
 
@@ -392,7 +392,7 @@ def _task_plot(results: Results) -> Plot | None:
         return None
     figures = {plots.score_name(score) for scores in shown.values() for score in scores}
     more = f" The first {plots.TASKS_SHOWN} of {len(figures)} are drawn." if len(figures) > plots.TASKS_SHOWN else ""
-    return Plot("tasks-plot", "Tasks", figure, "Bars are 95 % confidence (1.96 standard errors)." + more)
+    return Plot("tasks-plot", "Tasks", figure, "Bars are 95% confidence (1.96 standard errors)." + more)
 
 
 def _score_rows(results: Results) -> list[list[str]]:
@@ -412,7 +412,7 @@ def _kind_rows(records: Iterable[LinearRecord]) -> list[list[str]]:
         errors = [record.relative_error for record in group if record.relative_error is not None]
         zeros = sum(record.sparsity for record in group) / len(group)
         mean, worst = (f"{sum(errors) / len(errors):.4g}", f"{max(errors):.4g}") if errors else ("", "")
-        rows.append([name, f"{len(group):,}", str(method), str(pattern), f"{zeros:.2%}", mean, worst])
+        rows.append([name, f"{len(group):,}", f"{method} {pattern}", f"{zeros:.2%}", mean, worst])
     return rows
 
 

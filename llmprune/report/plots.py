@@ -63,12 +63,13 @@ class Grid:
     @property
     def labels(self) -> list[str]:
         """The kinds, each by the shortest ending that no other kind has."""
-        endings = [["." + ".".join(name.split(".")[-length:]) for length in range(1, 9)] for name in self.kinds]
         labels = []
-        for place, name in enumerate(self.kinds):
+        for name in self.kinds:
             others = ["." + other for other in self.kinds if other != name]
-            alone = (ending for ending in endings[place] if not any(other.endswith(ending) for other in others))
-            labels.append(next(alone, "." + name)[1:])
+            parts = name.split(".")
+            endings = [".".join(parts[place:]) for place in reversed(range(len(parts))) if parts[place] != "*"]
+            alone = (ending for ending in endings if not any(other.endswith("." + ending) for other in others))
+            labels.append(next(alone, name))
         return labels
 
 
@@ -114,13 +115,13 @@ def error_map(cells: Grid) -> Figure:
     scaled = [[math.log10(value) if value else None for value in row] for row in values]
     ticks = _ticks(min(known), max(known))
     bar = {"tickvals": [math.log10(tick) for tick in ticks], "ticktext": [f"{tick:g}" for tick in ticks]}
-    return _map(cells, scaled, values, bar)
+    return _map(cells, scaled, values, bar, ROW)
 
 
 def sparsity_map(cells: Grid) -> Figure:
     """The fraction of zeros by block and kind."""
     values = _matrix(cells, lambda cell: cell.sparsity)
-    figure = _map(cells, values, values, {"tickformat": ".0%"})
+    figure = _map(cells, values, values, {"tickformat": ".0%"}, ROW - 8)
     return figure.update_layout(coloraxis={"cmin": 0, "cmax": 1})
 
 
@@ -129,7 +130,7 @@ def _matrix(cells: Grid, of: Callable[[Cell], float | None]) -> list[list[float 
     return [[None if cell is None else of(cell) for cell in row] for row in found]
 
 
-def _map(cells: Grid, scaled: Any, values: Any, bar: dict[str, Any]) -> Figure:
+def _map(cells: Grid, scaled: Any, values: Any, bar: dict[str, Any], row: int) -> Figure:
     texts = [
         ["" if (cell := cells.cell(block, place)) is None else _told(cells, block, place, cell)
          for block in range(len(cells.blocks))]
@@ -144,11 +145,11 @@ def _map(cells: Grid, scaled: Any, values: Any, bar: dict[str, Any]) -> Figure:
     bar = {"orientation": "h", "y": 1, "yanchor": "bottom", "thickness": 8, "len": 0.6, "x": 1, "xanchor": "right",
            "outlinewidth": 0, "ticklabelposition": "outside top", **bar}  # fmt: skip
     return figure.update_layout(
-        height=ROW * len(cells.kinds) + 120,
+        height=row * len(cells.kinds) + 96,
         coloraxis={"colorbar": bar},
-        xaxis={"title": {"text": "block"}, "showgrid": False, "tickformat": "d"},
+        xaxis={"title": {"text": "block"}, "showgrid": False, "zeroline": False, "tickformat": "d"},
         yaxis={"autorange": "reversed", "showgrid": False, "automargin": True, "dtick": 1},
-        margin={"t": 56},
+        margin={"t": 8, "r": 20},
     )
 
 
@@ -206,7 +207,7 @@ def weights(histogram: Histogram) -> Figure:
         height=220,
         hovermode="x unified",
         xaxis={"title": {"text": "weight"}, "zeroline": False, "hoverformat": ".4f"},
-        yaxis={"tickformat": ".1%", "rangemode": "tozero"},
+        yaxis={"tickformat": ".1~%", "rangemode": "tozero"},
         margin={"t": 28},
     )
 
@@ -260,6 +261,7 @@ def time(blocks: Sequence[BlockRecord]) -> Figure:
         )  # fmt: skip
     return figure.update_layout(
         height=260,
+        legend={"traceorder": "normal"},
         barmode="stack",
         bargap=0.15,
         hovermode="x unified",
@@ -271,14 +273,12 @@ def time(blocks: Sequence[BlockRecord]) -> Figure:
 def memory(blocks: Sequence[BlockRecord]) -> Figure:
     """The most memory that the process had held when it was through with each block."""
     figure = go.Figure()
-    device = [block.peak_device_memory for block in blocks]
+    device = [block.peak_device_memory for block in blocks if block.peak_device_memory is not None]
     for name, bytes_held in (("GPU", device), ("host", [block.peak_memory for block in blocks])):
         figure.add_scatter(
-            name=name, x=list(range(len(blocks))), mode="lines", line={"shape": "hv"},
-            y=[None if held is None else held / 2**30 for held in bytes_held],
-            visible=any(held is not None for held in bytes_held),
-            text=["" if held is None else size(held) for held in bytes_held],
-            hovertemplate="%{text}", showlegend=any(device),
+            name=name, x=list(range(len(bytes_held))), y=[held / 2**30 for held in bytes_held], mode="lines",
+            line={"shape": "hv"}, text=[size(held) for held in bytes_held], hovertemplate="%{text}",
+            showlegend=bool(device),
         )  # fmt: skip
     return figure.update_layout(
         height=260,
@@ -310,9 +310,9 @@ def theme(dark: bool) -> dict[str, Any]:
     text, muted, line, ground = ("#e4e6ea", "#a2a9b4", "#343a43", "#1d2127") if dark else (
         "#1f2328", "#59636e", "#e3e6ea", "#f4f5f7")  # fmt: skip
     colours = (
-        ["#8b94a1", "#5cc8c0", "#e8a65a", "#8fb0f5", "#d68fc0", "#b9c75f"]
+        ["#8b94a1", "#5cc8c0", "#e0b565", "#8ea6dc", "#c79abf", "#b3bf6b"]
         if dark
-        else ["#9aa3ae", "#0f7f7b", "#c46a17", "#3f66c4", "#a5458d", "#6d7a12"]
+        else ["#9aa3ae", "#0f7f7b", "#d19a35", "#6d86c2", "#a9749f", "#7f8c2d"]
     )
     scale = (
         ["#20303a", "#1f5a66", "#2f8f8b", "#8bbf86", "#f3dd8b"]
