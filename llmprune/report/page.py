@@ -412,7 +412,7 @@ def _kind_rows(records: Iterable[LinearRecord]) -> list[list[str]]:
         errors = [record.relative_error for record in group if record.relative_error is not None]
         zeros = sum(record.sparsity for record in group) / len(group)
         mean, worst = (f"{sum(errors) / len(errors):.4g}", f"{max(errors):.4g}") if errors else ("", "")
-        rows.append([name, f"{len(group):,}", f"{method} {pattern}", f"{zeros:.2%}", mean, worst])
+        rows.append([name, mean, worst, f"{zeros:.2%}", f"{len(group):,}", f"{method} {pattern}"])
     return rows
 
 

@@ -142,12 +142,20 @@ def _map(cells: Grid, scaled: Any, values: Any, bar: dict[str, Any], row: int) -
         hovertemplate="%{text}<extra></extra>", hoverongaps=False, coloraxis="coloraxis", xgap=gap, ygap=2,
     )  # fmt: skip
     figure = go.Figure(trace)
-    bar = {"orientation": "h", "y": 1, "yanchor": "bottom", "thickness": 8, "len": 0.6, "x": 1, "xanchor": "right",
-           "outlinewidth": 0, "ticklabelposition": "outside top", **bar}  # fmt: skip
+    bar = {
+        "orientation": "h", "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "len": 0.6, "thickness": 8,
+        "ypad": 4, "outlinewidth": 0, "ticklabelposition": "outside top", **bar,
+    }  # fmt: skip
     return figure.update_layout(
         height=row * len(cells.kinds) + 96,
         coloraxis={"colorbar": bar},
-        xaxis={"title": {"text": "block"}, "showgrid": False, "zeroline": False, "tickformat": "d"},
+        xaxis={
+            "title": {"text": "block", "standoff": 10},
+            "showgrid": False,
+            "zeroline": False,
+            "tickformat": "d",
+            "automargin": True,
+        },
         yaxis={"autorange": "reversed", "showgrid": False, "automargin": True, "dtick": 1},
         margin={"t": 8, "r": 20},
     )
