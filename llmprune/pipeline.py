@@ -98,6 +98,9 @@ def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, sh
         report.predicted_memory = _predicted(checkpoint, plan, text)
         report.peak_device_memory = max(distributed.gather(_peak_device_memory(checkpoint.device) or 0)) or None
         writer.close(report.to_dict())
+        if distributed.is_first():
+            with shown.waiting("drawing the report"):
+                draw_page(report, checkpoint.source)
     return distributed.share(report)
 
 
@@ -202,6 +205,18 @@ def prune_blocks(
                     writer.settle()
         del block
         checkpoint.unload_block(number)
+
+
+def draw_page(report: Report, source: Source) -> None:
+    """Draw report.html beside a finished checkpoint; what goes wrong is told in the report, and loses no run."""
+    try:
+        from llmprune.report.page import draw  # plotly takes memory that the blocks may need
+
+        draw(report.out, source=source)
+        report.page_problem = None
+    except (Exception, KeyboardInterrupt) as error:
+        reason = next(iter(str(error).strip().splitlines()), "no reason given")
+        report.page_problem = f"{type(error).__name__}: {reason}"
 
 
 def _predicted(checkpoint: Checkpoint, plan: Plan, text: perplexity.Text | None) -> int:

@@ -25,7 +25,7 @@ import llmprune
 from llmprune import pipeline
 from llmprune.errors import Failure, Interrupted, UserError
 from llmprune.model import writer
-from llmprune.model.writer import JOURNAL, REPORT
+from llmprune.model.writer import JOURNAL, PAGE, REPORT
 from llmprune.progress import Silent
 from tests.families import make
 
@@ -54,8 +54,8 @@ def whole(model: Path, text: str, tmp_path_factory: pytest.TempPathFactory) -> d
 
 
 def digests(out: Path) -> dict[str, str]:
-    """Name to hash of all files but the report, which tells times."""
-    files = (path for path in out.rglob("*") if path.is_file() and path.name != REPORT)
+    """Name to hash of all files but the report and its page, which tell times."""
+    files = (path for path in out.rglob("*") if path.is_file() and path.name not in (REPORT, PAGE))
     return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

@@ -248,6 +248,17 @@ class Checkpoint:
         """
         return read_tensors({key: self.index[key] for key in keys})
 
+    def read_parameter(self, name: str) -> Tensor:
+        """One parameter of the model as the files hold it; only the tensors that make it up are read.
+
+        Raises:
+            Failure: it cannot be read.
+        """
+        try:
+            return self._convert(self.read([key for key, targets in self._targets.items() if name in targets]))[name]
+        except OSError as error:
+            raise Failure(f"{self.source.name}: reading {name} failed: {error}") from None
+
     def read_from(self, file: Path, keys: Iterable[str]) -> None:
         """Take some tensors from another file from now on, which has them in the same dtype and shape."""
         found = read_header(file)

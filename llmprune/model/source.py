@@ -182,6 +182,32 @@ def _of_card(path: Path | None) -> dict[str, Any]:
     return {key: list(map(str, value)) if isinstance(value, list) else value for key, value in kept.items()}
 
 
+def present(name: str, revision: str | None, dtype: str = "auto") -> Source | None:
+    """A model that was resolved before, if it is still on this machine; nothing is downloaded or converted.
+
+    Args:
+        name, revision, dtype: as a `Source` had them, and as `resolve` was given it.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        folder = path.resolve()
+    elif path.suffix == ".gguf":
+        folder = _gguf_folder(path.stem, revision or "", dtype)
+    else:
+        try:
+            named = name.partition("@")[0]
+            options: dict[str, Any] = {"allow_patterns": HUB_FILES, "ignore_patterns": COPIES, "local_files_only": True}
+            folder = Path(snapshot_download(named, revision=revision, **options))
+        except (LocalEntryNotFoundError, HFValidationError, OSError):
+            return None
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(folder.glob("pytorch_model*.bin")) if folder.is_dir() else []
+        if not pickles:
+            return None
+        folder = _pickle_folder(folder, pickles)
+    return Source(name, folder, revision) if (folder / "config.json").is_file() else None
+
+
 def cache_folder() -> Path:
     """Where converted and downloaded models are kept: $LLMPRUNE_CACHE, or llmprune in the user's cache folder."""
     if chosen := os.environ.get("LLMPRUNE_CACHE"):
@@ -203,8 +229,7 @@ def _from_pickles(source: Source) -> Source:
     pickles = sorted(source.folder.glob("pytorch_model*.bin"))
     if not pickles or any(source.folder.glob("*.safetensors")):
         return source
-    digest = hashlib.sha256("".join(sha256_of(path) for path in pickles).encode()).hexdigest()
-    folder = cache_folder() / "bin" / f"{source.folder.name}-{digest[:16]}"
+    folder = _pickle_folder(source.folder, pickles)
     with _drafted(folder) as draft:
         if draft is not None:
             weight_map: dict[str, str] = {}
@@ -219,6 +244,12 @@ def _from_pickles(source: Source) -> Source:
                 if beside and path.is_file():
                     shutil.copyfile(path, draft / path.name)
     return replace(source, folder=folder)
+
+
+def _pickle_folder(folder: Path, pickles: list[Path]) -> Path:
+    """Where a model of pickles is converted to."""
+    digest = hashlib.sha256("".join(sha256_of(path) for path in pickles).encode()).hexdigest()
+    return cache_folder() / "bin" / f"{folder.name}-{digest[:16]}"
 
 
 def read_pickle(path: Path) -> dict[str, torch.Tensor]:
@@ -261,17 +292,25 @@ def _from_gguf(path: Path, dtype: str) -> Source:
         import gguf  # noqa: F401
     except ImportError:
         raise UserError(f"reading {path.name} needs the gguf package: pip install 'llmprune[gguf]'") from None
-    wanted = "bfloat16" if dtype == "auto" else dtype
     digest = sha256_of(path)
-    folder = cache_folder() / "gguf" / f"{path.stem}-{digest[:16]}-{wanted}"
+    folder = _gguf_folder(path.stem, digest, dtype)
     with _drafted(folder) as draft:
         if draft is not None:
             try:
                 with quiet():
-                    _dequantise(path, draft, getattr(torch, wanted))
+                    _dequantise(path, draft, getattr(torch, _gguf_dtype(dtype)))
             except Exception as error:
                 raise Failure(f"{path} could not be read as GGUF: {type(error).__name__}: {error}") from error
     return Source(str(path), folder, digest)
+
+
+def _gguf_folder(stem: str, digest: str, dtype: str) -> Path:
+    """Where a `.gguf` of that sha256 is dequantised to."""
+    return cache_folder() / "gguf" / f"{stem}-{digest[:16]}-{_gguf_dtype(dtype)}"
+
+
+def _gguf_dtype(asked: str) -> str:
+    return "bfloat16" if asked == "auto" else asked
 
 
 def _dequantise(path: Path, folder: Path, dtype: torch.dtype) -> None:

@@ -41,12 +41,17 @@ from llmprune.recipe import parse_size
 
 JOURNAL = "llmprune.journal.jsonl"
 REPORT = "llmprune.json"
+PAGE = "report.html"
+EVALUATION = "evaluation"
+MEASURED = ("eval.json", "lm_eval.json", "comparison.json", "generations.json")
+"""What is found out about a checkpoint later on, in its folder `EVALUATION`."""
+
 INDEX = "model.safetensors.index.json"
 LOCK = ".llmprune.lock"
 JOURNAL_FORMAT = 1
 
 _NOT_COPIED = re.compile(
-    r".*\.(safetensors|bin|pt|pth|h5|msgpack|onnx|gguf|ot|tflite|index\.json)|README\.md|llmprune.*|recipe\.yaml|\..*"
+    r".*\.(safetensors|bin|pt|pth|h5|msgpack|onnx|gguf|ot|tflite|index\.json)|README\.md|report\.html|llmprune.*|recipe\.yaml|\..*"
 )
 CHAT_TEMPLATES = "additional_chat_templates"
 """Where transformers keeps chat templates beside the main one."""
@@ -425,8 +430,9 @@ def clear(folder: Path) -> None:
     """Remove what an earlier run of ours wrote into a folder, and nothing else; what marks it as ours goes last."""
     for path in sorted(_written(folder), key=lambda path: path.name in (REPORT, JOURNAL)):
         path.unlink()
-    with suppress(OSError):
-        (folder / CHAT_TEMPLATES).rmdir()
+    for name in (CHAT_TEMPLATES, EVALUATION):
+        with suppress(OSError):
+            (folder / name).rmdir()
 
 
 def _is_side_file(name: str) -> bool:
@@ -441,7 +447,7 @@ def _written(folder: Path) -> list[Path]:
     marks = [folder / name for name in (REPORT, JOURNAL) if (folder / name).is_file()]
     if not marks:
         return []
-    names = {INDEX}
+    names = {INDEX, PAGE, *(f"{EVALUATION}/{name}" for name in MEASURED)}  # what was measured goes with what it is of
     for mark in marks:
         try:
             told = json.loads(

@@ -6,9 +6,9 @@ import hashlib
 import platform
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor
 
 import llmprune
 from llmprune.parts import some_rows
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,7 @@ class Report:
         side_files: what was copied from the source.
         base: what the model's own card says and this one's must: `name` on the Hub, `license`, ...
         versions: of everything that took part.
+        page_problem: why report.html could not be drawn; llmprune.json, which was written before, never has it.
     """
 
     out: Path
@@ -199,6 +202,7 @@ class Report:
     side_files: list[str] = field(default_factory=list)
     base: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    page_problem: str | None = None
 
     @property
     def pruned(self) -> list[LinearRecord]:
@@ -215,6 +219,20 @@ class Report:
         """The zeros of the pruned linears as a fraction of all weights of the model."""
         return _mean_sparsity(self.pruned, self.weights)
 
+    @classmethod
+    def read(cls, data: Mapping[str, Any], out: Path) -> Report:
+        """A report from the plain data of llmprune.json, of a checkpoint that is in `out` now.
+
+        Raises:
+            ValueError: it lacks something; the message says what.
+        """
+        made = taken(cls, {**data, "out": out}, "it")
+        made.linears = [taken(LinearRecord, entry, f"linear {place}") for place, entry in enumerate(made.linears)]
+        made.blocks = [taken(BlockRecord, entry, f"block {place}") for place, entry in enumerate(made.blocks)]
+        made.dense = taken(Perplexity, data["dense"], "dense") if data.get("dense") else None
+        made.sparse = taken(Perplexity, data["sparse"], "sparse") if data.get("sparse") else None
+        return made
+
     def add_block(self, record: Mapping[str, Any]) -> None:
         """Take in the plain data of a block and its linears, as the journal has it."""
         self.linears += map(LinearRecord.read, record["linears"])
@@ -224,6 +242,8 @@ class Report:
         """Plain data, for JSON."""
         data = asdict(self)
         data["out"] = str(self.out)
+        if self.page_problem is None:
+            del data["page_problem"]
         data["linears"] = [
             {key: value for key, value in asdict(record).items() if value is not None} for record in self.linears
         ]
@@ -233,6 +253,21 @@ class Report:
             "model_sparsity": self.model_sparsity,
             **data,
         }
+
+
+def taken(kind: type[T], data: Any, where: str) -> T:
+    """One of these records from plain data that may be of another version: keys that are not known are passed over.
+
+    Raises:
+        ValueError: a key is missing that has no default.
+    """
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{where} is not a mapping")
+    known = fields(kind)  # type: ignore[arg-type]
+    needed = [field.name for field in known if field.default is MISSING and field.default_factory is MISSING]
+    if missing := [name for name in needed if name not in data]:
+        raise ValueError(f"{where} lacks {', '.join(map(repr, missing))}")
+    return kind(**{field.name: data[field.name] for field in known if field.name in data})
 
 
 def versions() -> dict[str, str]:

@@ -6,8 +6,10 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
+from rich.markup import escape
 from rich.table import Table
 
+from llmprune.model.writer import PAGE
 from llmprune.plan import Choice, Plan
 from llmprune.report.comparison import Compared, Comparison
 from llmprune.report.inspect import Inspection, Matrix
@@ -103,6 +105,8 @@ def summary(report: Report) -> Table:
     table.add_row("time", f"{report.seconds['total']:.0f} s ({phases})")
     table.add_row("peak memory", f"{size(report.peak_memory)} (planned {size(report.predicted_memory)})")
     table.add_row("written to", f"{report.out} (masks verified)")
+    problem = report.page_problem
+    table.add_row("report", str(report.out / PAGE) if problem is None else f"[red]not drawn[/red]: {escape(problem)}")
     return table
 
 

@@ -1,0 +1,495 @@
+"""The page about a pruned checkpoint: report.html in OUT, one file that needs no network.
+
+It is drawn from what lies in OUT, and from the weights of the dense model if they are still on this machine. The page
+names the hashes of plotly and of the script that draws the plots, and forbids browsers to run or load anything else.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import json
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import plotly.offline
+import yaml
+from markupsafe import Markup
+
+from llmprune.model.source import Source
+from llmprune.model.writer import PAGE
+from llmprune.report import plots, tables
+from llmprune.report.record import LinearRecord, Perplexity, Report, Score
+from llmprune.report.results import Compared, Difference, Results, find_dense, read_results
+from llmprune.report.weights import MOST, Histogram, choose, weigh
+
+LISTED = 600
+"""Linears in the table of all; of more, those with the largest errors."""
+
+TASK_ROWS = 8
+"""Figures of tasks in the verdict; of more, the means."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A page that was drawn.
+
+    Attributes:
+        path: the file.
+        histograms: the linears whose weights it shows.
+        source: the folder of the dense model, None where it is not on this machine.
+    """
+
+    path: Path
+    histograms: list[str]
+    source: Path | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the verdict: a figure of the dense and of the pruned model, and how they differ."""
+
+    name: str
+    detail: str = ""
+    dense: str = ""
+    pruned: str = ""
+    difference: str = ""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot on the page, with what it says in words, and in a table."""
+
+    name: str
+    title: str
+    figure: plots.Figure
+    caption: str = ""
+    heads: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+
+    @property
+    def json(self) -> Markup:
+        """The figure as data inside a script element."""
+        return _inside_script(self.figure.to_json())
+
+
+def draw(out: str | Path, *, linears: Sequence[str] = (), source: Source | None = None) -> Drawn:
+    """Draw report.html for a folder that llmprune wrote.
+
+    Args:
+        out: the folder.
+        linears: whose weights to show, globs or `re:` expressions; by default the worst of some kinds.
+        source: the dense model; by default it is looked for on this machine.
+
+    Raises:
+        UserError: the folder holds no report, or something in it cannot be used.
+        Failure: its files cannot be read or written.
+    """
+    folder = Path(out).expanduser().absolute()
+    results = read_results(folder)
+    report = results.report
+    if source is None:
+        source = find_dense(report)
+    histograms = weigh(folder, source, choose(report.linears, linears))
+    text = render(results, histograms, many=bool(linears) and len(histograms) == MOST)
+    draft = folder / f".{PAGE}.draft"
+    try:
+        draft.write_text(text, encoding="utf-8")
+        draft.rename(folder / PAGE)
+    finally:
+        draft.unlink(missing_ok=True)
+    return Drawn(folder / PAGE, [shown.name for shown in histograms], source.folder if source else None)
+
+
+def render(results: Results, histograms: Sequence[Histogram], many: bool = False) -> str:
+    """The page as text.
+
+    Args:
+        many: whether more linears were asked for than `histograms` has.
+    """
+    report = results.report
+    cells = plots.grid(report.linears)
+    sentences, rows, missing = verdict(results)
+    plotly_js, own_js = plotly.offline.get_plotlyjs(), _file("page.js")
+    listed = sorted(report.linears, key=_worst_first)[:LISTED] if len(report.linears) > LISTED else report.linears
+    themes = {name: plots.theme(dark) for name, dark in (("light", False), ("dark", True))}
+    page: str = _template().render(
+        report=report,
+        name=short_name(report.model),
+        asked=_asked(report),
+        calibrated=_calibrated(report),
+        sentences=sentences,
+        rows=rows,
+        missing=missing,
+        measure=measure_command(results),
+        scores=_score_rows(results),
+        task_plot=_task_plot(results),
+        errors=_error_plots(report, cells),
+        zeros=_zeros_plot(cells),
+        kinds=_kind_rows(report.pruned),
+        notes=tables.notes(report.linears),
+        weights=[_weight_plot(shown) for shown in histograms],
+        dense_seen=any(shown.before is not None for shown in histograms),
+        many=many,
+        generations=results.generations,
+        work=_work_plots(report),
+        recipe=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True),
+        linears=[_linear_row(record) for record in listed],
+        size=tables.size,
+        css=Markup(_file("page.css")),
+        themes=_inside_script(json.dumps(themes)),
+        plotly_js=Markup(plotly_js),
+        own_js=Markup(own_js),
+        policy=" ".join(f"'sha256-{_hash(script)}'" for script in (plotly_js, own_js)),
+    )
+    return page
+
+
+# -- the verdict -----------------------------------------------------------------------------------------------------
+
+
+def verdict(results: Results) -> tuple[list[str], list[Row], list[str]]:
+    """Dense against pruned: in sentences, as a table, and what was not measured."""
+    report, comparison = results.report, results.comparison
+    pairs = _perplexities(results)
+    pruned, dense = _models(results)
+    count = f"{len(report.pruned):,} linear{'s' if len(report.pruned) != 1 else ''}"
+    sentences = [
+        f"{_percent(report.sparsity)} of the weights in {count} are zero, {_percent(report.model_sparsity)} of the "
+        "whole model."
+    ]
+    rows = []
+    for before, after in pairs:
+        ratio = after.value / before.value if before is not None else None
+        rows.append(
+            Row(
+                "Perplexity",
+                _protocol(after),
+                "" if before is None else f"{before.value:.2f}",
+                f"{after.value:.2f}",
+                "" if ratio is None else f"× {ratio:.3g}",
+            )
+        )
+    if both := next(((before, after) for before, after in pairs if before is not None), None):
+        before, after = both
+        way = "rises" if after.value > before.value else "falls"
+        sentences.append(
+            f"Perplexity on {short_name(after.text)} {way} from {before.value:.2f} to {after.value:.2f}, "
+            f"{after.value / before.value:.3g} times what it was."
+        )
+    apart = (results.evaluated.divergence if results.evaluated else None) or (pruned.divergence if pruned else None)
+    if apart is not None:
+        error = "" if apart.stderr is None else f" ± {apart.stderr:.3g}"
+        where = f"{short_name(apart.text)}, context {apart.length:,}, {apart.tokens:,} tokens"
+        rows.append(Row("KL(dense ‖ pruned), nats a token", where, "0", f"{apart.kl:.4g}{error}"))
+        rows.append(Row("Same most likely token", where, "100%", _percent(apart.agreement)))
+        sentences.append(f"Both hold the same token for the most likely in {_percent(apart.agreement)} of places.")
+    differences = (
+        [entry for entry in comparison.differences if pruned and entry.model == pruned.name] if comparison else []
+    )
+    for entry in differences:
+        if entry.task == "perplexity":
+            rows.append(
+                Row("Loss, nats a token", f"paired over {entry.documents:,} windows", "", "", _difference(entry))
+            )
+    own = _own_scores(results)
+    other = {plots.score_name(score): score for score in dense.scores} if dense else {}
+    by_name = {_difference_name(entry): entry for entry in differences if entry.task != "perplexity"}
+    if len(own) <= TASK_ROWS:
+        for score in own:
+            name = plots.score_name(score)
+            told = _difference(by_name[name]) if name in by_name else ""
+            before_score = _score(other[name]) if name in other else ""
+            rows.append(
+                Row(name, f"{score.documents:,} documents, {score.shots} shots", before_score, _score(score), told)
+            )
+    elif results.evaluated:
+        for title, mean in results.evaluated.means.items():
+            rows.append(Row(f"Mean accuracy of {title!r}", f"{len(own)} figures, below", "", f"{mean:.4f}"))
+    judged = [entry for entry in by_name.values() if entry.beyond_noise is not None]
+    if judged:
+        beyond = sum(bool(entry.beyond_noise) for entry in judged)
+        sentences.append(f"Of {len(judged)} task figures {beyond} differ from the dense model's by more than noise.")
+    missing = []
+    if not both:
+        missing.append("perplexity before and after" if not pairs else "perplexity of the dense model")
+    if apart is None:
+        missing.append("divergence from the dense model")
+    if not own:
+        missing.append("tasks")
+    elif not other:
+        missing.append("tasks on the dense model")
+    if len(sentences) == 1:
+        sentences.append("What that costs in quality has not been measured.")
+    return sentences, rows, missing
+
+
+def _percent(part: float) -> str:
+    return f"{100 * part:.4g}%"
+
+
+def _perplexities(results: Results) -> list[tuple[Perplexity | None, Perplexity]]:
+    """What was measured of the pruned model, each protocol once, with the dense model's figure where there is one."""
+    report, evaluated = results.report, results.evaluated
+    pruned, dense = _models(results)
+    found: list[tuple[Perplexity | None, Perplexity]] = []
+    if report.sparse is not None:
+        found.append((report.dense, report.sparse))
+    if pruned is not None and pruned.perplexity is not None:
+        found.append((dense.perplexity if dense is not None else None, pruned.perplexity))
+    if evaluated is not None and evaluated.perplexity is not None and _is_own(evaluated.model, report):
+        found.append((None, evaluated.perplexity))
+    once: dict[str, tuple[Perplexity | None, Perplexity]] = {}
+    for pair in found:
+        once.setdefault(_protocol(pair[1]), pair)
+    return list(once.values())
+
+
+def _protocol(found: Perplexity) -> str:
+    stride = "" if found.stride is None else f", stride {found.stride:,}"
+    return f"{short_name(found.text)}, context {found.length:,}{stride}, {found.tokens:,} tokens"
+
+
+def _models(results: Results) -> tuple[Compared | None, Compared | None]:
+    """The entries of a comparison that are this checkpoint, and the dense model."""
+    if results.comparison is None:
+        return None, None
+    models = results.comparison.models
+    dense = next((model for model in models if model.dense), None)
+    sparse = [model for model in models if not model.dense]
+    here = [model for model in sparse if _same_place(model.path, results.report.out)]
+    own = here[0] if here else sparse[0] if len(sparse) == 1 else None
+    return own, dense
+
+
+def _is_own(name: str, report: Report) -> bool:
+    """Whether what was evaluated is this checkpoint, which may have been moved since, and not some other model."""
+    return name != report.model and (_same_place(name, report.out) or not Path(name).expanduser().exists())
+
+
+def _same_place(name: str, out: Path) -> bool:
+    return Path(name).expanduser().resolve() == out.resolve()
+
+
+def _own_scores(results: Results) -> list[Score]:
+    pruned, _ = _models(results)
+    if pruned is not None and pruned.scores:
+        return pruned.scores
+    evaluated = results.evaluated
+    return evaluated.scores if evaluated is not None and _is_own(evaluated.model, results.report) else []
+
+
+def _difference(entry: Difference) -> str:
+    error = "" if entry.stderr is None else f" ± {entry.stderr:.2g}"
+    noise = {True: ", beyond noise", False: ", within noise", None: ""}[entry.beyond_noise]
+    return f"{entry.difference:+.4f}{error}{noise}"
+
+
+def _difference_name(entry: Difference) -> str:
+    return f"{entry.task} {entry.metric}" + ("" if entry.filter == "none" else f" ({entry.filter})")
+
+
+def _score(score: Score) -> str:
+    return f"{score.value:.4f}" + ("" if score.stderr is None else f" ± {score.stderr:.4f}")
+
+
+def measure_command(results: Results) -> str:
+    """The command that measures what a run by itself does not."""
+    report = results.report
+    out = shlex.quote(str(report.out))
+    return (
+        f"llmprune eval {out} --against {shlex.quote(report.model)} --tasks arc_easy,hellaswag -o {out}/evaluation\n"
+        f"llmprune report {out}"
+    )
+
+
+# -- plots and tables ------------------------------------------------------------------------------------------------
+
+
+def _error_plots(report: Report, cells: plots.Grid) -> list[Plot]:
+    seen = [record for record in report.linears if record.relative_error]
+    if not seen:
+        return []
+    heads, rows = _grid_rows(cells, lambda cell: "" if cell.error is None else f"{cell.error:.4g}")
+    sampled = any(record.error_from == "sample" for record in seen)
+    return [
+        Plot(
+            "error-map",
+            "Relative error by block and linear",
+            plots.error_map(cells),
+            "‖(Ŵ−W)X‖² / ‖WX‖² of each linear on the calibration inputs that reached it"
+            + (", in part estimated on a sample of them" if sampled else "")
+            + ". Colours are on a logarithmic scale."
+            + (
+                " Experts of one kind are one cell, their mean."
+                if any(c.count > 1 for c in cells.cells.values())
+                else ""
+            ),
+            heads,
+            rows,
+        ),
+        Plot(
+            "depth",
+            "Relative error over depth",
+            plots.depth(report.linears),
+            "Mean and worst over the linears of each block. Each error is that of one linear alone, on inputs that "
+            "come from the pruned blocks before it: it is not the sum of those before. How far the outputs of blocks "
+            "drift away from the dense model's was not recorded.",
+        ),
+    ]
+
+
+def _zeros_plot(cells: plots.Grid) -> Plot | None:
+    if not cells.blocks:
+        return None
+    heads, rows = _grid_rows(cells, lambda cell: "dense" if cell.dense is not None else f"{cell.sparsity:.2%}")
+    caption = "Zeros as a fraction of the weights; those that were left dense are 0%."
+    return Plot("zeros-map", "Sparsity by block and linear", plots.sparsity_map(cells), caption, heads, rows)
+
+
+def _grid_rows(cells: plots.Grid, show: Any) -> tuple[list[str], list[list[str]]]:
+    found = [[cells.cell(block, place) for place in range(len(cells.kinds))] for block in range(len(cells.blocks))]
+    rows = [
+        [name, *("" if cell is None else show(cell) for cell in row)]
+        for name, row in zip(cells.blocks, found, strict=True)
+    ]
+    return ["block", *cells.labels], rows
+
+
+def _weight_plot(shown: Histogram) -> Plot:
+    away = f"; {shown.after.outside:.2%} of the weights lie outside" if shown.after.outside >= 5e-5 else ""
+    caption = f"{shown.after.zeros:.2%} zeros, which are not drawn{away}."
+    return Plot(f"weights-{_digest(shown.name)}", shown.name, plots.weights(shown), caption)
+
+
+def _task_scores(results: Results) -> dict[str, list[Score]]:
+    """Scores by the name of their model; the dense one comes first, also where nothing is known of it."""
+    own, dense = _models(results)
+    shown: dict[str, list[Score]] = {"dense": dense.scores if dense is not None else []}
+    shown["pruned"] = _own_scores(results)
+    if results.comparison is not None:
+        for model in results.comparison.models:
+            if model is not own and model is not dense and model.scores:
+                shown[model.name] = model.scores
+    if (
+        results.evaluated is not None
+        and not _is_own(results.evaluated.model, results.report)
+        and results.evaluated.scores
+    ):
+        shown.setdefault(results.evaluated.model, results.evaluated.scores)
+    return shown
+
+
+def _task_plot(results: Results) -> Plot | None:
+    shown = _task_scores(results)
+    figure = plots.tasks(shown)
+    if figure is None:
+        return None
+    figures = {plots.score_name(score) for scores in shown.values() for score in scores}
+    more = f" The first {plots.TASKS_SHOWN} of {len(figures)} are drawn." if len(figures) > plots.TASKS_SHOWN else ""
+    return Plot("tasks-plot", "Tasks", figure, "Bars are 95% confidence (1.96 standard errors)." + more)
+
+
+def _score_rows(results: Results) -> list[list[str]]:
+    return [
+        [plots.score_name(score), model, _score(score), f"{score.documents:,}", str(score.shots)]
+        for model, scores in _task_scores(results).items()
+        for score in scores
+    ]
+
+
+def _kind_rows(records: Iterable[LinearRecord]) -> list[list[str]]:
+    groups: dict[tuple[str, Any, Any], list[LinearRecord]] = {}
+    for record in records:
+        groups.setdefault((tables.kind(record.name), record.method, record.pattern), []).append(record)
+    rows = []
+    for (name, method, pattern), group in groups.items():
+        errors = [record.relative_error for record in group if record.relative_error is not None]
+        zeros = sum(record.sparsity for record in group) / len(group)
+        mean, worst = (f"{sum(errors) / len(errors):.4g}", f"{max(errors):.4g}") if errors else ("", "")
+        rows.append([name, mean, worst, f"{zeros:.2%}", f"{len(group):,}", f"{method} {pattern}"])
+    return rows
+
+
+def _linear_row(record: LinearRecord) -> list[str]:
+    rows, columns = record.shape
+    what = f"dense: {record.kept}" if record.kept is not None else f"{record.method} {record.pattern}"
+    error = "" if record.relative_error is None else f"{record.relative_error:.4g}"
+    note = record.note or ""
+    return [record.name, f"{columns:,} × {rows:,}", what, f"{record.sparsity:.2%}", error, f"{record.tokens:,}", note]
+
+
+def _worst_first(record: LinearRecord) -> float:
+    return -(record.relative_error if record.relative_error is not None else -1.0)
+
+
+def _work_plots(report: Report) -> list[Plot]:
+    if not report.blocks:
+        return []
+    phases = dict.fromkeys(phase for block in report.blocks for phase in block.seconds)
+    rows = [
+        [block.name, *(f"{block.seconds.get(phase, 0):.2f}" for phase in phases), tables.size(block.peak_memory),
+         "" if block.peak_device_memory is None else tables.size(block.peak_device_memory)]
+        for block in report.blocks
+    ]  # fmt: skip
+    caption = "Writing goes on beside the next block."
+    if report.resumed:
+        caption += f" {report.resumed} blocks are of an earlier process, from which this run went on."
+    return [
+        Plot("time", "Time for each block", plots.time(report.blocks), caption,
+             ["block", *(f"{phase}, s" for phase in phases), "peak memory", "GPU"], rows),
+        Plot("memory", "Peak memory so far", plots.memory(report.blocks),
+             "The most that the process had held by the end of each block."),
+    ]  # fmt: skip
+
+
+def _asked(report: Report) -> str:
+    method = report.recipe.get("method")
+    method = method.get("name") if isinstance(method, dict) else method
+    return f"{method}, {report.recipe.get('sparsity')}"
+
+
+def _calibrated(report: Report) -> str:
+    if not report.calibration:
+        return ""
+    told = report.calibration
+    return f"{told.get('samples')} × {told.get('length'):,} tokens of {short_name(str(told.get('source')))}"
+
+
+def short_name(name: str) -> str:
+    """A Hub's name as it is; of a path on this machine only the end."""
+    path = Path(name)
+    return path.name if path.is_absolute() or name.startswith(("~", ".")) or len(path.parts) > 2 else name
+
+
+# -- the file --------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    room = jinja2.FileSystemLoader(Path(__file__).parent)
+    setting = jinja2.Environment(loader=room, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+                                 lstrip_blocks=True)  # fmt: skip
+    return setting.get_template("page.html")
+
+
+def _file(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+def _inside_script(text: str) -> Markup:
+    """JSON that cannot end the element it is in."""
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def _hash(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:8]
