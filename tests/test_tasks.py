@@ -16,7 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from llmprune import cli
-from llmprune.errors import UserError
+from llmprune.errors import Failure, UserError
 from llmprune.evaluate import tasks
 from llmprune.evaluate.tasks import Streamed, evaluate
 from llmprune.model.checkpoint import Checkpoint
@@ -178,10 +178,51 @@ class TestLogProbabilities:
 
 def test_batches_are_full_and_of_one_length() -> None:
     sequences = [(number,) * length for number, length in enumerate([3, 9, 9, 1, 4, 30, 2, 9])]
-    batches = list(tasks._batches(sequences, 20))
+    batches = list(tasks._batches(tasks._by_length(sequences), 20))
     assert sorted(len(one) for batch in batches for one in batch) == sorted(map(len, sequences))
     assert [len(batch[0]) for batch in batches] == [30, 9, 9, 3]
     assert all(len(batch) == 1 or len(batch) * len(batch[0]) <= 20 for batch in batches)
+
+
+class Short:
+    """A device that holds so many tokens at once, and texts to generate."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, tokens: int, texts: int) -> None:
+        self.tried: list[int] = []
+        states, generate = tasks.final_states, HFLM._model_generate
+
+        def run(checkpoint: Any, chain: Any, batches: list[torch.Tensor], *rest: Any) -> Any:
+            self.allow(max(batch.numel() for batch in batches), tokens)
+            return states(checkpoint, chain, batches, *rest)
+
+        def say(runner: Any, context: torch.Tensor, *rest: Any, **options: Any) -> Any:
+            self.allow(len(context), texts)
+            return generate(runner, context, *rest, **options)
+
+        monkeypatch.setattr(tasks, "final_states", run)
+        monkeypatch.setattr(HFLM, "_model_generate", say)
+
+    def allow(self, size: int, most: int) -> None:
+        self.tried.append(size)
+        if size > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_where_memory_is_short_less_runs_at_once(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = {
+        (score.task, score.metric): score.value for score in evaluate(model, NAMES, include_path=[folder]).scores
+    }
+    short = Short(monkeypatch, tokens=200, texts=3)
+    found = evaluate(model, NAMES, include_path=[folder])
+    assert {(score.task, score.metric): pytest.approx(score.value, rel=1e-5) for score in found.scores} == expected
+    assert max(short.tried) > 200
+    assert [size for size in short.tried if size <= 3]
+    assert len([size for size in short.tried if size > 200]) < 6  # what did not fit is not tried again
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate(model, ["tiny_choice"], include_path=[folder], batch=1000)
+    Short(monkeypatch, tokens=3, texts=0)
+    with pytest.raises(Failure, match=r"the memory of cpu does not hold one sequence of .*model"):
+        evaluate(model, ["tiny_choice"], include_path=[folder])
 
 
 def test_the_set_of_the_papers_has_a_mean(monkeypatch: pytest.MonkeyPatch, model: Path, folder: Path) -> None:

@@ -7,19 +7,20 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmprune import distributed, memory
 from llmprune.budget import batch_tokens
-from llmprune.errors import UserError, unknown
+from llmprune.errors import Failure, UserError, unknown
 from llmprune.evaluate.stream import answered, final_states
 from llmprune.model import blocks
 from llmprune.model.checkpoint import Checkpoint
@@ -45,7 +46,9 @@ WINDOWS = 2**40
 """Parts of long texts that lm-eval hands over at once: all."""
 
 GENERATED = 8
-"""Texts that are generated at once."""
+"""Texts that are generated at once, where there is room."""
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -94,7 +97,8 @@ def evaluate(
         shots: solved examples before each question; by default what the task says.
         limit: only so many documents of each task, or below 1 that part of them.
         include_path: folders with tasks of the user's own.
-        batch: tokens that run at once, padding included; by default what suits the device.
+        batch: tokens that run at once, padding included; by default what suits the device, and less where its memory
+            does not hold that.
         device, dtype: as in a recipe.
         samples: keep what was said of each document in `raw`.
         manager: what `find` gave for these tasks, where they were looked for already.
@@ -108,7 +112,7 @@ def evaluate(
         manager, wanted = find(tasks, [str(path) for path in include_path], manager)
         with distributed.first():
             checkpoint = Checkpoint(resolve(model, dtype), distributed.local_device(device), dtype)
-        runner = Streamed(checkpoint, batch or batch_tokens(checkpoint), of_first(progress))
+        runner = Streamed(checkpoint, batch, of_first(progress))
         try:
             found = lm_eval.simple_evaluate(
                 runner, tasks=wanted, num_fewshot=shots, limit=limit, task_manager=manager, log_samples=samples
@@ -148,14 +152,15 @@ class Streamed(HFLM):  # type: ignore[misc]
     Each rank takes its share of the requests.
     """
 
-    def __init__(self, checkpoint: Checkpoint, batch: int, progress: Progress) -> None:
+    def __init__(self, checkpoint: Checkpoint, batch: int | None, progress: Progress) -> None:
         with quiet():
             # lm-eval reads the config of this one; it has no weights.
             self._stand_in = make_skeleton(checkpoint.config, checkpoint.dtype)
             tokenizer = checkpoint.tokenizer
             super().__init__(self._stand_in, tokenizer=tokenizer, backend="causal", batch_size=WINDOWS)
         self._device = checkpoint.device
-        self._checkpoint, self._tokens, self._progress = checkpoint, batch, progress
+        self._checkpoint, self._progress, self._fixed = checkpoint, progress, batch is not None
+        self._tokens, self._texts = batch or batch_tokens(checkpoint), GENERATED
         self._chain = blocks.probe(checkpoint)
         self._whole: Any = None
 
@@ -181,9 +186,27 @@ class Streamed(HFLM):  # type: ignore[misc]
                 raise UserError(f"a continuation of {len(continuation):,} tokens cannot be scored by this model")
             told = tuple((context + continuation)[-(self.max_length + 1) : -1])
             sequences.setdefault(told, []).append(number)
+
+        def scored(tokens: int) -> dict[int, tuple[float, bool]]:
+            self._tokens = tokens
+            return self._scored(requests, sequences)
+
+        found = self._fitting(self._tokens, scored)
+        everything: dict[int, tuple[float, bool]] = {}
+        for part in distributed.gather(found):
+            everything.update(part)
+        for number, (text, _, _) in enumerate(requests):
+            if text is not None:
+                self.cache_hook.add_partial("loglikelihood", text, everything[number])
+        return [everything[number] for number in range(len(requests))]
+
+    def _scored(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], sequences: Mapping[tuple[int, ...], list[int]]
+    ) -> dict[int, tuple[float, bool]]:
+        """What this rank finds for its share of the sequences, by the numbers of the requests that end them."""
         found: dict[int, tuple[float, bool]] = {}
-        batches = list(_batches(list(sequences), self._tokens))
-        batches = [batches[number] for number in distributed.share_of(len(batches))]
+        ordered = _by_length(sequences)  # shared out before they are put together: ranks may hold more or less at once
+        batches = list(_batches([ordered[number] for number in distributed.share_of(len(ordered))], self._tokens))
         padded = [_padded(batch) for batch in batches]
         room = memory.available() // 4
         states = final_states(self._checkpoint, self._chain, padded, self._progress, "scoring", room)
@@ -192,13 +215,24 @@ class Streamed(HFLM):  # type: ignore[misc]
                 answers = [requests[place][2] for place in sequences[told]]
                 kept = row[len(told) - max(map(len, answers)) : len(told)]
                 found.update(zip(sequences[told], self._score(kept, answers), strict=True))
-        everything: dict[int, tuple[float, bool]] = {}
-        for part in distributed.gather(found):
-            everything.update(part)
-        for number, (text, _, _) in enumerate(requests):
-            if text is not None:
-                self.cache_hook.add_partial("loglikelihood", text, everything[number])
-        return [everything[number] for number in range(len(requests))]
+        return found
+
+    def _fitting(self, most: int, run: Callable[[int], T]) -> T:
+        """Run so much at once; half of it whenever memory is short, unless the user said how much it has to be.
+
+        Raises:
+            Failure: not even one fits.
+        """
+        while most:
+            try:
+                return run(most)
+            except RuntimeError as error:
+                if self._fixed or not should_reduce_batch_size(error):
+                    raise
+            self._checkpoint.unload()
+            clear_device_cache(garbage_collection=True)
+            most //= 2
+        raise Failure(f"the memory of {self._device} does not hold one sequence of {self._checkpoint.source.name}")
 
     def _score(self, states: Tensor, answers: list[list[int]]) -> Iterator[tuple[float, bool]]:
         """Each answer's log probability; the states (tokens, hidden) are those before the tokens of the longest."""
@@ -216,20 +250,31 @@ class Streamed(HFLM):  # type: ignore[misc]
             self._checkpoint.unload()
             folder = self._checkpoint.source.folder
             self._whole = AutoModelForCausalLM.from_pretrained(folder, dtype=self._checkpoint.dtype).to(self._device)
-        self._model, self.batch_size_per_gpu = self._whole, GENERATED
+        mine = [requests[number] for number in distributed.share_of(len(requests))]
+        say = super().generate_until
+
+        def generated(texts: int) -> list[str]:
+            self._model, self._texts, self.batch_size_per_gpu = self._whole, texts, texts
+            made: list[str] = say(mine, disable_tqdm)
+            return made
+
         try:
-            mine = [requests[number] for number in distributed.share_of(len(requests))]
-            said = super().generate_until(mine, disable_tqdm) if mine else []
+            said = self._fitting(self._texts, generated) if mine else []
         finally:
             self._model, self.batch_size_per_gpu = self._stand_in, WINDOWS
         parts = distributed.gather(said)
         return [parts[number % len(parts)][number // len(parts)] for number in range(len(requests))]
 
 
-def _batches(sequences: list[tuple[int, ...]], most: int) -> Iterator[list[tuple[int, ...]]]:
-    """Sequences of about one length together, the longest first, at most so many tokens with padding."""
+def _by_length(sequences: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The longest first."""
+    return sorted(sequences, key=lambda sequence: (-len(sequence), sequence))
+
+
+def _batches(sequences: Sequence[tuple[int, ...]], most: int) -> Iterator[list[tuple[int, ...]]]:
+    """Sequences, the longest first, put together in their order: at most so many tokens with padding."""
     batch: list[tuple[int, ...]] = []
-    for sequence in sorted(sequences, key=lambda sequence: (-len(sequence), sequence)):
+    for sequence in sequences:
         if batch and (len(batch) + 1) * len(batch[0]) > most:
             yield batch
             batch = []

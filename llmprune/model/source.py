@@ -198,7 +198,7 @@ def present(name: str, revision: str | None, dtype: str = "auto") -> Source | No
             named = name.partition("@")[0]
             options: dict[str, Any] = {"allow_patterns": HUB_FILES, "ignore_patterns": COPIES, "local_files_only": True}
             folder = Path(snapshot_download(named, revision=revision, **options))
-        except (LocalEntryNotFoundError, HFValidationError, OSError):
+        except (HFValidationError, OSError):
             return None
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(folder.glob("pytorch_model*.bin")) if folder.is_dir() else []
