@@ -101,7 +101,8 @@ def sweep(
         out: the folder for the results.
         sparsity, method: the points are all pairs of them.
         recipe, **options: what all points share, as for `prune`; `evaluate` is the text that is measured on, by default
-            `wikitext2`. Where the recipe has options for a method, the points of that method have them too.
+            `wikitext2`. Where the recipe has options for a method, the points of that method have them too. A cap on
+            the memory holds for the pruning, not for the measuring.
         tasks, shots, limit, include_path, batch: what is measured besides; see `tasks.evaluate`.
         keep_models: keep the weights of each point in `out`/NAME.
         progress: where to show how far the work is.

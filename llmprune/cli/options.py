@@ -43,7 +43,8 @@ def add_recipe(parser: argparse.ArgumentParser, several: bool = False) -> None:
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... [a GPU where there is one]")
     add("--dtype", metavar="NAME", help="run the blocks in float32, bfloat16 or float16 [the checkpoint's]")
     add("--shard-size", metavar="SIZE", help="the largest file to write [5GB]")
-    add("--max-memory", metavar="SIZE", help="stay below this much of the host's memory, such as 8GiB [what is free]")
+    cap = f"stay below this much of the host's memory{' while pruning' if several else ''}, such as 8GiB [what is free]"
+    add("--max-memory", metavar="SIZE", help=cap)
     if several:
         text = "measure perplexity and divergence on this text [wikitext2]"
         add("--perplexity", "--evaluate", dest="evaluate", metavar="TEXT", help=text)

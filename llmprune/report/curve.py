@@ -32,20 +32,21 @@ def figure(told: Mapping[str, Any]) -> Any:
     for column, (part, key) in enumerate(shown, 1):
         for number, method in enumerate(methods):
             points = [point for point in told["points"] if point["method"] == method]
-            colour = COLOURS[number % len(COLOURS)]
             for grouped in (False, True):
                 chosen = [point for point in points if (":" in point["pattern"]) == grouped]
                 chosen = [point for point in chosen if models[point["name"]][part] is not None]
                 if chosen:
-                    drawn.add_trace(_trace(chosen, models, part, key, method, colour, grouped, column == 1), 1, column)
+                    trace = _trace(chosen, models, part, key, method, number, grouped)
+                    trace.showlegend = column == 1
+                    drawn.add_trace(trace, 1, column)
         dense = models[told["dense"]][part]
         values = [models[point["name"]][part][key] for point in told["points"] if models[point["name"]][part]]
         if dense is not None:
             values.append(dense[key])
-            words = f"dense {dense[key]:.4g}"
-            drawn.add_hline(
-                dense[key], line={"dash": "dash", "color": "#888888"}, annotation_text=words, col=column, row=1
-            )
+            drawn.add_hline(dense[key], line={"dash": "dash", "color": "#888888"}, row=1, col=column)
+            # On a logarithmic axis a line stands at its value, and words at its logarithm.
+            place = {"x": 1, "xref": "x domain", "xanchor": "right", "y": math.log10(dense[key]), "yanchor": "bottom"}
+            drawn.add_annotation(text=f"dense {dense[key]:.4g}", showarrow=False, row=1, col=column, **place)
         ticks = _ticks([value for value in values if value > 0])
         drawn.update_yaxes(
             title=TITLES[part], type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks], row=1, col=column
@@ -55,8 +56,8 @@ def figure(told: Mapping[str, Any]) -> Any:
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 14},
-        legend={"orientation": "h", "y": 1.08, "yanchor": "bottom", "x": 0},
-        margin={"l": 70, "r": 20, "t": 70, "b": 60},
+        legend={"orientation": "h", "y": -0.16, "yanchor": "top", "x": 0},
+        margin={"l": 70, "r": 20, "t": 30, "b": 90},
         hoverlabel={"align": "left"},
     )
     grid = {"gridcolor": "rgba(128,128,128,0.25)", "linecolor": "#888888", "zeroline": False, "ticks": "outside"}
@@ -68,8 +69,7 @@ def figure(told: Mapping[str, Any]) -> Any:
 def page(told: Mapping[str, Any]) -> str:
     """A page with the picture alone, which needs nothing from anywhere."""
     drawn = figure(told)
-    drawn.update_layout(title={"text": _heading(told), "font": {"size": 16}}, margin={"t": 130})
-    drawn.update_layout(paper_bgcolor="white")
+    drawn.update_layout(title={"text": _heading(told), "font": {"size": 16}}, margin={"t": 90}, paper_bgcolor="white")
     html: str = drawn.to_html(full_html=True, include_plotlyjs=True, default_height="640px")
     return html
 
@@ -80,12 +80,11 @@ def _trace(
     part: str,
     key: str,
     method: str,
-    colour: str,
+    number: int,
     grouped: bool,
-    legend: bool,
 ) -> Any:
     chosen = [models[point["name"]] for point in points]
-    name = f"{method}, N:M" if grouped else method
+    name, colour = f"{method}, N:M" if grouped else method, COLOURS[number % len(COLOURS)]
     errors = [model[part].get("stderr") for model in chosen]
     known = any(error is not None for error in errors)
     return go.Scatter(
@@ -94,13 +93,16 @@ def _trace(
         error_y={"array": [error or 0 for error in errors], "thickness": 1} if known else None,
         mode="markers+text" if grouped else "lines+markers",
         text=[point["pattern"] for point in points] if grouped else None,
-        textposition="middle right",
-        marker={"symbol": "diamond-open" if grouped else "circle", "size": 12 if grouped else 8, "line": {"width": 2}},
+        textposition="middle left" if number % 2 else "middle right",
+        marker={
+            "symbol": "diamond-open" if grouped else "circle",
+            "size": 12 if grouped else 8,
+            "color": colour,
+            "line": {"width": 2, "color": colour},
+        },
         line={"color": colour},
-        marker_color=colour,
         name=name,
         legendgroup=name,
-        showlegend=legend,
         hovertext=[_words(point, model) for point, model in zip(points, chosen, strict=True)],
         hoverinfo="text",
     )
