@@ -129,8 +129,8 @@ def download_wheel(target: Path) -> Path:
 def answer(folder: Path, question: str = QUESTION, tokens: int = 48) -> str:
     """What a chat model answers, greedily, in plain transformers."""
     with quiet(), torch.no_grad():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
         message = [{"role": "user", "content": question}]
         inputs = tokenizer.apply_chat_template(
             message, add_generation_prompt=True, return_tensors="pt", return_dict=True

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llmprune.cli.options import MODEL, add_json, print_json
+from llmprune.cli.options import MODEL, add_json, add_trust, print_json
 from llmprune.errors import UserError
 
 
@@ -32,6 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", default="auto", help="cpu, cuda, ... [a GPU where there is one]")
     add("--dtype", default="auto", help="float32, bfloat16 or float16 [the checkpoint's]")
+    add_trust(add)
     add("-o", "--out", metavar="FOLDER", help="write eval.json there, and lm-eval's own results as lm_eval.json")
     add_json(parser)
 
@@ -46,6 +47,7 @@ def run(chosen: argparse.Namespace) -> int:
         raise UserError("--tasks names none: give names with commas between, such as arc_easy,hellaswag")
     text = chosen.text or (None if names else "wikitext2")
     where = {"device": chosen.device, "dtype": chosen.dtype, "progress": Bars()}
+    where["trust_remote_code"] = chosen.trust_remote_code
     told: dict[str, Any] = {"model": chosen.model}
     raw: dict[str, Any] | None = None
     folder = None if chosen.out is None else Path(chosen.out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from llmprune.errors import UserError
@@ -38,6 +38,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     add("--dtype", metavar="NAME", help="run the blocks in float32, bfloat16 or float16 [the checkpoint's]")
     add("--shard-size", metavar="SIZE", help="the largest file to write [5GB]")
     add("--max-memory", metavar="SIZE", help="stay below this much of the host's memory, such as 8GiB [what is free]")
+    add_trust(add)
     add("--evaluate", metavar="TEXT", help="measure perplexity on this text before and after pruning")
     add("--set", action="append", metavar="KEY=VALUE", help="any recipe key, such as method.damping=0.05; repeat")
 
@@ -50,6 +51,7 @@ def recipe_options(chosen: argparse.Namespace, default: Mapping[str, Any] | None
     """
     names = ("sparsity", "method", "scope", "calibration", "samples", "length", "seed", "device", "dtype")
     options = {name: getattr(chosen, name) for name in (*names, "shard_size", "max_memory", "evaluate")}
+    options["trust_remote_code"] = chosen.trust_remote_code or None
     recipe = assemble(chosen.recipe if chosen.recipe is not None else default, options)
     if chosen.ignore:
         recipe = recipe.override("ignore", [*recipe.ignore, *chosen.ignore])
@@ -62,6 +64,11 @@ def recipe_options(chosen: argparse.Namespace, default: Mapping[str, Any] | None
         except UserError as error:
             raise UserError(f"--set {entry}: {error}") from None
     return {"recipe": recipe}
+
+
+def add_trust(add: Callable[..., Any]) -> None:
+    """The switch for models with code of their own."""
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model; read it before")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
