@@ -83,7 +83,7 @@ class TwigForCausalLM(TwigPreTrained, GenerationMixin):
     def get_output_embeddings(self):
         return self.lm_head
 
-    def forward(self, input_ids=None, labels=None, **kwargs):
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
         return CausalLMOutput(logits=self.lm_head(self.model(input_ids).last_hidden_state))
 
     def prepare_inputs_for_generation(self, input_ids, **kwargs):
