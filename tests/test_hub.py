@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.families import make
 from tests.hub import COMMIT, Hub, serving
@@ -25,7 +27,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 def prune(hub: Hub, tmp_path: Path, model: str) -> subprocess.CompletedProcess[str]:
     settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_ETAG_TIMEOUT": "5"}
-    settings["HF_HUB_OFFLINE"] = "0"
+    settings.update(HF_HUB_OFFLINE="0", LLMPRUNE_CACHE=str(tmp_path / "cache"))
     command = [sys.executable, "-m", "llmprune", "prune", model, "-o", str(tmp_path / "out"), "--method", "magnitude"]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **settings}, check=False)
 
@@ -48,6 +50,28 @@ def test_a_download_that_breaks_off_can_be_repeated(hub: Hub, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
     hub.cut = None
     assert prune(hub, tmp_path, "owner/tiny").returncode == 0
+
+
+def test_a_model_that_is_only_pickled(tmp_path: Path) -> None:
+    source = make("llama", tmp_path / "source")
+    stored = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    torch.save(stored, source / "pytorch_model-00001-of-00001.bin")
+    listing = {"weight_map": dict.fromkeys(stored, "pytorch_model-00001-of-00001.bin")}
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps(listing))
+    with serving(source) as hub:
+        done = prune(hub, tmp_path, "owner/tiny")
+    assert done.returncode == 0, done.stderr
+    assert "converting pickled weights 1/1" in done.stderr
+
+
+def test_what_cannot_be_dequantised_is_refused_before_its_weights_come(hub: Hub, tmp_path: Path) -> None:
+    config = json.loads(hub.files["config.json"])
+    hub.files["config.json"] = json.dumps({**config, "quantization_config": {"quant_method": "awq"}}).encode()
+    done = prune(hub, tmp_path, "owner/tiny")
+    assert done.returncode == 2
+    assert "owner/tiny is quantised with awq, which transformers cannot undo" in done.stderr
+    assert not any("model.safetensors" in path for path in hub.asked)
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,17 @@ def test_an_adapter_is_not_the_model(old: tuple[Path, dict[str, Tensor]]) -> Non
     assert same(everything(resolve(folder).folder), stored)
 
 
+def test_a_change_beside_the_weights_is_seen(old: tuple[Path, dict[str, Tensor]]) -> None:
+    folder, stored = old
+    torch.save(stored, folder / "pytorch_model.bin")
+    first = resolve(folder).folder
+    (folder / "generation_config.json").write_text('{"do_sample": true}')
+    second = resolve(folder).folder
+    assert second != first
+    assert (second / "generation_config.json").read_text() == '{"do_sample": true}'
+    assert resolve(folder).folder == second
+
+
 def test_a_killed_conversion_is_cleared_away(old: tuple[Path, dict[str, Tensor]], cache: Path) -> None:
     folder, stored = old
     torch.save(stored, folder / "pytorch_model.bin")

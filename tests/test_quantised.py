@@ -87,7 +87,10 @@ def fp8(folder: Path, family: str = "llama", rows: int = 8, columns: int = 16) -
 
 @pytest.mark.parametrize(("rows", "columns"), [(8, 16), (12, 20)], ids=["even", "blocks cut off at the edges"])
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
-def test_fp8_becomes_what_it_stands_for(family: str, rows: int, columns: int, tmp_path: Path) -> None:
+def test_fp8_becomes_what_it_stands_for(
+    family: str, rows: int, columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantised, "AT_ONCE", 600)  # one or two rows of blocks at a time
     plain = fp8(tmp_path / "model", family, rows, columns)
     source = resolve(tmp_path / "model")
     assert source.origin == "dequantised from fp8 to bfloat16"

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -22,9 +22,12 @@ from torch import Tensor
 from llmprune import memory
 from llmprune.errors import Failure, UserError
 from llmprune.model.index import TensorInfo, read_index, read_tensors
-from llmprune.model.skeleton import make_skeleton
+from llmprune.model.skeleton import load_config, make_skeleton
 from llmprune.progress import Progress
 from llmprune.recipe import DTYPES
+
+if TYPE_CHECKING:
+    from llmprune.model.source import Source
 
 BY_TENSOR = ("fp8", "mxfp8", "mxfp4")
 """Methods that are undone tensor by tensor."""
@@ -34,6 +37,9 @@ BY_MODEL = {"bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_te
 
 SHARD = 2**30
 """Bytes of a file that is written, and so of what is in memory; a larger tensor is a file by itself."""
+
+AT_ONCE = 2**24
+"""Elements that are held in float32 while a tensor is made plain, where its blocks are not larger."""
 
 _EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 _UNUSED = ("activation_scale", "input_scale")
@@ -219,7 +225,7 @@ def _scaled(values: Tensor, scales: Tensor, blocks: Any, dtype: torch.dtype) -> 
         return values.float().mul_(scales.reshape(())).to(dtype)
     if values.ndim == 3:
         made = torch.empty(values.shape, dtype=dtype)
-        scales = scales.reshape(len(values), *scales.shape[1:]) if scales.ndim == 3 else scales.reshape(-1, 1, 1)
+        scales = scales if scales.ndim == 3 else scales.reshape(-1, 1, 1)
         for expert, (part, scale) in enumerate(zip(values, scales, strict=True)):
             made[expert] = _scaled(part, scale, blocks, dtype)
         return made
@@ -237,7 +243,9 @@ def _scaled(values: Tensor, scales: Tensor, blocks: Any, dtype: torch.dtype) -> 
     rows, columns = sizes
     wide = scales.repeat_interleave(columns, 1)[:, : values.shape[1]]
     made = torch.empty(values.shape, dtype=dtype)
-    step = max(1, 2**24 // (rows * values.shape[1])) * rows  # a few blocks at a time, so that little is held in float32
+    step = (
+        max(1, AT_ONCE // (rows * values.shape[1])) * rows
+    )  # a few blocks at a time, so that little is held in float32
     for start in range(0, values.shape[0], step):
         part = values[start : start + step].float()
         scale = wide[start // rows : (start + step) // rows].repeat_interleave(rows, 0)
@@ -245,23 +253,24 @@ def _scaled(values: Tensor, scales: Tensor, blocks: Any, dtype: torch.dtype) -> 
     return made
 
 
-def dequantise_model(folder: Path, into: Path, found: Quantisation, dtype: str, trusted: bool) -> None:
+def dequantise_model(source: Source, into: Path, found: Quantisation, dtype: str) -> None:
     """Let transformers load a quantised model as a whole, undo its quantisation, and save it."""
     wanted, options = getattr(torch, dtype), {}
     if found.method == "compressed-tensors":
         options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=wanted, device_map="cpu", trust_remote_code=trusted, **options
+        source.folder, dtype=wanted, device_map="cpu", trust_remote_code=source.trusted, **options
     )
     if getattr(model, "hf_quantizer", None) is not None:
         model = model.dequantize(wanted)
     model.to(wanted).save_pretrained(into)
 
 
-def model_sizes(folder: Path, dtype: str, trusted: bool) -> tuple[int, int]:
+def model_sizes(source: Source, dtype: str) -> tuple[int, int]:
     """Bytes of a model whose weights are plain: on the disk, and in memory at the peak of `dequantise_model`."""
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
-    del config.quantization_config
-    model = make_skeleton(config, getattr(torch, dtype), trusted)
+    config = load_config(source)
+    for part in (config, config.get_text_config()):
+        part.__dict__.pop("quantization_config", None)
+    model = make_skeleton(config, getattr(torch, dtype), source.trusted)
     plain = sum(parameter.numel() for parameter in model.parameters()) * getattr(torch, dtype).itemsize
-    return plain, plain + sum(info.nbytes for info in read_index(folder).values())
+    return plain, plain + sum(info.nbytes for info in read_index(source.folder).values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import accelerate
@@ -16,25 +15,33 @@ if TYPE_CHECKING:
     from llmprune.model.source import Source
 
 
-def read_config(source: Source) -> Any:
-    """The config of a model that can be pruned.
+def load_config(source: Source) -> Any:
+    """The config of any model.
 
     Raises:
-        UserError: there is none, it cannot be used, it belongs to a quantised model or to no causal LM, or to one whose
-            code comes with it and is not trusted.
+        UserError: there is none, it cannot be used, or it takes code that comes with it and is not trusted.
     """
     if not (source.folder / "config.json").is_file():
         raise UserError(f"no config.json in {source.folder}: a model folder holds config.json and *.safetensors")
     try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trusted)
+        return AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trusted)
     except Exception as error:  # what is wrong in a config surfaces in many kinds, depending on the family
-        if not source.trusted and _brings_code(source):
+        if not source.trusted and "trust_remote_code" in str(error):
             raise UserError(
                 f"{source.name} brings code of its own (auto_map in config.json), which is not run unless asked: "
                 "read it, then give --trust-remote-code"
             ) from None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{source.name}: config.json cannot be used: {reason}") from None
+
+
+def read_config(source: Source) -> Any:
+    """The config of a model that can be pruned.
+
+    Raises:
+        UserError: as `load_config`; or it belongs to a quantised model or to no causal LM.
+    """
+    config = load_config(source)
     if quantised := getattr(config, "quantization_config", None):
         kind = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
         raise UserError(f"{source.name} is quantised ({kind}); prune the unquantised model, and quantise afterwards")
@@ -42,13 +49,6 @@ def read_config(source: Source) -> Any:
     if not own and type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(f"{source.name} is a {config.model_type!r} model, and transformers has no causal LM for that")
     return config
-
-
-def _brings_code(source: Source) -> bool:
-    try:
-        return "auto_map" in json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
 
 
 def make_skeleton(config: Any, dtype: torch.dtype, trusted: bool = False) -> Any:

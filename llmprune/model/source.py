@@ -190,8 +190,7 @@ def _from_pickles(source: Source, shown: Progress) -> Source:
     files = pickled(source.folder)
     if not files:
         return source
-    digest = hashlib.sha256("".join(content_sha256(path) for path in files).encode()).hexdigest()
-    folder = cache_folder() / "bin" / f"{source.folder.name}-{digest[:16]}"
+    folder = cache_folder() / "bin" / f"{source.folder.name}-{_digest(source.folder, files)}"
     with _drafted(folder, source.name, sum(path.stat().st_size for path in files)) as draft:
         if draft is not None:
             weight_map: dict[str, str] = {}
@@ -220,9 +219,7 @@ def _from_quantised(source: Source, found: Quantisation, dtype: str, most: int |
     config = quantised.plain_config(source.folder, dtype)
     wanted = config["dtype"]
     files = sorted({info.file for info in read_index(source.folder).values()})
-    digests = [content_sha256(path) for path in [source.folder / "config.json", *files]]
-    digest = hashlib.sha256("".join(digests).encode()).hexdigest()
-    folder = cache_folder() / "dequantised" / f"{source.folder.name}-{digest[:16]}-{wanted}"
+    folder = cache_folder() / "dequantised" / f"{source.folder.name}-{_digest(source.folder, files)}-{wanted}"
     made = replace(source, folder=folder, origin=f"dequantised from {found.method} to {wanted}")
     if folder.is_dir():
         return made
@@ -230,7 +227,7 @@ def _from_quantised(source: Source, found: Quantisation, dtype: str, most: int |
     if by_tensor:
         size = quantised.plain_size(source.folder, found, wanted)
     else:
-        size, peak = quantised.model_sizes(source.folder, wanted, source.trusted)
+        size, peak = quantised.model_sizes(source, wanted)
         check_memory(source.name, peak, most)
     with _drafted(folder, source.name, size) as draft:
         if draft is not None:
@@ -240,8 +237,10 @@ def _from_quantised(source: Source, found: Quantisation, dtype: str, most: int |
                 with shown.waiting(f"dequantising {found.method}, the whole model at once"):
                     try:
                         with quiet():
-                            quantised.dequantise_model(source.folder, draft, found, wanted, source.trusted)
-                    except (ImportError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+                            quantised.dequantise_model(source, draft, found, wanted)
+                    except (OSError, SafetensorError):
+                        raise
+                    except Exception as error:  # of transformers and the method's own package
                         reason = (str(error).splitlines() or [""])[0]
                         raise Failure(
                             f"{source.name}: transformers could not undo {found.method}: {type(error).__name__}: "
@@ -250,6 +249,12 @@ def _from_quantised(source: Source, found: Quantisation, dtype: str, most: int |
             _copy_side_files(source.folder, draft)
             (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return made
+
+
+def _digest(folder: Path, weights: list[Path]) -> str:
+    """Tells apart what a conversion depends on: the weights, and all that is copied beside them."""
+    files = sorted([*weights, *(folder / name for name in side_files(folder))])
+    return hashlib.sha256("".join(map(content_sha256, files)).encode()).hexdigest()[:16]
 
 
 def _copy_side_files(source: Path, draft: Path) -> None:
@@ -331,7 +336,7 @@ def _from_gguf(path: Path, dtype: str, most: int | None, shown: Progress) -> Sou
     unreadable = f"{path} could not be read as GGUF"
     try:
         size = sum(int(part.n_elements) for part in gguf.GGUFReader(path).tensors) * getattr(torch, wanted).itemsize
-    except (ValueError, OSError, IndexError, KeyError) as error:
+    except Exception as error:  # a broken file surfaces in many kinds
         raise Failure(f"{unreadable}: {type(error).__name__}: {error}") from None
     check_memory(path.name, size, most)
     with _drafted(folder, path.name, size) as draft, shown.waiting(f"dequantising {path.name}"):
