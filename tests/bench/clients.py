@@ -90,6 +90,9 @@ def with_torch(folder: Path, windows: numpy.ndarray, prompt: list[int], count: i
     return Answer(logits, tokens, speed)
 
 
+ANY_SHAPE = {"input_ids": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}}
+
+
 class Bare(torch.nn.Module):
     """Token ids in, logits out."""
 
@@ -103,10 +106,12 @@ class Bare(torch.nn.Module):
 
 
 def openvino_direct(folder: Path, work: Path, windows: numpy.ndarray, prompt: list[int], count: int) -> Answer:
-    """openvino.convert_model on the torch module."""
+    """torch.export.export, openvino.convert_model."""
     import openvino
 
-    converted = openvino.convert_model(Bare(folder), example_input=torch.tensor(windows[:1]), input=[-1, -1])
+    with torch.no_grad():
+        program = torch.export.export(Bare(folder), (torch.tensor(windows[:2, :48]),), dynamic_shapes=ANY_SHAPE)
+    converted = openvino.convert_model(program)
     openvino.save_model(converted, work / "model.xml", compress_to_fp16=False)
     compiled = openvino.Core().compile_model(work / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
@@ -159,12 +164,11 @@ def onnx_runtime(folder: Path, work: Path, windows: numpy.ndarray, prompt: list[
     """torch.onnx.export, onnxruntime.InferenceSession."""
     import onnxruntime
 
-    shapes = {"input_ids": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}}
     example = (torch.tensor(windows[:2, :48]),)
     with torch.no_grad():
         torch.onnx.export(
             Bare(folder), example, work / "model.onnx", dynamo=True, input_names=["input_ids"],
-            output_names=["logits"], dynamic_shapes=shapes, external_data=True,
+            output_names=["logits"], dynamic_shapes=ANY_SHAPE, external_data=True,
         )  # fmt: skip
     session = onnxruntime.InferenceSession(str(work / "model.onnx"), providers=["CPUExecutionProvider"])
 
@@ -322,7 +326,7 @@ def compare(name: str, folder: Path, given: Path) -> Row:
         with tempfile.TemporaryDirectory() as work:
             found = client.run(folder, Path(work), windows, kept["prompt"].tolist(), len(tokens))
     except Exception as error:
-        row.failure = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        row.failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return row
     row.same, row.of = sum(a == b for a, b in zip(found.tokens, tokens, strict=False)), len(tokens)
     row.speed, row.reference, row.ok = found.speed, perplexity(kept["logits"], windows), row.same == row.of
