@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import llmprune.cli
@@ -112,6 +113,28 @@ def test_a_file_is_read_for_its_hash_once(hub: Hub, prune, tmp_path: Path, monke
     stored.write_bytes(b"other")
     with pytest.raises(llmprune.Failure, match="its sha256 is another"):
         source.resolve("owner/tiny")
+
+
+def test_a_model_that_is_only_pickled(tmp_path: Path) -> None:
+    source = make("llama", tmp_path / "source")
+    stored = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    torch.save(stored, source / "pytorch_model-00001-of-00001.bin")
+    listing = {"weight_map": dict.fromkeys(stored, "pytorch_model-00001-of-00001.bin")}
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps(listing))
+    with serving(source) as hub:
+        done = prune(hub, tmp_path, "owner/tiny")
+    assert done.returncode == 0, done.stderr
+    assert "converting pickled weights 1/1" in done.stderr
+
+
+def test_what_cannot_be_dequantised_is_refused_before_its_weights_come(hub: Hub, tmp_path: Path) -> None:
+    config = json.loads(hub.files["config.json"])
+    hub.files["config.json"] = json.dumps({**config, "quantization_config": {"quant_method": "awq"}}).encode()
+    done = prune(hub, tmp_path, "owner/tiny")
+    assert done.returncode == 2
+    assert "owner/tiny is quantised with awq, which transformers cannot undo" in done.stderr
+    assert not any("model.safetensors" in path for path in hub.asked)
 
 
 @pytest.mark.parametrize(

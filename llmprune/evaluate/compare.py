@@ -34,7 +34,8 @@ from llmprune.evaluate.pieces import Pieces, States, holding, write_json
 from llmprune.evaluate.stream import final_states
 from llmprune.model import blocks
 from llmprune.model.checkpoint import Checkpoint
-from llmprune.model.source import resolve, sha256_of
+from llmprune.model.files import sha256_of
+from llmprune.model.source import resolve
 from llmprune.model.writer import fingerprint_files
 from llmprune.progress import Progress, of_first
 from llmprune.recipe import Evaluation

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmprune import memory
 from llmprune.errors import Failure, UserError
+from llmprune.model.quiet import quiet
 from llmprune.model.skeleton import pick_device
-from llmprune.model.source import Source, quiet
+from llmprune.model.source import Source
 from llmprune.model.writer import EVALUATION
 from llmprune.progress import Progress, Silent
 from llmprune.report.results import Generation, read_generations

@@ -30,8 +30,9 @@ from transformers.core_model_loading import (
 from llmprune import memory
 from llmprune.errors import Failure, UserError
 from llmprune.model.index import read_header, read_index, read_tensors
+from llmprune.model.quiet import quiet
 from llmprune.model.skeleton import decoder_prefix, find_blocks, make_skeleton, pick_device, read_config
-from llmprune.model.source import Source, quiet
+from llmprune.model.source import Source
 from llmprune.parts import not_finite
 
 
@@ -101,7 +102,7 @@ class Checkpoint:
         with quiet():
             self.config = read_config(source)
             self.dtype = self._run_dtype(dtype)
-            self.model = make_skeleton(self.config, self.dtype)
+            self.model = make_skeleton(self.config, self.dtype, source.trusted)
         self.model.eval()
         self.blocks = find_blocks(self.model)
         self._run_dtypes = self._plan_dtypes()
@@ -112,8 +113,14 @@ class Checkpoint:
         """The model's tokenizer."""
         try:
             with quiet():
-                return transformers.AutoTokenizer.from_pretrained(self.source.folder, trust_remote_code=False)
+                folder, trusted = self.source.folder, self.source.trusted
+                return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
         except (OSError, ValueError, KeyError, ImportError) as error:
+            if not self.source.trusted and "trust_remote_code" in str(error):
+                raise UserError(
+                    f"the tokenizer of {self.source.name} is code of its own, which is not run unless asked: read it, "
+                    "then give --trust-remote-code"
+                ) from None
             raise UserError(f"{self.source.name} has no tokenizer that can be loaded: {error}") from None
 
     def forget_tokenizer(self) -> None:
