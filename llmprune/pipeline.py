@@ -217,7 +217,7 @@ def draw_page(report: Report, source: Source) -> None:
     try:
         from llmprune.report.page import draw  # plotly takes memory that the blocks may need
 
-        draw(report.out, source=source)
+        draw(report.out, source=source, trust_remote_code=source.trusted)
         report.page_problem = None
     except (Exception, KeyboardInterrupt) as error:
         reason = next(iter(str(error).strip().splitlines()), "no reason given")
@@ -253,7 +253,10 @@ def plan(
     """What `prune` would do with these arguments, before any work; see `prune`."""
     chosen = assemble(recipe, options)
     memory.frugal()
-    checkpoint, made = _plan(_find(model, chosen, of_first(progress)), chosen)
+    shown = of_first(progress)
+    source = _find(model, chosen, shown)
+    with shown.waiting("planning"):
+        checkpoint, made = _plan(source, chosen)
     for text in (chosen.calibration.source if made.needs_data else None, chosen.evaluate.text):
         if text is not None:
             data.check(text)

@@ -23,7 +23,7 @@ from llmprune.errors import Failure, UserError
 from llmprune.model import convert
 from llmprune.model.index import read_index, read_tensors
 from llmprune.model.pickles import read_pickle
-from llmprune.model.source import resolve
+from llmprune.model.source import present, resolve
 from tests.families import make
 
 
@@ -202,6 +202,17 @@ def test_a_change_beside_the_weights_is_seen(old: tuple[Path, dict[str, Tensor]]
     assert second != first
     assert (second / "generation_config.json").read_text() == '{"do_sample": true}'
     assert resolve(folder).folder == second
+
+
+def test_what_was_converted_is_found_again(old: tuple[Path, dict[str, Tensor]], cache: Path) -> None:
+    folder, stored = old
+    torch.save(stored, folder / "pytorch_model.bin")
+    assert present(str(folder), None) is None
+    assert not cache.exists()
+    made = resolve(folder)
+    assert present(str(folder), None) == made
+    torch.save({"other": torch.ones(2)}, folder / "pytorch_model.bin")
+    assert present(str(folder), None) is None
 
 
 def test_a_killed_conversion_is_cleared_away(old: tuple[Path, dict[str, Tensor]], cache: Path) -> None:

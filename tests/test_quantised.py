@@ -17,9 +17,13 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 import llmprune
 from llmprune import memory
 from llmprune.errors import Failure, UserError
+from llmprune.evaluate.compare import compare
 from llmprune.model import quantised
 from llmprune.model.index import read_index, read_tensors
-from llmprune.model.source import resolve
+from llmprune.model.source import present, resolve
+from llmprune.report import page
+from llmprune.report.card import make_card
+from llmprune.sweep import sweep
 from tests.families import make
 
 LARGEST = 448.0  # of float8_e4m3fn
@@ -304,6 +308,32 @@ def test_inspect_takes_a_quantised_model_as_it_is(tmp_path: Path, cache: Path) -
     found = {matrix.name: matrix for matrix in llmprune.inspect(tmp_path / "model").matrices}
     assert found["model.layers.0.mlp.up_proj.weight"].dtype == "float8_e4m3fn"
     assert not cache.exists()
+
+
+def test_the_dense_model_of_a_run_is_found_once_it_is_plain(tmp_path: Path, cache: Path) -> None:
+    fp8(tmp_path / "model")
+    name = str(tmp_path / "model")
+    assert present(name, None) is None
+    assert not cache.exists()
+    made = resolve(name)
+    assert present(name, None) == made
+    assert present(name, None, "float32") is None
+    save_file({}, tmp_path / "model" / "model.safetensors")
+    assert present(name, None) is None
+
+
+def test_quantised_models_are_compared_and_swept(tmp_path: Path, text: str) -> None:
+    fp8(tmp_path / "model")
+    name = str(tmp_path / "model")
+    report = llmprune.prune(name, out=tmp_path / "out", method="magnitude")
+    found = compare(name, [tmp_path / "out"], text=text, length=32)
+    assert [model.name for model in found.models] == ["model", "out"]
+    made = sweep(name, out=tmp_path / "swept", sparsity=["50%"], method=["magnitude"], evaluate=text)
+    assert [point.name for point in made.points] == ["magnitude-50"]
+    drawn = page.draw(tmp_path / "out")
+    assert drawn.source == resolve(name).folder
+    card = str(make_card(report.to_dict(), [], "owner/sparse", {}))
+    assert "The dense weights were dequantised from fp8 to bfloat16 before." in card
 
 
 def compressed(folder: Path) -> dict[str, Tensor]:

@@ -218,6 +218,36 @@ def test_tasks_run_on_it_too(twig: Path, tmp_path: Path) -> None:
     assert {score["task"] for score in scores} == {"said", "made"}
 
 
+def test_compare_sweep_report_and_push_run_code_only_where_asked(
+    twig: Path, trap: Path, text: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    sparse = ["--method", "magnitude", "--sparsity", "50%"]
+    assert run("prune", str(twig), "-o", str(out), *sparse, "--trust-remote-code", tmp_path=tmp_path).returncode == 0
+    measured = ["--perplexity", text]
+    asking = {
+        "compare": ["compare", str(twig), str(out), *measured, "--length", "32"],
+        "sweep": ["sweep", str(twig), "-o", str(tmp_path / "swept"), *sparse, *measured, "--set", "evaluate.length=32"],
+        "report": ["report", str(out), "--prompt", "The quick", "--tokens", "3"],
+        "push": ["push", str(out), "--to", "owner/twig", "--dry-run"],
+    }
+    trap.unlink()
+    for command, arguments in asking.items():
+        done = run(*arguments, tmp_path=tmp_path)
+        assert done.returncode == 2, command
+        assert "then give --trust-remote-code" in done.stderr, command
+        assert not trap.exists(), command
+    said = {}
+    for command, arguments in asking.items():
+        done = run(*arguments, "--trust-remote-code", tmp_path=tmp_path)
+        assert done.returncode == 0, done.stderr
+        said[command] = done.stdout
+    assert "trust_remote_code=True" in said["push"]
+    (answer,) = json.loads((out / "evaluation" / "generations.json").read_text())
+    assert answer["dense"]
+    assert answer["sparse"]
+
+
 def test_known_models_that_bring_code_too_are_run_by_transformers_own(tmp_path: Path, trap: Path) -> None:
     from llmprune.model.checkpoint import Checkpoint
     from llmprune.model.source import resolve

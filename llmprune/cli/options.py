@@ -110,7 +110,7 @@ def listed(text: str) -> list[str]:
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """Where an evaluation runs."""
+    """Where an evaluation runs, and whether with code that comes with the model."""
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... [a GPU where there is one]")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 [the checkpoint's]")
     add_trust(parser.add_argument)

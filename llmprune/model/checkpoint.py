@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -31,7 +30,14 @@ from llmprune import memory
 from llmprune.errors import Failure, UserError
 from llmprune.model.index import read_header, read_index, read_tensors
 from llmprune.model.quiet import quiet
-from llmprune.model.skeleton import decoder_prefix, find_blocks, make_skeleton, pick_device, read_config
+from llmprune.model.skeleton import (
+    decoder_prefix,
+    find_blocks,
+    load_tokenizer,
+    make_skeleton,
+    pick_device,
+    read_config,
+)
 from llmprune.model.source import Source
 from llmprune.parts import not_finite
 
@@ -111,17 +117,7 @@ class Checkpoint:
     @cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
-        try:
-            with quiet():
-                folder, trusted = self.source.folder, self.source.trusted
-                return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            if not self.source.trusted and "trust_remote_code" in str(error):
-                raise UserError(
-                    f"the tokenizer of {self.source.name} is code of its own, which is not run unless asked: read it, "
-                    "then give --trust-remote-code"
-                ) from None
-            raise UserError(f"{self.source.name} has no tokenizer that can be loaded: {error}") from None
+        return load_tokenizer(self.source)
 
     def forget_tokenizer(self) -> None:
         """Give the memory of the tokenizer back; it is loaded again when it is asked for."""

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import accelerate
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llmprune.errors import UserError
+from llmprune.model.quiet import quiet
 
 if TYPE_CHECKING:
     from llmprune.model.source import Source
@@ -33,6 +34,24 @@ def load_config(source: Source) -> Any:
             ) from None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{source.name}: config.json cannot be used: {reason}") from None
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        UserError: there is none, it cannot be used, or it is code that is not trusted.
+    """
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trusted)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if not source.trusted and "trust_remote_code" in str(error):
+            raise UserError(
+                f"the tokenizer of {source.name} is code of its own, which is not run unless asked: read it, then give "
+                "--trust-remote-code"
+            ) from None
+        raise UserError(f"{source.name} has no tokenizer that can be loaded: {error}") from None
 
 
 def read_config(source: Source) -> Any:
