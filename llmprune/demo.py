@@ -18,7 +18,8 @@ from huggingface_hub.errors import HTTPError
 
 from llmprune.errors import Failure
 from llmprune.evaluate import generate
-from llmprune.model.source import cache_folder, resolve, sha256_of
+from llmprune.model.files import cache_folder, sha256_of
+from llmprune.model.source import resolve
 from llmprune.pipeline import draw_page, prune
 from llmprune.progress import Progress, Silent
 from llmprune.recipe import Recipe, assemble

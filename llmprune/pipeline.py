@@ -69,8 +69,10 @@ def prune(
 
 def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, shown: Progress) -> Report:
     clock = Clock()
+    with clock("plan"):
+        source = _find(model, recipe, shown)
     with clock("plan"), shown.waiting("planning"):
-        checkpoint, plan = _plan(model, recipe)
+        checkpoint, plan = _plan(source, recipe)
     tokens, text, fingerprint = _prepare(checkpoint, plan, recipe, out, restart, clock, shown)
     with writing(out, checkpoint, recipe.shard_size, restart) as writer, _interruptible(writer, plan):
         resumed = distributed.share(not restart and writer.recover(fingerprint, shown))
@@ -80,6 +82,7 @@ def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, sh
             writer.begin(fingerprint, vars(before) if before else None)
         report = Report(writer.out, checkpoint.source.name, checkpoint.source.revision, recipe.to_dict(), plan.weights)
         report.base = dict(checkpoint.source.base)
+        report.origin = checkpoint.source.origin
         report.resumed = len(writer.records) if resumed else None
         with quick(checkpoint.device, checkpoint.dtype):
             prune_blocks(checkpoint, plan, tokens, writer, clock, shown)
@@ -135,7 +138,8 @@ def _finish(writer: Writer, report: Report, clock: Clock, shown: Progress) -> No
         report.add_block(record)
     with clock("verify"):
         linears = [vars(record) for record in report.linears]
-        verdict = compare(writer.out, linears, writer.hashes, shown)
+        trusted = report.recipe["trust_remote_code"]
+        verdict = compare(writer.out, linears, writer.hashes, shown, trusted)
         verdict.problems += [f"{name} no longer holds what was written" for name in verdict.changed]
         verdict.raise_for_problems()
     report.shards, report.side_files, report.versions = writer.hashes, writer.side_files, versions()
@@ -146,7 +150,8 @@ def _evaluate(out: Path, recipe: Recipe, text: perplexity.Text, plan: Plan, show
     together = all(distributed.gather((out / INDEX).is_file()))
     if not together and not distributed.is_first():
         return None
-    written = Checkpoint(Source(str(out), out), distributed.local_device(recipe.device), recipe.dtype)
+    source = Source(str(out), out, trusted=recipe.trust_remote_code)
+    written = Checkpoint(source, distributed.local_device(recipe.device), recipe.dtype)
     title = "evaluating the sparse model"
     return perplexity.measure(written, text, shown, title, plan.spare, alone=not together)
 
@@ -212,7 +217,7 @@ def draw_page(report: Report, source: Source) -> None:
     try:
         from llmprune.report.page import draw  # plotly takes memory that the blocks may need
 
-        draw(report.out, source=source)
+        draw(report.out, source=source, trust_remote_code=source.trusted)
         report.page_problem = None
     except (Exception, KeyboardInterrupt) as error:
         reason = next(iter(str(error).strip().splitlines()), "no reason given")
@@ -239,22 +244,35 @@ def _as_written(block: LoadedBlock, choices: tuple[Choice, ...]) -> None:
 
 
 def plan(
-    model: str | Path, *, recipe: Recipe | Mapping[str, Any] | str | Path | None = None, **options: Any
+    model: str | Path,
+    *,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    progress: Progress | None = None,
+    **options: Any,
 ) -> tuple[Checkpoint, Plan]:
     """What `prune` would do with these arguments, before any work; see `prune`."""
     chosen = assemble(recipe, options)
     memory.frugal()
-    checkpoint, made = _plan(model, chosen)
+    shown = of_first(progress)
+    source = _find(model, chosen, shown)
+    with shown.waiting("planning"):
+        checkpoint, made = _plan(source, chosen)
     for text in (chosen.calibration.source if made.needs_data else None, chosen.evaluate.text):
         if text is not None:
             data.check(text)
     return checkpoint, made
 
 
-def _plan(model: str | Path, recipe: Recipe) -> tuple[Checkpoint, Plan]:
+def _find(model: str | Path, recipe: Recipe, shown: Progress) -> Source:
+    cap = parse_size(recipe.max_memory) if recipe.max_memory is not None else None
     with distributed.first():  # who downloads or converts the model, and tells what is wrong with the request
-        device = distributed.local_device(recipe.device)
-        checkpoint = Checkpoint(resolve(model, recipe.dtype), device, recipe.dtype)
+        trusted = recipe.trust_remote_code
+        return resolve(model, recipe.dtype, trust_remote_code=trusted, most=cap, progress=shown)
+
+
+def _plan(source: Source, recipe: Recipe) -> tuple[Checkpoint, Plan]:
+    with distributed.first():
+        checkpoint = Checkpoint(source, distributed.local_device(recipe.device), recipe.dtype)
     had = room(checkpoint, parse_size(recipe.max_memory) if recipe.max_memory is not None else None)
     with distributed.first():
         made = make_plan(checkpoint, recipe, had)

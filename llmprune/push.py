@@ -69,6 +69,7 @@ def push(
     base_model: str | None = None,
     license: str | None = None,
     dry_run: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Pushed:
     """Verify a pruned checkpoint, write its model card, and send it to the Hub.
@@ -85,6 +86,7 @@ def push(
         base_model: the dense model's name on the Hub, where the run does not know it.
         license: for the card, instead of that of the dense model.
         dry_run: send nothing and write nothing.
+        trust_remote_code: run code that comes with the model, to verify it.
         progress: where to show how far the work is.
 
     Raises:
@@ -99,7 +101,7 @@ def push(
     if not dry_run:
         with shown.waiting("asking the Hub"):
             hub.check_may_write(to, private=private, create_pr=create_pr)
-    verdict = verify(place, progress=shown)
+    verdict = verify(place, progress=shown, trust_remote_code=trust_remote_code)
     if not verdict.ok:
         raise Failure(f"nothing was pushed: {verdict.problems[0]} (`llmprune verify {folder}` shows all)")
     pushed = Pushed(to, {}, "")

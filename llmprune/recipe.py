@@ -112,6 +112,7 @@ class Recipe:
         max_memory: the most that the process may take of the host's memory (`8GiB`); the work is laid out so that it
             fits. By default what is free.
         evaluate: perplexity before and after.
+        trust_remote_code: run code that comes with the model (`auto_map` in its config); off unless asked.
     """
 
     sparsity: str | float = "50%"
@@ -125,6 +126,7 @@ class Recipe:
     shard_size: str = "5GB"
     max_memory: str | None = None
     evaluate: Evaluation = field(default_factory=Evaluation)
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

@@ -114,20 +114,19 @@ def sweep(
     base = assemble(recipe, options)
     evaluation = base.evaluate if base.evaluate.text is not None else replace(base.evaluate, text="wikitext2")
     own = tuple(map(str, include_path))
-    asked = Asked(evaluation, tuple(tasks), shots, limit, own, batch, base.device, base.dtype)
+    asked = Asked(evaluation, tuple(tasks), shots, limit, own, batch, base.device, base.dtype, base.trust_remote_code)
     base = replace(base, evaluate=Evaluation())
     points = _points(base, sparsity, method, keep_models)
     folder, shown = Path(out).expanduser().absolute(), of_first(progress)
     memory.frugal()
     with torch.no_grad(), distributed.joined():
-        with shown.waiting("planning"):
-            tokens = _plan(model, base, points)
+        tokens = _plan(model, base, points, shown)
         with holding(folder):
             distributed.share(None)  # the first rank has made it
             if not all(distributed.gather(folder.is_dir())):
                 raise UserError(f"{out} is not seen by every rank: choose a folder that is, or run on one machine")
             with distributed.first():
-                opened = asked.open(model)
+                opened = asked.open(model, shown)
             reference = Reference(opened, asked, folder, shown)
             _check(folder, {"recipe": _shared(base), "calibration tokens": tokens, **reference.request()})
             dense = reference.measure(reference.checkpoint, DENSE)
@@ -211,9 +210,9 @@ def _shared(base: Recipe) -> dict[str, Any]:
     return shared
 
 
-def _plan(model: str | Path, base: Recipe, points: Sequence[Point]) -> str | None:
+def _plan(model: str | Path, base: Recipe, points: Sequence[Point], progress: Progress) -> str | None:
     """Plan all points, so that no mistake shows after hours; returns the hash of the calibration tokens."""
-    checkpoint, first = pipeline.plan(model, recipe=_recipe(base, points[0]))
+    checkpoint, first = pipeline.plan(model, recipe=_recipe(base, points[0]), progress=progress)
     plans = [first]
     for point in points[1:]:
         try:
@@ -258,7 +257,7 @@ def _bring(folder: Path, point: Point, recipe: Recipe, reference: Reference, ask
         report = _pruned(reference.checkpoint.source.name, place, recipe, progress)
         if not all(distributed.gather((place / INDEX).is_file())):
             raise UserError(f"{place} is not seen by every rank: choose a folder that is, or run on one machine")
-        measured = reference.measure(asked.open(place), point.name)
+        measured = reference.measure(asked.open(place, progress), point.name)
         done = {"point": asdict(point), "measured": measured.to_dict(), "report": report}
         if distributed.is_first():
             write_json(record, done)

@@ -12,7 +12,8 @@ import llmprune
 from llmprune.model import blocks
 from llmprune.model.checkpoint import Checkpoint, read_index
 from llmprune.model.linears import find_linears
-from llmprune.model.source import quiet, resolve
+from llmprune.model.quiet import quiet
+from llmprune.model.source import resolve
 from tests.families import FAMILIES, VOCABULARY, make
 
 CORE = (

@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import llmprune.cli
 from llmprune import hub as rules
+from llmprune.model import download
+from llmprune.model.source import present, resolve
 from tests.families import make
 from tests.hub import COMMIT, TOKEN, Fault, Hub, environment, reach, serving
 
@@ -104,14 +107,39 @@ def test_a_file_is_read_for_its_hash_once(hub: Hub, prune, tmp_path: Path, monke
     assert prune("owner/tiny")[0] == 0
     stored = next(Path(tmp_path / "home" / "hub").rglob("model.safetensors")).resolve()
     read: list[Path] = []
-    from llmprune.model import source
-
-    monkeypatch.setattr(source, "sha256_of", lambda path: read.append(path) or "")
-    source.resolve("owner/tiny")
+    monkeypatch.setattr(download, "sha256_of", lambda path: read.append(path) or "")
+    resolve("owner/tiny")
     assert read == []
     stored.write_bytes(b"other")
     with pytest.raises(llmprune.Failure, match="its sha256 is another"):
-        source.resolve("owner/tiny")
+        resolve("owner/tiny")
+
+
+def test_a_model_that_is_only_pickled(hub: Hub, model: Path, tmp_path: Path, prune) -> None:
+    files = hub.repositories["owner/tiny"].files
+    stored = load_file(model / "model.safetensors")
+    del files["model.safetensors"], files["pytorch_model.bin"]
+    torch.save(stored, tmp_path / "stored.bin")
+    files["pytorch_model-00001-of-00001.bin"] = (tmp_path / "stored.bin").read_bytes()
+    listing = {"weight_map": dict.fromkeys(stored, "pytorch_model-00001-of-00001.bin")}
+    files["pytorch_model.bin.index.json"] = json.dumps(listing).encode()
+    assert present("owner/tiny", COMMIT) is None
+    assert prune("owner/tiny")[0] == 0
+    found = present("owner/tiny", COMMIT)
+    assert found is not None
+    assert found.folder.parent.name == "bin"
+    written = load_file(found.folder / "model-00001-of-00001.safetensors")
+    assert all(torch.equal(written[key], stored[key]) for key in written)
+
+
+def test_what_cannot_be_dequantised_is_refused_before_its_weights_come(hub: Hub, prune) -> None:
+    files = hub.repositories["owner/tiny"].files
+    config = json.loads(files["config.json"])
+    files["config.json"] = json.dumps({**config, "quantization_config": {"quant_method": "awq"}}).encode()
+    code, said = prune("owner/tiny")
+    assert code == 2
+    assert "owner/tiny is quantised with awq, which transformers cannot undo" in said
+    assert not any("model.safetensors" in path for path in hub.asked)
 
 
 @pytest.mark.parametrize(

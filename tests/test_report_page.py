@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import llmprune
 from llmprune.errors import UserError
-from llmprune.model.source import present
+from llmprune.model.source import Source, present
 from llmprune.model.writer import PAGE, REPORT, side_files
 from llmprune.report import page, plots, weights
 from llmprune.report.record import BlockRecord, LinearRecord, Perplexity, Report, Score
@@ -308,7 +308,9 @@ class TestWhatWasFoundLater:
             logits = loaded(ids).logits[0, -1].detach()
             logits[2] = -torch.inf  # the end is not to come before the least number of tokens
             ids = torch.cat([ids, logits.argmax().view(1, 1)], 1)
-        assert answers(model, ["Shall I"], 5) == [tokenizer().decode(ids[0, 7:], skip_special_tokens=True).strip()]
+        assert answers(Source(str(model), model), ["Shall I"], 5) == [
+            tokenizer().decode(ids[0, 7:], skip_special_tokens=True).strip()
+        ]
 
 
 class TestHostileNames:

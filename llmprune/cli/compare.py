@@ -31,6 +31,7 @@ def run(chosen: argparse.Namespace) -> int:
     names, options = task_options(chosen)
     text = chosen.text or (None if names else "wikitext2")
     where = {"device": chosen.device, "dtype": chosen.dtype, "out": chosen.out, "progress": Bars()}
+    where["trust_remote_code"] = chosen.trust_remote_code
     with distributed.joined():
         found = compare(chosen.dense, chosen.models, text=text, length=chosen.length, tasks=names, **options, **where)
         if distributed.is_first():

@@ -35,6 +35,7 @@ def run(chosen: argparse.Namespace) -> int:
     names, options = task_options(chosen)
     text = chosen.text or (None if names else "wikitext2")
     where = {"device": chosen.device, "dtype": chosen.dtype, "progress": Bars()}
+    where["trust_remote_code"] = chosen.trust_remote_code
     told: dict[str, Any] = {"model": chosen.model}
     raw: dict[str, Any] | None = None
     folder = None if chosen.out is None else Path(chosen.out)

@@ -45,6 +45,7 @@ def add_recipe(parser: argparse.ArgumentParser, several: bool = False) -> None:
     add("--shard-size", metavar="SIZE", help="the largest file to write [5GB]")
     cap = f"stay below this much of the host's memory{' while pruning' if several else ''}, such as 8GiB [what is free]"
     add("--max-memory", metavar="SIZE", help=cap)
+    add_trust(add)
     if several:
         text = "measure perplexity and divergence on this text [wikitext2]"
         add("--perplexity", "--evaluate", dest="evaluate", metavar="TEXT", help=text)
@@ -61,6 +62,7 @@ def recipe_options(chosen: argparse.Namespace, default: Mapping[str, Any] | None
     """
     names = ("sparsity", "method", "scope", "calibration", "samples", "length", "seed", "device", "dtype")
     options = {name: getattr(chosen, name) for name in (*names, "shard_size", "max_memory", "evaluate")}
+    options["trust_remote_code"] = chosen.trust_remote_code or None
     recipe = assemble(chosen.recipe if chosen.recipe is not None else default, options)
     if chosen.ignore:
         recipe = recipe.override("ignore", [*recipe.ignore, *chosen.ignore])
@@ -109,9 +111,15 @@ def listed(text: str) -> list[str]:
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """Where an evaluation runs."""
+    """Where an evaluation runs, and whether with code that comes with the model."""
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... [a GPU where there is one]")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 [the checkpoint's]")
+    add_trust(parser.add_argument)
+
+
+def add_trust(add: Callable[..., Any]) -> None:
+    """The switch for models with code of their own."""
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model; read it before")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -24,9 +24,10 @@ def run(chosen: argparse.Namespace) -> int:
 
     from llmprune.model.blocks import summary
     from llmprune.pipeline import plan
+    from llmprune.progress import Bars
     from llmprune.report import tables
 
-    checkpoint, made = plan(chosen.model, **recipe_options(chosen))
+    checkpoint, made = plan(chosen.model, progress=Bars(), **recipe_options(chosen))
     if chosen.json:
         print_json(made.to_dict())
         return 0
@@ -34,6 +35,8 @@ def run(chosen: argparse.Namespace) -> int:
     console.print(
         f"{checkpoint.source.name}: {type(checkpoint.model).__name__}, {summary(checkpoint)}", highlight=False
     )
+    if checkpoint.source.origin:
+        console.print(f"{checkpoint.source.origin}, kept in {checkpoint.source.folder}", highlight=False)
     console.print(tables.plan_table(made, chosen.all))
     console.print(f"covered      {made.covered:.1%} of {made.weights:,} weights", highlight=False)
     shown = {name: share for name, share in made.uncovered.items() if share >= 0.001}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from llmprune.cli.options import add_json, add_token, print_json
+from llmprune.cli.options import add_json, add_token, add_trust, print_json
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     kept = "what to do about a README.md in the folder that was written or changed by hand [keep]"
     add("--card", choices=("keep", "new"), default="keep", help=kept)
     add("--dry-run", action="store_true", help="show the card and the files, and send nothing")
+    add_trust(add)
     add_token(parser)
     add_json(parser)
 
@@ -46,6 +47,7 @@ def run(chosen: argparse.Namespace) -> int:
             base_model=chosen.base_model,
             license=chosen.license,
             dry_run=chosen.dry_run,
+            trust_remote_code=chosen.trust_remote_code,
             progress=Bars(),
         )
     print_json(pushed.to_dict()) if chosen.json else show(pushed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from llmprune.cli.options import add_json, print_json
+from llmprune.cli.options import add_json, add_trust, print_json
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--prompt", action="append", default=[], metavar="TEXT", help="let both models answer it, and show that; repeat"
     )
     add("--tokens", type=int, default=48, metavar="N", help="the most that an answer has [48]")
+    add_trust(add)
     add_json(parser)
 
 
@@ -33,7 +34,7 @@ def run(chosen: argparse.Namespace) -> int:
     if chosen.prompt:
         ask(chosen)
     with Bars().waiting("drawing"):
-        drawn = draw(chosen.folder, linears=chosen.linears)
+        drawn = draw(chosen.folder, linears=chosen.linears, trust_remote_code=chosen.trust_remote_code)
     if chosen.json:
         print_json(vars(drawn))
     else:
@@ -55,5 +56,6 @@ def ask(chosen: argparse.Namespace) -> None:
     if chosen.tokens < 1:
         raise UserError(f"--tokens takes a number of at least 1, not {chosen.tokens}")
     out = Path(chosen.folder).expanduser()
-    dense = find_dense(read_results(out).report)
-    keep(out, side_by_side(out, dense, chosen.prompt, chosen.tokens, Bars()))
+    trusted = chosen.trust_remote_code
+    dense = find_dense(read_results(out).report, trusted)
+    keep(out, side_by_side(out, dense, chosen.prompt, chosen.tokens, Bars(), trusted))

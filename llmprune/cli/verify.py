@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 
-from llmprune.cli.options import add_json, print_json
+from llmprune.cli.options import add_json, add_trust, print_json
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The arguments."""
     parser.add_argument("folder", help="a folder written by llmprune")
+    add_trust(parser.add_argument)
     add_json(parser)
 
 
@@ -21,7 +22,7 @@ def run(chosen: argparse.Namespace) -> int:
     from llmprune.progress import Bars
     from llmprune.report.verify import verify
 
-    verdict = verify(chosen.folder, progress=Bars())
+    verdict = verify(chosen.folder, progress=Bars(), trust_remote_code=chosen.trust_remote_code)
     if chosen.json:
         print_json(verdict.to_dict())
     else:

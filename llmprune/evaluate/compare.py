@@ -34,7 +34,8 @@ from llmprune.evaluate.pieces import Pieces, States, holding, write_json
 from llmprune.evaluate.stream import final_states
 from llmprune.model import blocks
 from llmprune.model.checkpoint import Checkpoint
-from llmprune.model.source import resolve, sha256_of
+from llmprune.model.files import sha256_of
+from llmprune.model.source import resolve
 from llmprune.model.writer import fingerprint_files
 from llmprune.progress import Progress, of_first
 from llmprune.recipe import Evaluation
@@ -55,7 +56,7 @@ class Asked:
     Attributes:
         evaluation: the text, and how it is cut; without a text there is no perplexity and no divergence.
         tasks, shots, limit, include_path, batch: as for `tasks.evaluate`.
-        device, dtype: as in a recipe.
+        device, dtype, trust_remote_code: as in a recipe.
     """
 
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -66,14 +67,16 @@ class Asked:
     batch: int | None = None
     device: str = "auto"
     dtype: str = "auto"
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if self.evaluation.stride is not None:
             raise UserError("models are compared on windows that do not overlap: leave the stride out")
 
-    def open(self, model: str | Path) -> Checkpoint:
+    def open(self, model: str | Path, progress: Progress) -> Checkpoint:
         """A checkpoint on the device and in the dtype of the comparison."""
-        return Checkpoint(resolve(model, self.dtype), distributed.local_device(self.device), self.dtype)
+        source = resolve(model, self.dtype, trust_remote_code=self.trust_remote_code, progress=progress)
+        return Checkpoint(source, distributed.local_device(self.device), self.dtype)
 
 
 @dataclass
@@ -117,6 +120,7 @@ def compare(
     batch: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    trust_remote_code: bool = False,
     out: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
@@ -128,7 +132,7 @@ def compare(
             it makes other tokens of the text, its perplexity is of these and not compared.
         text, length: for perplexity and divergence; see `perplexity`.
         tasks, shots, limit, include_path, batch: for the tasks; see `tasks.evaluate`.
-        device, dtype: as in a recipe.
+        device, dtype, trust_remote_code: as in a recipe.
         out: the folder for comparison.json, and for what is done, so that the same call goes on from there.
         progress: where to show how far the work is.
 
@@ -139,11 +143,12 @@ def compare(
     if not models:
         raise UserError("one model alone cannot be compared: name at least one beside the dense one")
     evaluation = Evaluation(text, length)
-    asked = Asked(evaluation, tuple(tasks), shots, limit, tuple(map(str, include_path)), batch, str(device), str(dtype))
+    own, where = tuple(map(str, include_path)), (str(device), str(dtype), trust_remote_code)
+    asked = Asked(evaluation, tuple(tasks), shots, limit, own, batch, *where)
     shown = of_first(progress)
     with torch.no_grad(), distributed.joined(), _folder(out) as folder:
         with distributed.first():
-            opened = [asked.open(model) for model in (dense, *models)]
+            opened = [asked.open(model, shown) for model in (dense, *models)]
         reference = Reference(opened.pop(0), asked, folder, shown)
         names = _names([str(dense), *map(str, models)])
         measured = [reference.measure(reference.checkpoint, names[0])]
@@ -291,6 +296,7 @@ class Reference:
             batch=asked.batch,
             device=asked.device,
             dtype=asked.dtype,
+            trust_remote_code=asked.trust_remote_code,
             samples=True,
             manager=self._manager,
             progress=self._progress,

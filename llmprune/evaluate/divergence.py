@@ -33,6 +33,7 @@ def divergence(
     length: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Divergence:
     """Compare what two models say of each next token of a text.
@@ -42,7 +43,7 @@ def divergence(
         dense: what it is compared with, of the same vocabulary; the text is read with its tokenizer.
         text: `wikitext2`, `c4`, `ptb`, `builtin` (their evaluation part), a Hub data set, or a local file.
         length: context length in tokens; by default 2048, or what the models can take.
-        device, dtype: as in a recipe.
+        device, dtype, trust_remote_code: as in a recipe.
         progress: where to show how far the work is.
 
     Raises:
@@ -52,7 +53,9 @@ def divergence(
     with torch.no_grad(), distributed.joined():
         with distributed.first():
             where = distributed.local_device(device)
-            pair = [Checkpoint(resolve(name, dtype), where, dtype) for name in (dense, model)]
+            trusted = trust_remote_code
+            found = [resolve(name, dtype, trust_remote_code=trusted, progress=progress) for name in (dense, model)]
+            pair = [Checkpoint(source, where, dtype) for source in found]
             if difference := other_tokens(*pair):
                 raise UserError(f"{difference}: what they say of the next one cannot be compared")
             read = read_text(pair[0], Evaluation(text, length))

@@ -9,12 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from llmprune import memory
 from llmprune.errors import Failure, UserError
-from llmprune.model.skeleton import pick_device
-from llmprune.model.source import Source, quiet
+from llmprune.model.quiet import quiet
+from llmprune.model.skeleton import load_config, load_tokenizer, pick_device
+from llmprune.model.source import Source
 from llmprune.model.writer import EVALUATION
 from llmprune.progress import Progress, Silent
 from llmprune.report.results import Generation, read_generations
@@ -24,7 +25,12 @@ LEAST = 12
 
 
 def side_by_side(
-    out: Path, dense: Source | None, prompts: Sequence[str], tokens: int = 48, progress: Progress | None = None
+    out: Path,
+    dense: Source | None,
+    prompts: Sequence[str],
+    tokens: int = 48,
+    progress: Progress | None = None,
+    trust_remote_code: bool = False,
 ) -> list[Generation]:
     """Let a pruned checkpoint, and the dense model where it is at hand, answer; one of them is in memory at a time.
 
@@ -32,25 +38,27 @@ def side_by_side(
         out: the pruned checkpoint.
         prompts: what they are asked.
         tokens: the most that an answer has.
+        trust_remote_code: run code that comes with the pruned checkpoint; the dense model's as its source says.
 
     Raises:
         UserError: a model is larger than the free memory, or cannot be loaded.
     """
     shown = progress or Silent()
     with shown.waiting("the pruned model answers"):
-        sparse = answers(out, prompts, tokens)
+        sparse = answers(Source(str(out), out, trusted=trust_remote_code), prompts, tokens)
     with shown.waiting("the dense model answers"):
-        before = answers(dense.folder, prompts, tokens) if dense is not None else [None] * len(prompts)
+        before = answers(dense, prompts, tokens) if dense is not None else [None] * len(prompts)
     told = zip(prompts, sparse, before, strict=True)
     return [Generation(prompt, after, was, tokens) for prompt, after, was in told]
 
 
-def answers(folder: Path, prompts: Sequence[str], tokens: int) -> list[str]:
+def answers(source: Source, prompts: Sequence[str], tokens: int) -> list[str]:
     """What a model says, greedily: a chat model as the answer to a user, any other as the continuation of a text.
 
     Raises:
         UserError: it is larger than the free memory, or cannot be loaded.
     """
+    folder, trusted = source.folder, source.trusted
     needed = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if needed > memory.available():
         raise UserError(
@@ -60,9 +68,10 @@ def answers(folder: Path, prompts: Sequence[str], tokens: int) -> list[str]:
     device = pick_device("auto")
     made: list[str] = []
     with quiet(), torch.no_grad():
+        load_config(source)  # tells of code that is not trusted
+        tokenizer = load_tokenizer(source)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).to(device)
+            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trusted).to(device)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise UserError(f"{folder} cannot be loaded to answer: {error}") from None
         for prompt in prompts:

@@ -68,6 +68,7 @@ def perplexity(
     stride: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Perplexity:
     """The perplexity of a model on a text.
@@ -77,12 +78,13 @@ def perplexity(
         text: `wikitext2`, `c4`, `ptb`, `builtin` (their evaluation part), a Hub data set, or a local file.
         length: context length in tokens; by default 2048, or what the model can take.
         stride: see `Evaluation`.
-        device, dtype: as in a recipe.
+        device, dtype, trust_remote_code: as in a recipe.
         progress: where to show how far the work is.
     """
     with torch.no_grad(), distributed.joined():
         with distributed.first():
-            checkpoint = Checkpoint(resolve(model, dtype), distributed.local_device(device), dtype)
+            source = resolve(model, dtype, trust_remote_code=trust_remote_code, progress=progress)
+            checkpoint = Checkpoint(source, distributed.local_device(device), dtype)
             windows = read_text(checkpoint, Evaluation(text, length, stride))
         shown = of_first(progress)
         return measure(checkpoint, windows, shown)

@@ -24,8 +24,9 @@ from llmprune.errors import Failure, UserError, unknown
 from llmprune.evaluate.stream import answered, final_states
 from llmprune.model import blocks
 from llmprune.model.checkpoint import Checkpoint
+from llmprune.model.quiet import quiet
 from llmprune.model.skeleton import make_skeleton
-from llmprune.model.source import quiet, resolve
+from llmprune.model.source import resolve
 from llmprune.progress import Progress, of_first
 from llmprune.report.record import Score
 
@@ -85,6 +86,7 @@ def evaluate(
     batch: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    trust_remote_code: bool = False,
     samples: bool = False,
     manager: Any = None,
     progress: Progress | None = None,
@@ -99,7 +101,7 @@ def evaluate(
         include_path: folders with tasks of the user's own.
         batch: tokens that run at once, padding included; by default what suits the device, and less where its memory
             does not hold that.
-        device, dtype: as in a recipe.
+        device, dtype, trust_remote_code: as in a recipe.
         samples: keep what was said of each document in `raw`.
         manager: what `find` gave for these tasks, where they were looked for already.
         progress: where to show how far the work is.
@@ -111,7 +113,8 @@ def evaluate(
     with torch.no_grad(), distributed.joined(), calm():
         manager, wanted = find(tasks, [str(path) for path in include_path], manager)
         with distributed.first():
-            checkpoint = Checkpoint(resolve(model, dtype), distributed.local_device(device), dtype)
+            source = resolve(model, dtype, trust_remote_code=trust_remote_code, progress=progress)
+            checkpoint = Checkpoint(source, distributed.local_device(device), dtype)
         runner = Streamed(checkpoint, batch, of_first(progress))
         try:
             found = lm_eval.simple_evaluate(
@@ -155,7 +158,7 @@ class Streamed(HFLM):  # type: ignore[misc]
     def __init__(self, checkpoint: Checkpoint, batch: int | None, progress: Progress) -> None:
         with quiet():
             # lm-eval reads the config of this one; it has no weights.
-            self._stand_in = make_skeleton(checkpoint.config, checkpoint.dtype)
+            self._stand_in = make_skeleton(checkpoint.config, checkpoint.dtype, checkpoint.source.trusted)
             tokenizer = checkpoint.tokenizer
             super().__init__(self._stand_in, tokenizer=tokenizer, backend="causal", batch_size=WINDOWS)
         self._device = checkpoint.device
@@ -248,8 +251,11 @@ class Streamed(HFLM):  # type: ignore[misc]
         """What the model goes on to say; for this it is loaded as a whole."""
         if self._whole is None:
             self._checkpoint.unload()
-            folder = self._checkpoint.source.folder
-            self._whole = AutoModelForCausalLM.from_pretrained(folder, dtype=self._checkpoint.dtype).to(self._device)
+            source = self._checkpoint.source
+            whole = AutoModelForCausalLM.from_pretrained(
+                source.folder, dtype=self._checkpoint.dtype, trust_remote_code=source.trusted
+            )
+            self._whole = whole.to(self._device)
         mine = [requests[number] for number in distributed.share_of(len(requests))]
         say = super().generate_until
 

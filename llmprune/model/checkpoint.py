@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -30,8 +29,16 @@ from transformers.core_model_loading import (
 from llmprune import memory
 from llmprune.errors import Failure, UserError
 from llmprune.model.index import read_header, read_index, read_tensors
-from llmprune.model.skeleton import decoder_prefix, find_blocks, make_skeleton, pick_device, read_config
-from llmprune.model.source import Source, quiet
+from llmprune.model.quiet import quiet
+from llmprune.model.skeleton import (
+    decoder_prefix,
+    find_blocks,
+    load_tokenizer,
+    make_skeleton,
+    pick_device,
+    read_config,
+)
+from llmprune.model.source import Source
 from llmprune.parts import not_finite
 
 
@@ -101,7 +108,7 @@ class Checkpoint:
         with quiet():
             self.config = read_config(source)
             self.dtype = self._run_dtype(dtype)
-            self.model = make_skeleton(self.config, self.dtype)
+            self.model = make_skeleton(self.config, self.dtype, source.trusted)
         self.model.eval()
         self.blocks = find_blocks(self.model)
         self._run_dtypes = self._plan_dtypes()
@@ -110,11 +117,7 @@ class Checkpoint:
     @cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
-        try:
-            with quiet():
-                return transformers.AutoTokenizer.from_pretrained(self.source.folder, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise UserError(f"{self.source.name} has no tokenizer that can be loaded: {error}") from None
+        return load_tokenizer(self.source)
 
     def forget_tokenizer(self) -> None:
         """Give the memory of the tokenizer back; it is loaded again when it is asked for."""

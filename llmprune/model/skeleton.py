@@ -2,43 +2,79 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import accelerate
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llmprune.errors import UserError
-from llmprune.model.source import Source
+from llmprune.model.quiet import quiet
+
+if TYPE_CHECKING:
+    from llmprune.model.source import Source
+
+
+def load_config(source: Source) -> Any:
+    """The config of any model.
+
+    Raises:
+        UserError: there is none, it cannot be used, or it takes code that comes with it and is not trusted.
+    """
+    if not (source.folder / "config.json").is_file():
+        raise UserError(f"no config.json in {source.folder}: a model folder holds config.json and *.safetensors")
+    try:
+        return AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trusted)
+    except Exception as error:  # what is wrong in a config surfaces in many kinds, depending on the family
+        if not source.trusted and "trust_remote_code" in str(error):
+            raise UserError(
+                f"{source.name} brings code of its own (auto_map in config.json), which is not run unless asked: "
+                "read it, then give --trust-remote-code"
+            ) from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{source.name}: config.json cannot be used: {reason}") from None
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        UserError: there is none, it cannot be used, or it is code that is not trusted.
+    """
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trusted)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if not source.trusted and "trust_remote_code" in str(error):
+            raise UserError(
+                f"the tokenizer of {source.name} is code of its own, which is not run unless asked: read it, then give "
+                "--trust-remote-code"
+            ) from None
+        raise UserError(f"{source.name} has no tokenizer that can be loaded: {error}") from None
 
 
 def read_config(source: Source) -> Any:
     """The config of a model that can be pruned.
 
     Raises:
-        UserError: there is none, it cannot be used, it belongs to a quantised model or to no causal LM.
+        UserError: as `load_config`; or it belongs to a quantised model or to no causal LM.
     """
-    if not (source.folder / "config.json").is_file():
-        raise UserError(f"no config.json in {source.folder}: a model folder holds config.json and *.safetensors")
-    try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-    except Exception as error:  # what is wrong in a config surfaces in many kinds, depending on the family
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{source.name}: config.json cannot be used: {reason}") from None
+    config = load_config(source)
     if quantised := getattr(config, "quantization_config", None):
         kind = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
         raise UserError(f"{source.name} is quantised ({kind}); prune the unquantised model, and quantise afterwards")
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    own = source.trusted and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not own and type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(f"{source.name} is a {config.model_type!r} model, and transformers has no causal LM for that")
     return config
 
 
-def make_skeleton(config: Any, dtype: torch.dtype) -> Any:
-    """The model with all its parameters on the meta device."""
+def make_skeleton(config: Any, dtype: torch.dtype, trusted: bool = False) -> Any:
+    """The model with all its parameters on the meta device; code that comes with it is run if it is trusted."""
     # Buffers stay real: rotary tables are computed at construction and stored in no file.
     with accelerate.init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
 
 
 def decoder_prefix(model: Any) -> str:

@@ -35,7 +35,7 @@ from torch import Tensor
 from llmprune import distributed, memory
 from llmprune.errors import Failure, UserError
 from llmprune.model.checkpoint import Checkpoint, LoadedBlock
-from llmprune.model.source import sha256_of
+from llmprune.model.files import CHAT_TEMPLATES, NOT_COPIED, content_sha256, sha256_of, side_files
 from llmprune.progress import Progress
 from llmprune.recipe import parse_size
 
@@ -50,13 +50,6 @@ INDEX = "model.safetensors.index.json"
 LOCK = ".llmprune.lock"
 JOURNAL_FORMAT = 1
 
-_NOT_COPIED = re.compile(
-    r".*\.(safetensors|bin|pt|pth|h5|msgpack|onnx|gguf|ot|tflite|index\.json)|README\.md|report\.html|llmprune.*|recipe\.yaml|\..*"
-)
-CHAT_TEMPLATES = "additional_chat_templates"
-"""Where transformers keeps chat templates beside the main one."""
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -419,13 +412,6 @@ def check_out(out: str | Path, checkpoint: Checkpoint, restart: bool) -> Path:
     return folder
 
 
-def side_files(folder: Path) -> list[str]:
-    """What goes with the weights: config, tokenizer, chat templates, generation config, licence, ..."""
-    found = [path.name for path in folder.iterdir() if path.is_file() and not _NOT_COPIED.fullmatch(path.name)]
-    found += [str(path.relative_to(folder)) for path in (folder / CHAT_TEMPLATES).glob("*.jinja")]
-    return sorted(found)
-
-
 def clear(folder: Path) -> None:
     """Remove what an earlier run of ours wrote into a folder, and nothing else; what marks it as ours goes last."""
     for path in sorted(_written(folder), key=lambda path: path.name in (REPORT, JOURNAL)):
@@ -440,7 +426,7 @@ def _is_side_file(name: str) -> bool:
     path = Path(name)
     parts = path.parts
     inside = len(parts) == 1 or (len(parts) == 2 and parts[0] == CHAT_TEMPLATES and path.suffix == ".jinja")
-    return inside and not path.is_absolute() and not _NOT_COPIED.fullmatch(path.name)
+    return inside and not path.is_absolute() and not NOT_COPIED.fullmatch(path.name)
 
 
 def _written(folder: Path) -> list[Path]:
@@ -466,13 +452,9 @@ def fingerprint_files(checkpoint: Checkpoint) -> dict[str, str]:
     folder = checkpoint.source.folder
     files = sorted({info.file for info in checkpoint.index.values()} | {folder / name for name in side_files(folder)})
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        return dict(zip((str(path.relative_to(folder)) for path in files), pool.map(_content, files), strict=True))
-
-
-def _content(path: Path) -> str:
-    """A file's sha256; in the Hub's cache the name of a large file is its sha256 already."""
-    blob = path.resolve()
-    return blob.name if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name) else sha256_of(path)
+        return dict(
+            zip((str(path.relative_to(folder)) for path in files), pool.map(content_sha256, files), strict=True)
+        )
 
 
 def _sync(path: Path) -> None:

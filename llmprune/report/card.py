@@ -187,7 +187,7 @@ def make_card(
             "## Quality",
             _quality(results),
             "## How to load it",
-            _load(to),
+            _load(to, _has_code(report)),
             "## What speed-up not to expect",
             _speed(patterns),
             "## How to make it again",
@@ -239,12 +239,13 @@ def _what(
     dense = f"[{base['name']}]({HUB}/{base['name']})" if base.get("name") else _text_name(report["model"])
     commit = report.get("revision") or ""
     at = f" at commit `{commit}`" if _COMMIT.fullmatch(commit) and base.get("name") else ""
+    plain = f" The dense weights were {report['origin']} before." if report.get("origin") else ""
     since = "Its weights were changed after that, within the same masks" if changed else "It was not trained after that"
     return (
         f"{dense}{at}, pruned with llmprune {report['llmprune']} ({', '.join(methods)}; {', '.join(patterns)}): "
         f"{report['sparsity']:.2%} of the weights of the pruned linears are zero, which is "
-        f"{report['model_sparsity']:.2%} of all weights. {since}. It is a plain Hugging Face "
-        "checkpoint in the dense layout, with exact zeros."
+        f"{report['model_sparsity']:.2%} of all weights. {since}.{plain} It is a plain Hugging "
+        "Face checkpoint in the dense layout, with exact zeros."
     )
 
 
@@ -303,12 +304,19 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _load(to: str) -> str:
+def _has_code(report: Mapping[str, Any]) -> bool:
+    """Whether the model is run by code that comes with it."""
+    asked = bool(report["recipe"].get("trust_remote_code"))
+    return asked and any(name.endswith(".py") for name in report.get("side_files", ()))
+
+
+def _load(to: str, code: bool) -> str:
+    more = ", trust_remote_code=True" if code else ""
     return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{to}", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("{to}")
+model = AutoModelForCausalLM.from_pretrained("{to}", dtype="auto"{more})
+tokenizer = AutoTokenizer.from_pretrained("{to}"{more})
 ```"""
 
 

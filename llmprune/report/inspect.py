@@ -15,7 +15,8 @@ from llmprune.errors import UserError
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.index import read_header, read_index
 from llmprune.model.linears import find_linears
-from llmprune.model.source import read_pickle, resolve
+from llmprune.model.pickles import read_pickle
+from llmprune.model.source import resolve
 from llmprune.parts import zeros
 
 CANDIDATES = ((1, 2), (1, 4), (2, 4), (3, 4), (2, 8), (4, 8), (6, 8), (8, 16))
@@ -118,7 +119,7 @@ def _tensors(path: Path, name: str) -> Iterator[tuple[str, Tensor]]:
                 yield key, tensor
         return
     else:
-        folder = resolve(path if path.exists() else name).folder
+        folder = resolve(path if path.exists() else name, as_is=True).folder
         index = read_index(folder)
     for key, info in index.items():
         if len(info.shape) in (2, 3) and info.dtype.is_floating_point:

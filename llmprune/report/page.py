@@ -78,13 +78,16 @@ class Plot:
         return _inside_script(self.figure.to_json())
 
 
-def draw(out: str | Path, *, linears: Sequence[str] = (), source: Source | None = None) -> Drawn:
+def draw(
+    out: str | Path, *, linears: Sequence[str] = (), source: Source | None = None, trust_remote_code: bool = False
+) -> Drawn:
     """Draw report.html for a folder that llmprune wrote.
 
     Args:
         out: the folder.
         linears: whose weights to show, globs or `re:` expressions; by default the worst of some kinds.
         source: the dense model; by default it is looked for on this machine.
+        trust_remote_code: run code that comes with the model.
 
     Raises:
         UserError: the folder holds no report, or something in it cannot be used.
@@ -94,8 +97,8 @@ def draw(out: str | Path, *, linears: Sequence[str] = (), source: Source | None 
     results = read_results(folder)
     report = results.report
     if source is None:
-        source = find_dense(report)
-    histograms = weigh(folder, source, choose(report.linears, linears))
+        source = find_dense(report, trust_remote_code)
+    histograms = weigh(folder, source, choose(report.linears, linears), trust_remote_code)
     text = render(results, histograms, many=bool(linears) and len(histograms) == MOST)
     draft = folder / f".{PAGE}.draft"
     try:

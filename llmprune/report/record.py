@@ -164,6 +164,7 @@ class Report:
     Attributes:
         out: where the checkpoint is.
         model, revision: where it came from.
+        origin: how its weights were made plain before (`dequantised from fp8 to bfloat16`); None where they were plain.
         recipe: the whole recipe as plain data.
         linears: every linear, in order.
         blocks: every block, in order.
@@ -197,6 +198,7 @@ class Report:
     peak_memory: int = 0
     predicted_memory: int = 0
     ranks: int = 1
+    origin: str | None = None
     peak_device_memory: int | None = None
     shards: dict[str, str] = field(default_factory=dict)
     side_files: list[str] = field(default_factory=list)

@@ -137,9 +137,10 @@ def read_results(out: Path) -> Results:
     )
 
 
-def find_dense(report: Report) -> Source | None:
-    """The dense model of a run, if it is still on this machine; nothing is downloaded."""
-    return present(report.model, report.revision, str(report.recipe.get("dtype", "auto")))
+def find_dense(report: Report, trusted: bool = False) -> Source | None:
+    """The dense model of a run, if it is still on this machine; nothing is downloaded or converted."""
+    dtype = str(report.recipe.get("dtype", "auto"))
+    return present(report.model, report.revision, dtype, trust_remote_code=trusted)
 
 
 def read_generations(out: Path) -> list[Generation]:

@@ -92,6 +92,8 @@ def summary(report: Report) -> Table:
     """The result in a few lines."""
     table = Table.grid(padding=(0, 2))
     table.add_row("zeros", f"{report.sparsity:.2%} of pruned linears, {report.model_sparsity:.2%} of all weights")
+    if report.origin is not None:
+        table.add_row("source", report.origin)
     if report.dense is not None:
         table.add_row("perplexity, dense", str(report.dense))
     if report.sparse is not None:

@@ -9,8 +9,9 @@ from typing import Any
 
 from llmprune.errors import Failure, UserError
 from llmprune.model.checkpoint import Checkpoint
+from llmprune.model.files import sha256_of
 from llmprune.model.linears import Linear, find_linears
-from llmprune.model.source import Source, sha256_of
+from llmprune.model.source import Source
 from llmprune.model.writer import JOURNAL, REPORT
 from llmprune.parts import zeros
 from llmprune.patterns import Scope, parse
@@ -56,21 +57,23 @@ class Verdict:
         }
 
 
-def verify(folder: str | Path, *, progress: Progress | None = None) -> Verdict:
+def verify(folder: str | Path, *, progress: Progress | None = None, trust_remote_code: bool = False) -> Verdict:
     """Read the checkpoint again, and compare each linear's mask and pattern with the report beside it.
 
     Raises:
-        UserError: the folder holds no report of llmprune.
+        UserError: the folder holds no report of llmprune, or a model with code of its own that is not trusted.
         Failure: a file of the checkpoint is missing or broken.
     """
     place = Path(folder).expanduser()
     report = read_report(place)
-    return compare(place, report["linears"], report["shards"], progress or Silent())
+    return compare(place, report["linears"], report["shards"], progress or Silent(), trust_remote_code)
 
 
-def compare(folder: Path, linears: list[dict[str, Any]], shards: dict[str, str], progress: Progress) -> Verdict:
+def compare(
+    folder: Path, linears: list[dict[str, Any]], shards: dict[str, str], progress: Progress, trusted: bool = False
+) -> Verdict:
     """Read a written checkpoint, and compare it with the records of its linears and the hashes of its files."""
-    checkpoint = Checkpoint(Source(str(folder), folder.resolve()), "cpu")
+    checkpoint = Checkpoint(Source(str(folder), folder.resolve(), trusted=trusted), "cpu")
     promised = {record["name"]: record for record in linears if record.get("pattern")}
     verdict = Verdict(folder, len(promised))
     for number, name in progress.over(list(enumerate(checkpoint.blocks)), "verifying"):

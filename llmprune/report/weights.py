@@ -86,7 +86,7 @@ def choose(records: Sequence[LinearRecord], globs: Sequence[str]) -> list[str]:
     return [record.name for record in ranked[:SHOWN]]
 
 
-def weigh(out: Path, source: Source | None, names: Sequence[str]) -> list[Histogram]:
+def weigh(out: Path, source: Source | None, names: Sequence[str], trusted: bool = False) -> list[Histogram]:
     """Read one linear after the other, from the pruned checkpoint and, where it is at hand, the dense one.
 
     Raises:
@@ -95,7 +95,7 @@ def weigh(out: Path, source: Source | None, names: Sequence[str]) -> list[Histog
     """
     if not names:
         return []
-    pruned = Checkpoint(Source(str(out), out.resolve()), "cpu")
+    pruned = Checkpoint(Source(str(out), out.resolve(), trusted=trusted), "cpu")
     linears = _linears(pruned, set(names))
     dense = None
     if source is not None:

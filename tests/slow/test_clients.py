@@ -1,0 +1,45 @@
+"""The pruned SmolLM2 in programs other than transformers: those that are installed must give transformers' numbers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llmprune
+from llmprune.demo import get_model
+from llmprune.errors import Failure
+from tests.bench.clients import CLIENTS
+
+pytestmark = pytest.mark.slow
+
+BENCH = Path(__file__).resolve().parents[1] / "bench" / "clients.py"
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    try:
+        model = get_model()
+    except Failure as failure:
+        pytest.skip(f"the model cannot be had here: {failure}")
+    out = tmp_path_factory.mktemp("clients") / "out"
+    calibration = {"source": "builtin", "samples": 4, "length": 256}
+    llmprune.prune(model, out=out, sparsity="2:4", method="wanda", calibration=calibration)
+    return out
+
+
+@pytest.mark.parametrize("name", CLIENTS)
+def test_gives_the_numbers_of_transformers(name: str, request: pytest.FixtureRequest) -> None:
+    if not CLIENTS[name].installed:
+        pytest.skip(f"not installed: {', '.join(CLIENTS[name].packages)}")
+    folder = request.getfixturevalue("pruned")
+    command = [sys.executable, str(BENCH), str(folder), "--only", name, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    (row,) = json.loads(done.stdout)
+    assert row["failure"] is None
+    assert row["same"] == row["of"] == 32
+    if row["perplexity"] is not None:
+        assert row["perplexity"] == pytest.approx(row["reference"], rel=1e-3)
