@@ -214,16 +214,17 @@ def _plan(model: str | Path, base: Recipe, points: Sequence[Point], progress: Pr
     """Plan all points, so that no mistake shows after hours; returns the hash of the calibration tokens."""
     checkpoint, first = pipeline.plan(model, recipe=_recipe(base, points[0]), progress=progress)
     plans = [first]
-    for point in points[1:]:
-        try:
-            plans.append(make_plan(checkpoint, _recipe(base, point), first.room))
-        except UserError as error:
-            raise UserError(f"{point.method} {point.pattern}: {error}") from None
-    needing = [made for made in plans if made.needs_data]
-    if not needing:
-        return None
-    tokens = pipeline.draw(checkpoint, base, needing[0].schedule.length) if distributed.is_first() else None
-    return distributed.share(tokens.sha256 if tokens is not None else None)
+    with progress.waiting("planning all points"):
+        for point in points[1:]:
+            try:
+                plans.append(make_plan(checkpoint, _recipe(base, point), first.room))
+            except UserError as error:
+                raise UserError(f"{point.method} {point.pattern}: {error}") from None
+        needing = [made for made in plans if made.needs_data]
+        if not needing:
+            return None
+        tokens = pipeline.draw(checkpoint, base, needing[0].schedule.length) if distributed.is_first() else None
+        return distributed.share(tokens.sha256 if tokens is not None else None)
 
 
 def _check(folder: Path, request: dict[str, Any]) -> None:

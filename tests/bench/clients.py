@@ -258,10 +258,12 @@ def write_gguf(folder: Path, path: Path) -> None:
 
 def llama_cpp(folder: Path, work: Path, windows: numpy.ndarray, prompt: list[int], count: int) -> Answer:
     """A float32 GGUF written with the gguf package, llama_cpp.Llama."""
+    import gguf
     from llama_cpp import Llama
 
     write_gguf(folder, work / "model.gguf")
-    model = Llama(str(work / "model.gguf"), n_ctx=LENGTH + count, logits_all=True, verbose=False)
+    single = {"type_k": gguf.GGMLQuantizationType.F32, "type_v": gguf.GGMLQuantizationType.F32}  # else float16
+    model = Llama(str(work / "model.gguf"), n_ctx=LENGTH + count, logits_all=True, verbose=False, **single)
     rows = []
     for row in windows:
         model.reset()
