@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from llmprune.plan import Choice, Plan
@@ -14,6 +15,9 @@ from llmprune.report.inspect import Inspection, Matrix
 from llmprune.report.record import LinearRecord, Report, Score
 
 T = TypeVar("T")
+
+NAMES = ("model", "task", "metric")
+"""Columns of a comparison that hold names; they take several lines where they are too long, and are never cut."""
 
 
 def kind(name: str) -> str:
@@ -141,12 +145,12 @@ def comparison_tables(found: Comparison) -> list[Table]:
 def models_table(models: Sequence[Compared]) -> Table:
     """A row for each checkpoint: size, zeros in all weights and in those that can be pruned, figures of the text."""
     read = any(model.perplexity is not None for model in models)
-    table = Table(title="Models", title_justify="left")
+    table = Table(title="Models", title_justify="left", box=SIMPLE_HEAD)
     told = ("perplexity", "KL, nats", "same token") if read else ()
     for heading in ("model", "files", "zeros", "in linears", *told):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
+        table.add_column(heading, justify="left" if heading in NAMES else "right", overflow="fold")
     for model in models:
-        row = [model.name, size(model.bytes), f"{model.sparsity:.2%}", f"{model.linears_sparsity:.2%}"]
+        row = [model.name, size(model.bytes), f"{model.sparsity:.1%}", f"{model.linears_sparsity:.1%}"]
         if read:
             row.append("-" if model.perplexity is None else f"{model.perplexity.value:.2f}")
             apart = model.divergence
@@ -157,9 +161,9 @@ def models_table(models: Sequence[Compared]) -> Table:
 
 def scores_table(models: Sequence[Compared]) -> Table:
     """A row for each figure of a task, a column for each model."""
-    table = Table(title="Tasks", title_justify="left")
+    table = Table(title="Tasks", title_justify="left", box=SIMPLE_HEAD)
     for heading in ("task", "metric", *(model.name for model in models)):
-        table.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
+        table.add_column(heading, justify="left" if heading in NAMES else "right", overflow="fold")
     cells = [{(score.task, score.metric, score.filter): score for score in model.scores} for model in models]
     for place in dict.fromkeys(place for column in cells for place in column):
         task, metric, kind = place
@@ -175,9 +179,11 @@ def scores_table(models: Sequence[Compared]) -> Table:
 
 def differences_table(found: Comparison) -> Table:
     """A row for each difference from the dense model."""
-    table = Table(title=f"Differences from {found.dense}", title_justify="left")
+    table = Table(title=f"Differences from {found.dense}", title_justify="left", box=SIMPLE_HEAD)
     for heading in ("model", "task", "metric", "difference", "pairs", "p, adjusted", "beyond noise"):
-        table.add_column(heading, justify="left" if heading in ("model", "task", "metric") else "right")
+        table.add_column(
+            heading, justify="left" if heading in ("model", "task", "metric") else "right", overflow="fold"
+        )
     for entry in found.differences:
         metric = entry.metric if entry.filter == "none" else f"{entry.metric} ({entry.filter})"
         p = "-" if entry.adjusted is None else f"{entry.adjusted:.2g}"
