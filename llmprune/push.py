@@ -14,9 +14,9 @@ import llmprune
 from llmprune import hub
 from llmprune.errors import Failure, UserError
 from llmprune.model.source import CARRIED
-from llmprune.model.writer import JOURNAL
+from llmprune.model.writer import EVALUATION, JOURNAL
 from llmprune.progress import Progress, Silent
-from llmprune.report.card import EVALUATION, is_ours, make_card, marked, read_results
+from llmprune.report.card import is_ours, known_results, make_card, marked
 from llmprune.report.verify import read_report, verify
 
 LEFT_OUT = [".*", "*/.*", JOURNAL, f"{EVALUATION}/lm_eval.json"]
@@ -113,7 +113,7 @@ def push(
     else:
         base = _base(report, base_model, license, pushed.notes)
         changed = bool(verdict.changed)
-        pushed.card = marked(make_card(report, read_results(place, report, changed), to, base, changed))
+        pushed.card = marked(make_card(report, known_results(place, report, changed), to, base, changed))
         if not dry_run:
             _write(place / CARD, pushed.card)
     pushed.files = _files(place) | {CARD: len(pushed.card.encode())}

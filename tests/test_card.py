@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 import llmprune
 from llmprune.recipe import Recipe
-from llmprune.report.card import is_ours, make_card, marked, read_results
+from llmprune.report.card import is_ours, known_results, make_card, marked
 from tests.families import make
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -50,7 +50,7 @@ def results_of(folder: Path, report: dict[str, Any], **files: Any) -> dict[str, 
     (folder / "evaluation").mkdir(parents=True, exist_ok=True)
     for name, told in files.items():
         (folder / "evaluation" / f"{name}.json").write_text(json.dumps(told))
-    return {result.measure: result for result in read_results(folder, report)}
+    return {result.measure: result for result in known_results(folder, report)}
 
 
 def test_what_it_says(report: dict[str, Any]) -> None:
@@ -112,9 +112,9 @@ def test_terms_that_lie_beside_the_dense_model(report: dict[str, Any]) -> None:
 
 def test_what_the_run_measured(report: dict[str, Any], tmp_path: Path) -> None:
     report |= {"dense": {**PERPLEXITY, "value": 20.0}, "sparse": PERPLEXITY}
-    (found,) = read_results(tmp_path, report)
+    (found,) = known_results(tmp_path, report)
     assert (found.dense, found.sparse) == (20.0, 30.0)
-    assert read_results(tmp_path, report, changed=True) == []
+    assert known_results(tmp_path, report, changed=True) == []
     card = ModelCard(str(make_card(report, [found], "me/small", BASE)))
     (told,) = card.data.eval_results
     assert (told.metric_type, told.metric_value) == ("perplexity", 30.0)
@@ -139,15 +139,20 @@ def test_what_eval_measured_later(report: dict[str, Any], tmp_path: Path) -> Non
 def test_what_compare_measured(report: dict[str, Any], tmp_path: Path) -> None:
     def model(name: str, value: float, **more: Any) -> dict[str, Any]:
         told = {"name": name, "path": str(tmp_path / name), "dense": False, "perplexity": None, "divergence": None}
+        told |= {"bytes": 9, "weights": 9, "sparsity": 0.4, "linears_sparsity": 0.5}
         return {**told, "scores": [{**ACCURACY, "value": value}], **more}
 
+    def compared(models: list[dict[str, Any]]) -> dict[str, Any]:
+        told: dict[str, Any] = {"dense": "dense", "text": None, "models": models, "differences": []}
+        return {**told, "judged": {}, "notes": [], "versions": {}}
+
     models = [model("dense", 0.75, dense=True), model("other", 0.1), model("out", 0.5)]
-    found = results_of(tmp_path / "out", report, comparison={"dense": "dense", "models": models})
+    found = results_of(tmp_path / "out", report, comparison=compared(models))
     assert [(result.dense, result.sparse) for result in found.values()] == [(0.75, 0.5)]
     card = ModelCard(str(make_card(report, list(found.values()), "me/small", BASE)))
     (told,) = card.data.eval_results
     assert (told.dataset_type, told.metric_type, told.metric_value) == ("arc_easy", "acc", 0.5)
-    moved = results_of(tmp_path / "moved", report, comparison={"dense": "dense", "models": models[:2]})
+    moved = results_of(tmp_path / "moved", report, comparison=compared(models[:2]))
     assert [result.sparse for result in moved.values()] == [0.1]
 
 
@@ -156,7 +161,7 @@ def test_results_that_are_none(told: str, report: dict[str, Any], tmp_path: Path
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "eval.json").write_text(told)
     with pytest.raises(llmprune.UserError, match="evaluation"):
-        read_results(tmp_path, report)
+        known_results(tmp_path, report)
 
 
 def test_who_wrote_it(report: dict[str, Any]) -> None:

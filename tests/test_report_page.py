@@ -108,13 +108,15 @@ def score(task: str, value: float, metric: str = "acc", **changes: Any) -> dict[
 
 
 def comparison(out: Path, model: Path) -> dict[str, Any]:
-    own = {"name": "own", "path": str(out), "dense": False, "sparsity": 0.4, "perplexity": None, "divergence": None}
+    own = {"name": "own", "path": str(out), "dense": False, "bytes": 9, "weights": 9, "sparsity": 0.4,
+           "linears_sparsity": 0.5, "perplexity": None, "divergence": None}  # fmt: skip
     dense = {**own, "name": "big", "path": str(model), "dense": True, "scores": [score("arc_easy", 0.62)]}
     difference = {"model": "own", "task": "arc_easy", "metric": "acc", "filter": "none", "difference": -0.07,
                   "stderr": 0.012, "documents": 400, "p": 0.001, "beyond_noise": True}  # fmt: skip
     loss = {**difference, "task": "perplexity", "metric": "nats", "difference": 0.8, "documents": 12}
     return {
         "dense": "big", "text": None, "versions": {}, "seconds": 1.0, "differences": [difference, loss],
+        "judged": {}, "notes": [],
         "models": [dense, {**own, "scores": [score("arc_easy", 0.55)]}],
     }  # fmt: skip
 

@@ -301,6 +301,8 @@ class TestPicture:
             assert lines["wanda"].mode == "lines+markers"
             assert "2:4" in lines["wanda, N:M"].hovertext[0]
             assert f"{rows['wanda-2-4']['perplexity']['value']:.2f}" in lines["wanda, N:M"].hovertext[0]
+        for axis in (drawn.layout.xaxis, drawn.layout.xaxis2):
+            assert axis.range[0] < min(lines["wanda"].x) - 0.04  # points of one sparsity stand together
         level = [shape for shape in drawn.layout.shapes if shape.y0 == rows["dense"]["perplexity"]["value"]]
         assert len(level) == 1
 

@@ -16,13 +16,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from llmprune import solvers
 from llmprune.data import NAMED, SUFFIXES
-from llmprune.errors import LLMPruneError, UserError
+from llmprune.errors import LLMPruneError
 from llmprune.patterns import NM, Scope, parse
 from llmprune.recipe import Recipe
-from llmprune.report.record import Divergence, Perplexity, Score
-
-EVALUATION = "evaluation"
-"""The folder in OUT in which further results lie, as `eval -o` and `compare -o` write them."""
+from llmprune.report.record import Divergence, Perplexity, Score, maybe
+from llmprune.report.results import read_comparison, read_evaluated
 
 HUB = "https://huggingface.co"
 
@@ -53,7 +51,7 @@ class Result:
 
 @dataclass
 class Measured:
-    """What `read_results` found: figures by measure and protocol, the latest of each."""
+    """What `known_results` found: figures by measure and protocol, the latest of each."""
 
     results: dict[tuple[str, str], Result] = field(default_factory=dict)
 
@@ -67,7 +65,7 @@ class Measured:
             self.results[key] = result
 
 
-def read_results(folder: Path, report: Mapping[str, Any], changed: bool = False) -> list[Result]:
+def known_results(folder: Path, report: Mapping[str, Any], changed: bool = False) -> list[Result]:
     """Everything that was measured of a pruned model: by its run, and by `eval` and `compare` later.
 
     Args:
@@ -80,50 +78,29 @@ def read_results(folder: Path, report: Mapping[str, Any], changed: bool = False)
     """
     measured = Measured()
     if not changed and report.get("sparse"):
-        measured.add(_perplexity(report["sparse"], report.get("dense")))
-    try:
-        told = _read(folder / EVALUATION / "eval.json")
-        if told.get("perplexity"):
-            measured.add(_perplexity(told["perplexity"], None))
-        if told.get("divergence"):
-            measured.add(_divergence(told["divergence"]))
-        for score in (told.get("tasks") or {}).get("scores", ()):
+        measured.add(_perplexity(Perplexity(**report["sparse"]), maybe(Perplexity, report.get("dense"), "dense")))
+    later = read_evaluated(folder)
+    if later is not None and later.is_of(folder, report["model"]):
+        if later.perplexity is not None:
+            measured.add(_perplexity(later.perplexity, None))
+        if later.divergence is not None:
+            measured.add(_divergence(later.divergence))
+        for score in later.scores:
             measured.add(_score(score, None))
-        _of_comparison(folder, _read(folder / EVALUATION / "comparison.json"), measured)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"the results in {folder / EVALUATION} are not as llmprune writes them: {error!r}") from None
+    compared = read_comparison(folder)
+    own, dense = compared.own(folder) if compared is not None else (None, None)
+    if own is not None:
+        if own.perplexity is not None:
+            measured.add(_perplexity(own.perplexity, dense.perplexity if dense else None))
+        if own.divergence is not None:
+            measured.add(_divergence(own.divergence))
+        before = {_score(score, None).measure: score.value for score in dense.scores} if dense else {}
+        for score in own.scores:
+            measured.add(_score(score, before.get(_score(score, None).measure)))
     return list(measured.results.values())
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read: {error}; write it anew, or remove it") from None
-    return told
-
-
-def _of_comparison(folder: Path, told: Mapping[str, Any], measured: Measured) -> None:
-    models = told.get("models", ())
-    dense: dict[str, Any] = next((model for model in models if model["dense"]), {})
-    sparse = [model for model in models if not model["dense"]]
-    ours = [model for model in sparse if Path(model["path"]).expanduser().resolve() == folder.resolve()]
-    if not ours and len(sparse) == 1:
-        ours = sparse  # the folder was moved since
-    for model in ours:
-        if model.get("perplexity"):
-            measured.add(_perplexity(model["perplexity"], dense.get("perplexity")))
-        if model.get("divergence"):
-            measured.add(_divergence(model["divergence"]))
-        before = {_score(score, None).measure: score["value"] for score in dense.get("scores", ())}
-        for score in model.get("scores", ()):
-            measured.add(_score(score, before.get(_score(score, None).measure)))
-
-
-def _perplexity(told: Mapping[str, Any], dense: Mapping[str, Any] | None) -> Result:
-    found = Perplexity(**told)
+def _perplexity(found: Perplexity, dense: Perplexity | None) -> Result:
     windows = "no overlap" if found.stride is None else f"stride {found.stride:,}"
     text = _text_name(found.text)
     protocol = f"{text}, context {found.length:,}, {windows}, {found.tokens:,} predicted tokens"
@@ -137,18 +114,16 @@ def _perplexity(told: Mapping[str, Any], dense: Mapping[str, Any] | None) -> Res
         "metric_type": "perplexity",
         "metric_name": f"perplexity ({protocol})",
     }
-    return Result("perplexity", dense["value"] if dense else None, found.value, None, protocol, index)
+    return Result("perplexity", dense.value if dense else None, found.value, None, protocol, index)
 
 
-def _divergence(told: Mapping[str, Any]) -> Result:
-    found = Divergence(**{key: value for key, value in told.items() if key != "dense"})
+def _divergence(found: Divergence) -> Result:
     agreement = f"the same most likely token {found.agreement:.2%} of the time"
     protocol = f"{_text_name(found.text)}, context {found.length:,}, {found.tokens:,} tokens; {agreement}"
     return Result("KL(dense ‖ this model), nats a token", 0.0, found.kl, found.stderr, protocol)
 
 
-def _score(told: Mapping[str, Any], dense: float | None) -> Result:
-    found = Score(**told)
+def _score(found: Score, dense: float | None) -> Result:
     metric = found.metric if found.filter == "none" else f"{found.metric} ({found.filter})"
     protocol = f"lm-eval, {found.shots} shots, {found.documents:,} documents"
     index = {

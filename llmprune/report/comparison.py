@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from llmprune.report.record import Divergence, Perplexity, Score
+from llmprune.report.record import Divergence, Perplexity, Score, every, maybe, taken
 
 
 @dataclass
@@ -42,15 +43,17 @@ class Compared:
         return asdict(self)
 
     @classmethod
-    def read(cls, data: dict[str, Any]) -> Compared:
-        """The same from plain data."""
-        loss, apart = data["perplexity"], data["divergence"]
-        parts = {
-            "perplexity": None if loss is None else Perplexity(**loss),
-            "divergence": None if apart is None else Divergence(**apart),
-            "scores": [Score(**score) for score in data["scores"]],
-        }
-        return cls(**{**data, **parts})
+    def read(cls, data: Any) -> Compared:
+        """The same from plain data.
+
+        Raises:
+            ValueError: something is missing in it.
+        """
+        found = taken(cls, data, "a model")
+        found.perplexity = maybe(Perplexity, data["perplexity"], "perplexity") if "perplexity" in data else None
+        found.divergence = maybe(Divergence, data["divergence"], "divergence") if "divergence" in data else None
+        found.scores = every(Score, data.get("scores", []), "score")
+        return found
 
 
 @dataclass(frozen=True)
@@ -109,3 +112,22 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         return asdict(self)
+
+    @classmethod
+    def read(cls, data: Any) -> Comparison:
+        """The same from plain data.
+
+        Raises:
+            ValueError: something is missing in it.
+        """
+        found = taken(cls, data, "the comparison")
+        found.models = [Compared.read(entry) for entry in found.models]
+        found.differences = every(Difference, found.differences, "difference")
+        return found
+
+    def own(self, out: Path) -> tuple[Compared | None, Compared | None]:
+        """The entries that are the checkpoint in a folder, which may have been moved since, and the dense model."""
+        dense = next((model for model in self.models if model.dense), None)
+        sparse = [model for model in self.models if not model.dense]
+        here = [model for model in sparse if Path(model.path).expanduser().resolve() == out.resolve()]
+        return here[0] if here else sparse[0] if len(sparse) == 1 else None, dense

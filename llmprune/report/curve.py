@@ -47,7 +47,11 @@ def figure(told: Mapping[str, Any]) -> Any:
             # On a logarithmic axis a line stands at its value, and words at its logarithm.
             place = {"x": 1, "xref": "x domain", "xanchor": "right", "y": math.log10(dense[key]), "yanchor": "bottom"}
             drawn.add_annotation(text=f"dense {dense[key]:.4g}", showarrow=False, row=1, col=column, **place)
-        ticks = _ticks([value for value in values if value > 0])
+        values = [value for value in values if value > 0]
+        ticks = _ticks(values)
+        drawn.update_yaxes(range=_span([math.log10(value) for value in values], 0.1), row=1, col=column)
+        zeros = [models[point["name"]]["linears_sparsity"] for point in told["points"]]
+        drawn.update_xaxes(range=_span(zeros, 0.05), row=1, col=column)
         drawn.update_yaxes(
             title=TITLES[part], type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks], row=1, col=column
         )
@@ -127,6 +131,14 @@ def _heading(told: Mapping[str, Any]) -> str:
     read = next((model["perplexity"] for model in told["models"] if model["perplexity"]), None)
     where = "" if read is None else f"<br>{read['text']}, context {read['length']:,}, {read['tokens']:,} tokens"
     return f"{told['model']}: sparsity against quality{where}"
+
+
+def _span(values: Sequence[float], least: float) -> tuple[float, float] | None:
+    """From a little below the lowest to a little above the highest, however near they are to each other."""
+    if not values:
+        return None
+    room = max(least, 0.08 * (max(values) - min(values)))
+    return min(values) - room, max(values) + room
 
 
 def _ticks(values: Sequence[float]) -> list[float]:

@@ -24,8 +24,9 @@ from markupsafe import Markup
 from llmprune.model.source import Source
 from llmprune.model.writer import PAGE
 from llmprune.report import plots, tables
+from llmprune.report.comparison import Compared, Difference
 from llmprune.report.record import LinearRecord, Perplexity, Report, Score
-from llmprune.report.results import Compared, Difference, Results, find_dense, read_results
+from llmprune.report.results import Evaluated, Results, find_dense, read_results
 from llmprune.report.weights import MOST, Histogram, choose, weigh
 
 LISTED = 600
@@ -245,7 +246,7 @@ def _perplexities(results: Results) -> list[tuple[Perplexity | None, Perplexity]
         found.append((report.dense, report.sparse))
     if pruned is not None and pruned.perplexity is not None:
         found.append((dense.perplexity if dense is not None else None, pruned.perplexity))
-    if evaluated is not None and evaluated.perplexity is not None and _is_own(evaluated.model, report):
+    if evaluated is not None and evaluated.perplexity is not None and _is_own(evaluated, report):
         found.append((None, evaluated.perplexity))
     once: dict[str, tuple[Perplexity | None, Perplexity]] = {}
     for pair in found:
@@ -260,23 +261,11 @@ def _protocol(found: Perplexity) -> str:
 
 def _models(results: Results) -> tuple[Compared | None, Compared | None]:
     """The entries of a comparison that are this checkpoint, and the dense model."""
-    if results.comparison is None:
-        return None, None
-    models = results.comparison.models
-    dense = next((model for model in models if model.dense), None)
-    sparse = [model for model in models if not model.dense]
-    here = [model for model in sparse if _same_place(model.path, results.report.out)]
-    own = here[0] if here else sparse[0] if len(sparse) == 1 else None
-    return own, dense
+    return results.comparison.own(results.report.out) if results.comparison is not None else (None, None)
 
 
-def _is_own(name: str, report: Report) -> bool:
-    """Whether what was evaluated is this checkpoint, which may have been moved since, and not some other model."""
-    return name != report.model and (_same_place(name, report.out) or not Path(name).expanduser().exists())
-
-
-def _same_place(name: str, out: Path) -> bool:
-    return Path(name).expanduser().resolve() == out.resolve()
+def _is_own(evaluated: Evaluated, report: Report) -> bool:
+    return evaluated.is_of(report.out, report.model)
 
 
 def _own_scores(results: Results) -> list[Score]:
@@ -284,7 +273,7 @@ def _own_scores(results: Results) -> list[Score]:
     if pruned is not None and pruned.scores:
         return pruned.scores
     evaluated = results.evaluated
-    return evaluated.scores if evaluated is not None and _is_own(evaluated.model, results.report) else []
+    return evaluated.scores if evaluated is not None and _is_own(evaluated, results.report) else []
 
 
 def _difference(entry: Difference) -> str:
@@ -379,11 +368,7 @@ def _task_scores(results: Results) -> dict[str, list[Score]]:
         for model in results.comparison.models:
             if model is not own and model is not dense and model.scores:
                 shown[model.name] = model.scores
-    if (
-        results.evaluated is not None
-        and not _is_own(results.evaluated.model, results.report)
-        and results.evaluated.scores
-    ):
+    if results.evaluated is not None and not _is_own(results.evaluated, results.report) and results.evaluated.scores:
         shown.setdefault(results.evaluated.model, results.evaluated.scores)
     return shown
 

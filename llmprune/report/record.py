@@ -272,6 +272,18 @@ def taken(kind: type[T], data: Any, where: str) -> T:
     return kind(**{field.name: data[field.name] for field in known if field.name in data})
 
 
+def maybe(kind: type[T], data: Any, where: str) -> T | None:
+    """As `taken`; None where there is none."""
+    return taken(kind, data, where) if data else None
+
+
+def every(kind: type[T], data: Any, where: str) -> list[T]:
+    """As `taken`, of a list of them."""
+    if not isinstance(data, list):
+        raise ValueError(f"a list of {where}s is expected")
+    return [taken(kind, entry, f"{where} {place}") for place, entry in enumerate(data)]
+
+
 def versions() -> dict[str, str]:
     """The versions that a result depends on."""
     return {

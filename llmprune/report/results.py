@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from llmprune.errors import UserError
 from llmprune.model.source import Source, present
 from llmprune.model.writer import EVALUATION, JOURNAL, REPORT
-from llmprune.report.record import Divergence, Perplexity, Report, Score, taken
+from llmprune.report.comparison import Comparison
+from llmprune.report.record import Divergence, Perplexity, Report, Score, every, maybe
 
 T = TypeVar("T")
 
@@ -34,56 +35,14 @@ class Evaluated:
     scores: list[Score]
     means: dict[str, float]
 
+    def is_of(self, out: Path, dense: str) -> bool:
+        """Whether it is the checkpoint in a folder, which may have been moved since, and not some other model.
 
-@dataclass(frozen=True)
-class Compared:
-    """One model of a comparison.
-
-    Attributes:
-        name, path: as it is called, and where it is.
-        dense: whether it is what the others are compared with.
-        sparsity: zeros as a fraction of all weights.
-        perplexity, divergence, scores: None or empty where they were not asked for.
-    """
-
-    name: str
-    path: str
-    dense: bool
-    sparsity: float | None
-    perplexity: Perplexity | None
-    divergence: Divergence | None
-    scores: list[Score]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How a model differs from the dense one in one figure, paired document by document.
-
-    Attributes:
-        model, task, metric, filter: the figure; of the task `perplexity` it is the loss in nats for each token.
-        difference, stderr: model minus dense, and its standard error.
-        documents: how many it is the mean over.
-        p: how often chance alone makes a difference as large.
-        beyond_noise: whether it counts as one; None where that could not be told.
-    """
-
-    model: str
-    task: str
-    metric: str
-    difference: float
-    filter: str = "none"
-    stderr: float | None = None
-    documents: int = 0
-    p: float | None = None
-    beyond_noise: bool | None = None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What `llmprune compare -o OUT/evaluation` found."""
-
-    models: list[Compared]
-    differences: list[Difference]
+        Args:
+            dense: the name of the dense model that the checkpoint was made of.
+        """
+        path = Path(self.model).expanduser()
+        return self.model != dense and (path.resolve() == out.resolve() or not path.exists())
 
 
 @dataclass(frozen=True)
@@ -127,14 +86,7 @@ def read_results(out: Path) -> Results:
         unfinished = "; its run has not finished" if (out / JOURNAL).exists() else ""
         raise UserError(f"no {REPORT} in {out}: it was not written by llmprune{unfinished}")
     report = _read(out / REPORT, lambda data: Report.read(data, out), "it may be of another version of llmprune")
-    folder = out / EVALUATION
-    again = "make it again, or take it away"
-    return Results(
-        report,
-        _read(folder / "eval.json", _evaluated, again) if (folder / "eval.json").is_file() else None,
-        _read(folder / "comparison.json", _comparison, again) if (folder / "comparison.json").is_file() else None,
-        read_generations(out),
-    )
+    return Results(report, read_evaluated(out), read_comparison(out), read_generations(out))
 
 
 def find_dense(report: Report, trusted: bool = False) -> Source | None:
@@ -143,16 +95,36 @@ def find_dense(report: Report, trusted: bool = False) -> Source | None:
     return present(report.model, report.revision, dtype, trust_remote_code=trusted)
 
 
+def read_evaluated(out: Path) -> Evaluated | None:
+    """What `eval` found out later about a checkpoint, or about another if it was told to write it there.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    return _later(out, "eval.json", _evaluated)
+
+
+def read_comparison(out: Path) -> Comparison | None:
+    """What `compare` found out later about a checkpoint.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    return _later(out, "comparison.json", Comparison.read)
+
+
 def read_generations(out: Path) -> list[Generation]:
     """What is kept of the answers of a checkpoint and its dense original; none where nothing is.
 
     Raises:
         UserError: the file cannot be read.
     """
-    path = out / EVALUATION / "generations.json"
-    if not path.is_file():
-        return []
-    return _read(path, lambda data: _all(Generation, data, "answer"), "make it again, or take it away")
+    return _later(out, "generations.json", lambda data: every(Generation, data, "answer")) or []
+
+
+def _later(out: Path, name: str, build: Callable[[Any], T]) -> T | None:
+    path = out / EVALUATION / name
+    return _read(path, build, "make it again, or take it away") if path.is_file() else None
 
 
 def _read(path: Path, build: Callable[[Any], T], advice: str) -> T:
@@ -166,35 +138,9 @@ def _evaluated(data: Mapping[str, Any]) -> Evaluated:
     apart, tasks = data.get("divergence"), data.get("tasks") or {}
     return Evaluated(
         str(data.get("model")),
-        _maybe(Perplexity, data.get("perplexity"), "perplexity"),
-        _maybe(Divergence, apart, "divergence"),
+        maybe(Perplexity, data.get("perplexity"), "perplexity"),
+        maybe(Divergence, apart, "divergence"),
         apart.get("dense") if apart else None,
-        _all(Score, tasks.get("scores") or [], "score"),
+        every(Score, tasks.get("scores") or [], "score"),
         dict(tasks.get("means") or {}),
     )
-
-
-def _comparison(data: Mapping[str, Any]) -> Comparison:
-    models = [
-        Compared(
-            str(entry.get("name")),
-            str(entry.get("path")),
-            bool(entry.get("dense")),
-            entry.get("sparsity"),
-            _maybe(Perplexity, entry.get("perplexity"), "perplexity"),
-            _maybe(Divergence, entry.get("divergence"), "divergence"),
-            _all(Score, entry.get("scores") or [], "score"),
-        )
-        for entry in data.get("models") or []
-    ]
-    return Comparison(models, _all(Difference, data.get("differences") or [], "difference"))
-
-
-def _maybe(kind: type[T], data: Any, where: str) -> T | None:
-    return taken(kind, data, where) if data else None
-
-
-def _all(kind: type[T], data: Any, where: str) -> list[T]:
-    if not isinstance(data, list):
-        raise ValueError(f"a list of {where}s is expected")
-    return [taken(kind, entry, f"{where} {place}") for place, entry in enumerate(data)]

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
+from rich.box import SIMPLE_HEAD
+from rich.console import JustifyMethod
 from rich.markup import escape
 from rich.table import Table
 
@@ -16,6 +18,9 @@ from llmprune.report.inspect import Inspection, Matrix
 from llmprune.report.record import LinearRecord, Report, Score
 
 T = TypeVar("T")
+
+NAMES = ("model", "task", "metric")
+"""Columns of a comparison that hold names; they take several lines where they are too long, and are never cut."""
 
 
 def kind(name: str) -> str:
@@ -147,12 +152,12 @@ def comparison_tables(found: Comparison) -> list[Table]:
 def models_table(models: Sequence[Compared]) -> Table:
     """A row for each checkpoint: size, zeros in all weights and in those that can be pruned, figures of the text."""
     read = any(model.perplexity is not None for model in models)
-    table = Table(title="Models", title_justify="left")
+    table = Table(title="Models", title_justify="left", box=SIMPLE_HEAD)
     told = ("perplexity", "KL, nats", "same token") if read else ()
     for heading in ("model", "files", "zeros", "in linears", *told):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
+        _add_column(table, heading)
     for model in models:
-        row = [model.name, size(model.bytes), f"{model.sparsity:.2%}", f"{model.linears_sparsity:.2%}"]
+        row = [model.name, size(model.bytes), f"{model.sparsity:.1%}", f"{model.linears_sparsity:.1%}"]
         if read:
             row.append("-" if model.perplexity is None else f"{model.perplexity.value:.2f}")
             apart = model.divergence
@@ -163,9 +168,9 @@ def models_table(models: Sequence[Compared]) -> Table:
 
 def scores_table(models: Sequence[Compared]) -> Table:
     """A row for each figure of a task, a column for each model."""
-    table = Table(title="Tasks", title_justify="left")
+    table = Table(title="Tasks", title_justify="left", box=SIMPLE_HEAD)
     for heading in ("task", "metric", *(model.name for model in models)):
-        table.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
+        _add_column(table, heading)
     cells = [{(score.task, score.metric, score.filter): score for score in model.scores} for model in models]
     for place in dict.fromkeys(place for column in cells for place in column):
         task, metric, kind = place
@@ -181,9 +186,9 @@ def scores_table(models: Sequence[Compared]) -> Table:
 
 def differences_table(found: Comparison) -> Table:
     """A row for each difference from the dense model."""
-    table = Table(title=f"Differences from {found.dense}", title_justify="left")
+    table = Table(title=f"Differences from {found.dense}", title_justify="left", box=SIMPLE_HEAD)
     for heading in ("model", "task", "metric", "difference", "pairs", "p, adjusted", "beyond noise"):
-        table.add_column(heading, justify="left" if heading in ("model", "task", "metric") else "right")
+        _add_column(table, heading)
     for entry in found.differences:
         metric = entry.metric if entry.filter == "none" else f"{entry.metric} ({entry.filter})"
         p = "-" if entry.adjusted is None else f"{entry.adjusted:.2g}"
@@ -203,6 +208,12 @@ def comparison_notes(found: Comparison) -> list[str]:
     if any(entry.task == "perplexity" for entry in found.differences):
         lines.append("windows of a text are neighbours and not independent: the noise of nats is a little larger")
     return lines + [f"note: {note}" for note in found.notes]
+
+
+def _add_column(table: Table, heading: str) -> None:
+    side: JustifyMethod = "left" if heading in NAMES else "right"
+    longest = max(map(len, heading.split()), default=0)
+    table.add_column(heading, justify=side, overflow="fold", min_width=min(longest, 12))
 
 
 def _with_error(value: float, stderr: float | None, sign: str = "") -> str:
