@@ -54,7 +54,7 @@ class Parsed(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self._inside is None:
-            self.text += data
+            self.text += data.replace("\N{NO-BREAK SPACE}", " ")
         elif self._inside:
             self.data[self._inside] = json.loads(data)
 

@@ -188,7 +188,7 @@ def verdict(results: Results) -> tuple[list[str], list[Row], list[str]]:
         )
     apart = (results.evaluated.divergence if results.evaluated else None) or (pruned.divergence if pruned else None)
     if apart is not None:
-        error = "" if apart.stderr is None else f" ± {apart.stderr:.3g}"
+        error = "" if apart.stderr is None else f" ±\N{NO-BREAK SPACE}{apart.stderr:.3g}"
         where = f"{short_name(apart.text)}, context {apart.length:,}, {apart.tokens:,} tokens"
         rows.append(Row("KL(dense ‖ pruned), nats a token", where, "0", f"{apart.kl:.4g}{error}"))
         rows.append(Row("Same most likely token", where, "100%", _percent(apart.agreement)))
@@ -277,7 +277,7 @@ def _own_scores(results: Results) -> list[Score]:
 
 
 def _difference(entry: Difference) -> str:
-    error = "" if entry.stderr is None else f" ± {entry.stderr:.2g}"
+    error = "" if entry.stderr is None else f" ±\N{NO-BREAK SPACE}{entry.stderr:.2g}"
     noise = {True: ", beyond noise", False: ", within noise", None: ""}[entry.beyond_noise]
     return f"{entry.difference:+.4f}{error}{noise}"
 
@@ -287,7 +287,7 @@ def _difference_name(entry: Difference) -> str:
 
 
 def _score(score: Score) -> str:
-    return f"{score.value:.4f}" + ("" if score.stderr is None else f" ± {score.stderr:.4f}")
+    return f"{score.value:.4f}" + ("" if score.stderr is None else f" ±\N{NO-BREAK SPACE}{score.stderr:.4f}")
 
 
 def measure_command(results: Results) -> str:
@@ -316,7 +316,7 @@ def _error_plots(report: Report, cells: plots.Grid) -> list[Plot]:
             plots.error_map(cells),
             "‖(Ŵ−W)X‖² / ‖WX‖² of each linear on the calibration inputs that reached it"
             + (", in part estimated on a sample of them" if sampled else "")
-            + ". Colours are on a logarithmic scale."
+            + ". Colours are on a logarithmic scale; the lowest twentieth share one."
             + (
                 " Experts of one kind are one cell, their mean."
                 if any(c.count > 1 for c in cells.cells.values())
@@ -380,7 +380,7 @@ def _task_plot(results: Results) -> Plot | None:
         return None
     figures = {plots.score_name(score) for scores in shown.values() for score in scores}
     more = f" The first {plots.TASKS_SHOWN} of {len(figures)} are drawn." if len(figures) > plots.TASKS_SHOWN else ""
-    return Plot("tasks-plot", "Tasks", figure, "Bars are 95% confidence (1.96 standard errors)." + more)
+    return Plot("tasks-plot", "Scores", figure, "Bars are 95% confidence (1.96 standard errors)." + more)
 
 
 def _score_rows(results: Results) -> list[list[str]]:

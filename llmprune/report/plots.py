@@ -109,13 +109,18 @@ def _cell(group: list[LinearRecord]) -> Cell:
 
 
 def error_map(cells: Grid) -> Figure:
-    """Relative errors by block and kind, as colours on a logarithmic scale; `customdata` has them as they are."""
+    """Relative errors by block and kind, as colours on a logarithmic scale; `customdata` has them as they are.
+
+    The lowest twentieth get one colour: a linear with next to no error would leave little of the scale to the others.
+    """
     values = _matrix(cells, lambda cell: cell.error)
-    known = [value for row in values for value in row if value]
+    known = sorted(value for row in values for value in row if value)
+    low, high = known[len(known) // 20], known[-1]
     scaled = [[math.log10(value) if value else None for value in row] for row in values]
-    ticks = _ticks(min(known), max(known))
+    ticks = _ticks(low, high)
     bar = {"tickvals": [math.log10(tick) for tick in ticks], "ticktext": [f"{tick:g}" for tick in ticks]}
-    return _map(cells, scaled, values, bar, ROW)
+    figure = _map(cells, scaled, values, bar, ROW)
+    return figure.update_layout(coloraxis={"cmin": math.log10(low), "cmax": math.log10(high)})
 
 
 def sparsity_map(cells: Grid) -> Figure:
