@@ -295,8 +295,8 @@ def measure_command(results: Results) -> str:
     report = results.report
     out = shlex.quote(str(report.out))
     return (
-        f"llmprune eval {out} --against {shlex.quote(report.model)} --tasks arc_easy,hellaswag -o {out}/evaluation\n"
-        f"llmprune report {out}"
+        f"llmprune compare {shlex.quote(report.model)} {out} --perplexity wikitext2 --tasks arc_easy,hellaswag "
+        f"-o {out}/evaluation\nllmprune report {out}"
     )
 
 
