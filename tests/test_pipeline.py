@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -140,7 +141,7 @@ def test_the_same_recipe_and_seed_give_the_same_bytes(model: Path, text: str, tm
 
 def test_out_holds_everything_and_nothing_else(text: str, tmp_path: Path) -> None:
     source = make("llama", tmp_path / "model", dtype=torch.bfloat16)
-    words = tokenizer()
+    words = copy.deepcopy(tokenizer())
     words.chat_template = "{{ messages }}"
     words.save_pretrained(source)
     (source / "additional_chat_templates").mkdir()
