@@ -6,10 +6,10 @@ import contextlib
 import fnmatch
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from llmprune import distributed, solvers
+from llmprune import distributed, named, reconstruct, refine, solvers
 from llmprune.budget import Needs, Room, Schedule, Work, batch_size
 from llmprune.errors import UserError, unknown
 from llmprune.model.blocks import Chain, kinds, probe, probe_length
@@ -20,12 +20,35 @@ from llmprune.model.survey import Survey
 from llmprune.model.watch import Input
 from llmprune.patterns import NM, Unstructured, parse
 from llmprune.recipe import Recipe
+from llmprune.reconstruct import Reconstructor
+from llmprune.refine import Refiner
 from llmprune.solvers import Solver
 from llmprune.stats import LEVELS
+from llmprune.stats import Needs as Level
 
 DEFAULT_LENGTH = 2048
 
 UNSEEN_EXPERTS = "experts that transformers does not let run one by one: NOT pruned"
+
+
+@dataclass(frozen=True)
+class After:
+    """What follows the method on each linear, one after the other, by name."""
+
+    refiners: tuple[tuple[str, Refiner], ...] = ()
+    reconstructors: tuple[tuple[str, Reconstructor], ...] = ()
+
+    @property
+    def needs(self) -> Level:
+        """The most that any of them must know of the inputs."""
+        needs: list[Level] = [step.needs for _, step in self.refiners]
+        needs += [step.needs for _, step in self.reconstructors]
+        return max(needs, key=LEVELS.index, default="nothing")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Their names in order."""
+        return tuple(name for name, _ in (*self.refiners, *self.reconstructors))
 
 
 @dataclass(frozen=True)
@@ -37,6 +60,7 @@ class Choice:
         method: the method's name.
         solver: the method with its options.
         pattern: where zeros will stand.
+        after: what follows the method.
         kept: why it is left dense instead; None when it is pruned.
         rule: the number of the rule that decided, from 1; None for the recipe's own choice.
     """
@@ -45,8 +69,14 @@ class Choice:
     method: str
     solver: Solver
     pattern: Unstructured | NM
+    after: After = After()
     kept: str | None = None
     rule: int | None = None
+
+    @property
+    def needs(self) -> Level:
+        """The most that any part of it must know of the inputs."""
+        return max((self.solver.needs, self.after.needs), key=LEVELS.index)
 
 
 @dataclass(frozen=True)
@@ -87,7 +117,7 @@ class Plan:
     @property
     def needs_data(self) -> bool:
         """Whether any method asks for calibration."""
-        return any(choice.solver.needs != "nothing" for choice in self.pruned)
+        return any(choice.needs != "nothing" for choice in self.pruned)
 
     @property
     def spare(self) -> int:
@@ -147,6 +177,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
     """
     default = _resolve(recipe, None)
     rules = [_resolve(recipe, number) for number in range(len(recipe.rules))]
+    after = _after(recipe, [default, *rules])
     surveys: dict[int, Survey] = {}
 
     @contextlib.contextmanager
@@ -172,9 +203,10 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
                 kept = "ignored"
             elif rule is not None and recipe.rules[rule].skip:
                 kept = f"skipped by rule {rule + 1}"
-            elif solver.needs != "nothing" and linear.name.removeprefix(name) not in called:
-                kept = "its inputs cannot be seen: its weight is read without calling it"
-            choices.append(Choice(linear, method, solver, pattern, kept, None if rule is None else rule + 1))
+            choice = Choice(linear, method, solver, pattern, after, kept, None if rule is None else rule + 1)
+            if kept is None and choice.needs != "nothing" and linear.name.removeprefix(name) not in called:
+                choice = replace(choice, kept="its inputs cannot be seen: its weight is read without calling it")
+            choices.append(choice)
         blocks.append(tuple(choices))
         moments = [
             [[name + known.removeprefix(like) for known in group] for group in moment] for moment in survey.moments
@@ -187,7 +219,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
         raise UserError("nothing is left to prune: every linear is ignored, skipped or cannot be pruned")
 
     length = sequence_length(checkpoint, recipe.calibration.length)
-    data = any(choice.kept is None and choice.solver.needs != "nothing" for block in blocks for choice in block)
+    data = any(choice.kept is None and choice.needs != "nothing" for block in blocks for choice in block)
     text = None if recipe.evaluate.text is None else sequence_length(checkpoint, recipe.evaluate.length)
     samples = -(-recipe.calibration.samples // distributed.size())
     needs = Needs(checkpoint, works, samples if data else 0, length, text)
@@ -234,6 +266,21 @@ def _resolve(recipe: Recipe, number: int | None) -> tuple[str, Solver, Unstructu
         return method if isinstance(method, str) else method["name"], solver, parse(sparsity, scope)  # type: ignore[arg-type]
     except UserError as error:
         raise UserError(f"{where}{error}") from None
+
+
+def _after(recipe: Recipe, chosen: Sequence[tuple[str, Solver, Unstructured | NM]]) -> After:
+    """The refinements and reconstructions of a recipe, by name, checked against the methods that they follow."""
+    refiners = tuple((named.name_of(entry), refine.load(entry)) for entry in recipe.refine)
+    reconstructors = tuple((named.name_of(entry), reconstruct.load(entry)) for entry in recipe.reconstruct)
+    if refiners and not reconstructors:
+        for method, solver, _ in chosen:
+            if solver.updates:
+                raise UserError(
+                    f"refine: {refiners[0][0]} chooses other weights to keep than {method}, which fitted those that it "
+                    "kept to its own mask: add a reconstruction (--reconstruct cg), or take a method that leaves the "
+                    "weights as they are, such as wanda"
+                )
+    return After(refiners, reconstructors)
 
 
 def _check_names(checkpoint: Checkpoint, recipe: Recipe, blocks: list[tuple[Choice, ...]]) -> None:
@@ -303,7 +350,7 @@ def _moments(choices: Sequence[Choice], moments: Sequence[Sequence[Sequence[str]
         inputs = []
         for group in moment:
             if names := tuple(name for name in group if name in pruned):
-                needs = max((pruned[name].solver.needs for name in names), key=LEVELS.index)
+                needs = max((pruned[name].needs for name in names), key=LEVELS.index)
                 inputs.append(Input(names, pruned[names[0]].linear.shape[1], needs))
         if inputs:
             found.append(tuple(inputs))

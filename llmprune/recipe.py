@@ -102,6 +102,8 @@ class Recipe:
         sparsity: `2:4`, `4:8`, any N:M (at most N of every M kept), `0.5`, or `50%`.
         method: a method's name, or a mapping of its `name` and options.
         scope: what an unstructured sparsity is counted over, `row` or `matrix`; by default the method's own.
+        refine: what makes the method's mask better, one after the other: names, or mappings of `name` and options.
+        reconstruct: what then chooses the kept weights anew, likewise.
         calibration: the text and how much of it.
         ignore: names of linears to leave dense, globs or `re:` expressions.
         rules: exceptions, see `Rule`.
@@ -118,6 +120,8 @@ class Recipe:
     sparsity: str | float = "50%"
     method: str | dict[str, Any] = "sparsegpt"
     scope: str | None = None
+    refine: tuple[str | dict[str, Any], ...] = ()
+    reconstruct: tuple[str | dict[str, Any], ...] = ()
     calibration: Calibration = field(default_factory=Calibration)
     ignore: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
@@ -272,6 +276,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if is_dataclass(hint) and isinstance(hint, type):
         return build(hint, value, where)
     if origin is tuple:
+        if isinstance(value, str | Mapping) and typing.get_origin(arguments[0]) in (types.UnionType, typing.Union):
+            value = [value]  # things with options: one of them needs no list
         if isinstance(value, str) or not isinstance(value, list | tuple):
             raise UserError(f"{where} must be a list, not {value!r}")
         return tuple(_convert(arguments[0], item, f"{where}[{place}]") for place, item in enumerate(value))

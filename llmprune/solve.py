@@ -14,13 +14,16 @@ from llmprune.errors import Failure, SingularGram
 from llmprune.model.checkpoint import Checkpoint, LoadedBlock
 from llmprune.model.watch import Input
 from llmprune.parts import not_finite, zeros
-from llmprune.plan import Choice
+from llmprune.patterns import NM, Unstructured
+from llmprune.plan import After, Choice
 from llmprune.report.record import LinearRecord, mask_sha256
 from llmprune.solvers import Solver
 from llmprune.stats import LinearStats, ratio
 
 FEW_TOKENS = 64
 """A linear that fewer calibration tokens reached is noted; where a Gram is needed, one with fewer than its inputs."""
+
+Losses = tuple[float, float]
 
 _MUCH = 2**26
 """Bytes that are worth the milliseconds of giving them back."""
@@ -93,8 +96,9 @@ class _Task:
     def cost(self) -> float:
         """About how many operations it takes: where a Gram is needed, to factorise it and to update all rows by it."""
         width, rows = float(self.input.features), self.rows[1] - self.rows[0]
-        gram = self.choices[0].solver.needs == "gram"
-        return width**3 + 2 * rows * width**2 if gram else 50 * rows * width
+        choice = self.choices[0]
+        products = (choice.solver.needs == "gram") + 10 * len(choice.after.names)
+        return (width**3 if products else 0.0) + (2 * products * width + 50) * rows * width
 
     def parts(self, block: LoadedBlock) -> Iterator[tuple[Choice, Tensor, slice]]:
         """Each linear, those rows of its weight in the block that belong here, and where they are among `rows`."""
@@ -121,11 +125,11 @@ class _Found:
     """What solving some rows of a linear told.
 
     Attributes:
-        losses: see `LinearStats.losses`.
+        losses: see `LinearStats.losses`; of what the method made, and after each step that followed.
         damping: what the factorisation took.
     """
 
-    losses: tuple[float, float] | None
+    losses: list[Losses | None]
     damping: float | None
     note: str | None
 
@@ -164,16 +168,39 @@ def _solve(checkpoint: Checkpoint, block: LoadedBlock, task: _Task, stats: Linea
     del together
     name = ", ".join(choice.linear.name for choice, _, _ in parts)
     solver, note = usable(task.choices[0].solver, stats, name)
+    choice = task.choices[0]
+    after = choice.after if solver is choice.solver else After()
+    errors: dict[str, list[Losses | None]] = {choice.linear.name: [] for choice, _, _ in parts}
+    pruned = dense
     try:
-        pruned = solver.solve(dense, stats, task.choices[0].pattern)
+        for pruned in _followed(dense, stats, choice.pattern, solver, after):
+            for choice, _, rows in parts:
+                errors[choice.linear.name].append(stats.losses(dense[rows], pruned[rows]))
     except SingularGram as error:
         raise Failure(f"{name}: {error}") from None
     note = note or _damped(solver, stats)
     found = {}
     for choice, weight, rows in parts:
         weight.copy_(pruned[rows]).add_(0.0)  # no zero is written as -0
-        found[choice.linear.name] = _Found(stats.losses(dense[rows], pruned[rows]), stats.damping, note)
+        found[choice.linear.name] = _Found(errors[choice.linear.name], stats.damping, note)
     return found
+
+
+def _followed(
+    dense: Tensor, stats: LinearStats, pattern: Unstructured | NM, solver: Solver, after: After
+) -> Iterator[Tensor]:
+    """The pruned weight (rows, in) as the method leaves it, and after each step that follows."""
+    pruned = solver.solve(dense, stats, pattern)
+    yield pruned
+    for _, refiner in after.refiners:
+        before = pruned != 0
+        keep = refiner.refine(dense, before, stats, pattern)
+        pruned = torch.where(keep, torch.where(before, pruned, dense), 0.0)
+        yield pruned
+    keep = pruned != 0
+    for _, reconstructor in after.reconstructors:
+        pruned = reconstructor.reconstruct(dense, pruned, keep, stats)
+        yield pruned
 
 
 def usable(solver: Solver, stats: LinearStats, name: str) -> tuple[Solver, str | None]:
@@ -215,13 +242,12 @@ def _damped(solver: Solver, stats: LinearStats) -> str | None:
 
 
 def _record(choice: Choice, written: Tensor, seen: _Seen, found: list[_Found]) -> LinearRecord:
-    losses = [one.losses for one in found if one.losses is not None]
     note = next((one.note for one in found if one.note), None)
-    error = None
-    if losses:
-        error = ratio(*(sum(values) for values in zip(*losses, strict=True)))
-        if not math.isfinite(error):
-            error, note = None, "its relative error is too large for float32"
+    errors = [_error(step) for step in zip(*(one.losses for one in found), strict=True)]
+    error = errors[-1]
+    if error is not None and not math.isfinite(error):
+        error, note = None, "its relative error is too large for float32"
+    course = dict(zip((choice.method, *choice.after.names), errors, strict=False))
     return LinearRecord(
         name=choice.linear.name,
         shape=choice.linear.shape,
@@ -235,4 +261,11 @@ def _record(choice: Choice, written: Tensor, seen: _Seen, found: list[_Found]) -
         damping=found[0].damping,
         note=note,
         mask_sha256=mask_sha256(written),
+        course={name: value for name, value in course.items() if value is not None} if len(course) > 1 else None,
     )
+
+
+def _error(parts: tuple[Losses | None, ...]) -> float | None:
+    """The relative error of a linear from those of its rows."""
+    known = [part for part in parts if part is not None]
+    return ratio(*(sum(values) for values in zip(*known, strict=True))) if known else None

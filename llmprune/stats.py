@@ -30,6 +30,7 @@ class LinearStats:
         needs: the most that any solver of these linears asks for.
         tokens: number of input rows seen.
         squares: (in,) sum over tokens of x².
+        sums: (in,) sum over tokens of x.
         damping: the relative damping that the last factorisation really took, None before the first.
     """
 
@@ -38,6 +39,7 @@ class LinearStats:
         self.needs = needs
         self.tokens = 0
         self.squares = torch.zeros(features, device=device)
+        self.sums = torch.zeros(features, device=device)
         self.damping: float | None = None
         self._lower = torch.zeros(features, features, device=device) if needs == "gram" else None
         self._gram: Tensor | None = None
@@ -50,6 +52,7 @@ class LinearStats:
         if len(x) == 0:
             return
         self.tokens += len(x)
+        self.sums += x.sum(0, dtype=torch.float32)
         if self._lower is not None:
             add_gram(self._lower, x)
             return
@@ -62,7 +65,7 @@ class LinearStats:
     def finish(self) -> None:
         """Sum up over the ranks, and make the sums ready for solving; no `add` may follow."""
         count = torch.tensor([self.tokens], device=self.squares.device)
-        distributed.total(count, self.squares if self._lower is None else self._lower)
+        distributed.total(count, self.sums, self.squares if self._lower is None else self._lower)
         self.tokens = int(count)
         if self._lower is None:
             self._rows = [_of_all_ranks(self._rows, self.features, self.squares.device)] if self.tokens else []
@@ -79,6 +82,22 @@ class LinearStats:
     def norms(self) -> Tensor:
         """(in,) ‖X_j‖₂, the norm of each input over all tokens."""
         return self.squares.sqrt()
+
+    @property
+    def means(self) -> Tensor:
+        """(in,) the mean of each input over all tokens."""
+        return self.sums / max(self.tokens, 1)
+
+    @property
+    def variances(self) -> Tensor:
+        """(in,) the variance of each input over all tokens."""
+        return (self.squares / max(self.tokens, 1) - self.means.square()).clamp_(min=0)
+
+    @property
+    def scale(self) -> float:
+        """The mean of ‖X_j‖² over live inputs, which a relative damping is of; 1 where there are none."""
+        live = ~self.dead
+        return float(self.squares[live].mean()) if bool(live.any()) else 1.0
 
     @property
     def gram(self) -> Tensor:
@@ -104,9 +123,7 @@ class LinearStats:
         """
         if self._factor is not None and self._factor[0] == damping:
             return self._factor[1]
-        diagonal = self.gram.diagonal()
-        live = ~self.dead
-        scale = float(diagonal[live].mean()) if bool(live.any()) else 1.0
+        scale = self.scale
         tried = [damping]
         while tried[-1] < 1:
             tried.append(min(1.0, 10 * tried[-1]))

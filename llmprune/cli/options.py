@@ -29,6 +29,9 @@ def add_recipe(parser: argparse.ArgumentParser, several: bool = False) -> None:
     method = "magnitude, wanda, sparsegpt, ... [sparsegpt]"
     add("--sparsity", metavar="S,..." if several else "S", help=f"several of {sparsity}" if several else sparsity)
     add("--method", metavar="NAME,..." if several else "NAME", help=f"several of {method}" if several else method)
+    if not several:
+        add("--refine", metavar="NAME,...", help="then make the mask better: swaps, dsnot")
+        add("--reconstruct", metavar="NAME,...", help="then choose the kept weights anew: cg")
     add("--scope", choices=("row", "matrix"), help="what an unstructured sparsity is counted over [the method's own]")
     add("--calibration", metavar="TEXT", help="c4, wikitext2, builtin, owner/name on the Hub, or a local file [c4]")
     add("--samples", type=int, metavar="N", help="calibration sequences [128]")
@@ -62,6 +65,9 @@ def recipe_options(chosen: argparse.Namespace, default: Mapping[str, Any] | None
     """
     names = ("sparsity", "method", "scope", "calibration", "samples", "length", "seed", "device", "dtype")
     options = {name: getattr(chosen, name) for name in (*names, "shard_size", "max_memory", "evaluate")}
+    for name in ("refine", "reconstruct"):
+        if (named := getattr(chosen, name, None)) is not None:
+            options[name] = listed(named)
     options["trust_remote_code"] = chosen.trust_remote_code or None
     recipe = assemble(chosen.recipe if chosen.recipe is not None else default, options)
     if chosen.ignore:

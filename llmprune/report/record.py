@@ -36,6 +36,7 @@ class LinearRecord:
         damping: the relative damping that the factorisation took.
         note: anything out of the ordinary.
         mask_sha256: of the mask, packed to bits row by row.
+        course: where anything followed the method, the relative error after each step, by name.
     """
 
     name: str
@@ -51,6 +52,7 @@ class LinearRecord:
     damping: float | None = None
     note: str | None = None
     mask_sha256: str | None = None
+    course: dict[str, float] | None = None
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> LinearRecord:

@@ -52,7 +52,9 @@ def plan_table(plan: Plan, every: bool) -> Table:
     for group in _grouped(plan.choices, key):
         first = group[0]
         share = sum(choice.linear.numel for choice in group) / max(plan.weights, 1)
-        method = first.method if first.kept is None else f"[dim]dense: {first.kept}[/dim]"
+        method = (
+            ", ".join((first.method, *first.after.names)) if first.kept is None else f"[dim]dense: {first.kept}[/dim]"
+        )
         scope = f" per {first.pattern.scope}" if first.pattern.group == 1 else ""
         pattern = f"{first.pattern}{scope}" if first.kept is None else ""
         name = first.linear.name if every else kind(first.linear.name)
@@ -96,6 +98,8 @@ def result_table(report: Report) -> Table:
 def summary(report: Report) -> Table:
     """The result in a few lines."""
     table = Table.grid(padding=(0, 2))
+    for name, error in courses(report.pruned).items():
+        table.add_row(f"after {name}", f"relative error {error:.4f} on average")
     table.add_row("zeros", f"{report.sparsity:.2%} of pruned linears, {report.model_sparsity:.2%} of all weights")
     if report.origin is not None:
         table.add_row("source", report.origin)
@@ -115,6 +119,15 @@ def summary(report: Report) -> Table:
     problem = report.page_problem
     table.add_row("report", str(report.out / PAGE) if problem is None else f"[red]not drawn[/red]: {escape(problem)}")
     return table
+
+
+def courses(records: Iterable[LinearRecord]) -> dict[str, float]:
+    """Where steps followed the method, the mean relative error over the linears after each, by name."""
+    found: dict[str, list[float]] = {}
+    for record in records:
+        for name, error in (record.course or {}).items():
+            found.setdefault(name, []).append(error)
+    return {name: sum(errors) / len(errors) for name, errors in found.items()}
 
 
 def notes(records: Iterable[LinearRecord]) -> list[str]:

@@ -30,6 +30,7 @@ class Solver:
 
     needs: ClassVar[Needs] = "gram"
     scope: ClassVar[Scope] = "matrix"
+    updates: ClassVar[bool] = True
 
     damping: float = 0.01
     block_size: int = 128

@@ -1,0 +1,42 @@
+"""CG: the kept weights that are best for the linear's own output, by conjugate gradients on the shared Gram."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from llmprune.conjugate import conjugate
+from llmprune.stats import LinearStats, Needs
+
+_AT_ONCE = 2**22
+"""Weights that are solved for at once; rows do not depend on each other."""
+
+
+@dataclass(frozen=True)
+class Reconstructor:
+    """Minimises ‖(Ŵ−W)X‖² + λ‖Ŵ−W‖² over the kept weights; all rows share the Gram, each has a support of its own.
+
+    Args:
+        steps: of conjugate gradients. The optimum for the mask (as of OPTIMA, arXiv:2512.13886) is their limit.
+        damping: λ as a fraction of the mean diagonal of XᵀX over live inputs.
+    """
+
+    needs: ClassVar[Needs] = "gram"
+
+    steps: int = 20
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, not {self.steps}")
+        if not 0 <= self.damping <= 1:
+            raise ValueError(f"damping must lie in [0, 1], not {self.damping}")
+
+    def reconstruct(self, weight: Tensor, start: Tensor, keep: Tensor, stats: LinearStats) -> Tensor:
+        damping = self.damping * stats.scale
+        rows = max(1, _AT_ONCE // weight.shape[1])
+        parts = zip(torch.split(weight, rows), torch.split(start, rows), torch.split(keep, rows), strict=True)
+        return torch.cat([conjugate(stats.gram, w, s, k, self.steps, damping) for w, s, k in parts])

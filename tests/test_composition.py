@@ -1,0 +1,63 @@
+"""Every method with every pattern, refinement and reconstruction on a tiny model: valid, or refused with a reason."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+import llmprune
+from llmprune import named, reconstruct, refine, solvers
+from llmprune.errors import UserError
+from llmprune.patterns import parse
+from tests.families import make
+from tests.test_pipeline import weights
+
+METHODS = solvers.names()
+REFINERS = ["", *named.names(refine)]
+RECONSTRUCTORS = ["", *named.names(reconstruct)]
+PATTERNS = [("50%", "row"), ("50%", "matrix"), ("2:4", "row"), ("4:8", "row")]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make("llama", tmp_path_factory.mktemp("llama") / "model")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("sparsity", "scope"), PATTERNS)
+def test_the_whole_grid(method: str, sparsity: str, scope: str, model: Path, tmp_path: Path) -> None:
+    for refiner, reconstructor in itertools.product(REFINERS, RECONSTRUCTORS):
+        recipe = {
+            "method": method,
+            "sparsity": sparsity,
+            "scope": scope,
+            "refine": [refiner] if refiner else [],
+            "reconstruct": [reconstructor] if reconstructor else [],
+            "calibration": {"source": "builtin", "samples": 16, "length": 32},
+        }
+        out = tmp_path / f"{refiner}-{reconstructor}"
+        if refiner and not reconstructor and solvers.load(method).updates:
+            with pytest.raises(UserError, match="add a reconstruction"):
+                llmprune.prune(model, out=out, recipe=recipe)
+            assert not out.exists()
+            continue
+        report = llmprune.prune(model, out=out, recipe=recipe)
+        written = weights(out)
+        course = [step for step in (method, refiner, reconstructor) if step]
+        for linear in report.pruned:
+            pattern = parse(sparsity, scope)  # type: ignore[arg-type]
+            assert pattern.holds(written[f"{linear.name}.weight"])
+            assert linear.sparsity == pytest.approx(0.5, abs=0.02)
+            if len(course) == 1:
+                assert linear.course is None
+                continue
+            assert linear.course is not None
+            assert list(linear.course) == course
+            errors = list(linear.course.values())
+            assert linear.relative_error == errors[-1]
+            if "swaps" in course and not solvers.load(method).updates:
+                assert errors[1] < errors[0]
+            if reconstructor:
+                assert errors[-1] < errors[-2]
