@@ -123,6 +123,20 @@ class NM:
         return f"{self.n}:{self.m}"
 
 
+def keep_more(pattern: Pattern, saliency: Tensor, part: float) -> Tensor:
+    """A mask on the way to that of a pattern: of what it would prune only the lowest part is.
+
+    Args:
+        saliency: (out, in), as for `Pattern.keep`.
+        part: of the pattern's sparsity, in [0, 1]; at 1 the mask is the pattern's own.
+    """
+    keep = pattern.keep(saliency)
+    if part >= 1:
+        return keep
+    rule = Unstructured(part * pattern.sparsity, "row" if pattern.row_independent else "matrix")
+    return rule.keep(saliency.masked_fill(keep, torch.inf))
+
+
 def parse(text: str | float | Pattern, scope: Scope = "row") -> Unstructured | NM:
     """Read a pattern: `2:4`, `4:8`, any `N:M`, `0.5`, or `50%`.
 

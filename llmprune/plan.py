@@ -74,6 +74,11 @@ class Choice:
     rule: int | None = None
 
     @property
+    def row_independent(self) -> bool:
+        """Whether its rows can be solved apart, and together with those of others."""
+        return self.solver.row_independent and self.pattern.row_independent
+
+    @property
     def needs(self) -> Level:
         """The most that any part of it must know of the inputs."""
         return max((self.solver.needs, self.after.needs), key=LEVELS.index)
@@ -366,7 +371,7 @@ def _work(
     rows = {}
     for entry in (entry for moment in moments for entry in moment):
         counts = [chosen[name].linear.shape[0] for name in entry.linears]
-        independent = all(chosen[name].pattern.row_independent for name in entry.linears)
+        independent = all(chosen[name].row_independent for name in entry.linears)
         rows[entry] = sum(counts) if independent else max(counts)
     widest = max((max(choice.linear.shape) for choice in choices), default=0)
     largest = max((choice.linear.numel for choice in choices), default=0)

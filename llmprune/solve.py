@@ -141,7 +141,7 @@ def _tasks(inputs: tuple[Input, ...], choices: tuple[Choice, ...], ranks: int) -
     for entry in inputs:
         stacks: dict[object, list[Choice]] = {}
         for choice in (chosen[name] for name in entry.linears):
-            key = (choice.solver, choice.pattern) if choice.pattern.row_independent else choice.linear.name
+            key = (choice.solver, choice.pattern) if choice.row_independent else choice.linear.name
             stacks.setdefault(key, []).append(choice)
         for stack in stacks.values():
             rows = sum(choice.linear.shape[0] for choice in stack)
@@ -153,7 +153,7 @@ def _tasks(inputs: tuple[Input, ...], choices: tuple[Choice, ...], ranks: int) -
 def _cut(task: _Task, parts: int) -> Iterator[_Task]:
     """The task by rows, where these don't depend on each other."""
     rows = task.rows[1]
-    parts = min(parts, rows) if task.choices[0].pattern.row_independent else 1
+    parts = min(parts, rows) if task.choices[0].row_independent else 1
     for part in range(parts):
         yield replace(task, rows=(rows * part // parts, rows * (part + 1) // parts))
 

@@ -139,6 +139,17 @@ class LinearStats:
             f"{', '.join(f'{value:g}' for value in tried)} in float32 and float64; give it more calibration samples"
         )
 
+    def scaled_gram(self, damping: float) -> tuple[Tensor, Tensor]:
+        """(in, in) DXᵀXD + damping · I, and (in,) the diagonal of D⁻¹, so that live inputs have a norm of one.
+
+        A weight times the norm of its input is as large as its saliency for Wanda. Dead inputs have a norm of zero.
+        """
+        norms = self.norms
+        inverse = torch.where(norms > 0, 1 / norms, 0.0)
+        gram = self.gram * inverse
+        gram.mul_(inverse[:, None]).diagonal().add_(damping)
+        return gram, norms
+
     def losses(self, dense: Tensor, pruned: Tensor) -> tuple[float, float] | None:
         """‖(Ŵ−W)X‖² and ‖WX‖² of (out, in) weights, exact from the Gram, else on the kept input rows.
 
@@ -209,6 +220,13 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
         return result
     return a @ b.T
+
+
+def damped_inverse(gram: Tensor, damping: float) -> Tensor:
+    """(G + damping · I)⁻¹ of a Gram whose diagonal is about one, for a damping that makes it safely definite."""
+    damped = gram.clone()
+    damped.diagonal().add_(damping)
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped))
 
 
 def _inverse_upper(gram: Tensor, scale: float, damping: float, dead: Tensor, dtype: torch.dtype) -> Tensor | None:

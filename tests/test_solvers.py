@@ -13,10 +13,11 @@ from torch import Tensor
 
 from llmprune import solvers
 from llmprune.errors import UserError
-from llmprune.patterns import SCOPES, parse
+from llmprune.patterns import SCOPES, keep_more, parse
 from llmprune.stats import LEVELS, LinearStats
 
 METHODS = ["magnitude", "wanda", "sparsegpt"]
+ALL = solvers.names()
 
 Scores = list[list[float]]
 
@@ -301,7 +302,7 @@ def test_dead_inputs_lose_their_weights(sparsity: str | float, scope: str) -> No
     torch.testing.assert_close(result.double(), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in ALL if solvers.load(name).row_independent])
 @pytest.mark.parametrize("sparsity", [0.5, "2:4", "4:8", "1:4"])
 def test_rows_can_be_solved_together_or_apart(method: str, sparsity: str | float) -> None:
     first, second, x = torch.randn(10, 48), torch.randn(3, 48), correlated(100, 48)
@@ -311,7 +312,7 @@ def test_rows_can_be_solved_together_or_apart(method: str, sparsity: str | float
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALL)
 @pytest.mark.parametrize("scope", ["row", "matrix"])
 @pytest.mark.parametrize("sparsity", [0.1, 0.29, 0.5, 0.55, 0.6, 0.7, 0.9, "2:4", "4:8"])
 def test_the_promised_zeros_are_there(method: str, scope: str, sparsity: str | float) -> None:
@@ -346,7 +347,7 @@ def test_the_zeros_of_sparsegpt_are_exact_at_every_block_size(
             assert int(zeros[:, :end].sum()) == promised(sparsity, 11 * end)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALL)
 @pytest.mark.parametrize("sparsity", [0.5, "2:4"])
 @pytest.mark.parametrize("layout", ["rows", "one row", "columns"])
 def test_the_dense_weight_is_not_changed(method: str, sparsity: str | float, layout: str) -> None:
@@ -357,21 +358,21 @@ def test_the_dense_weight_is_not_changed(method: str, sparsity: str | float, lay
     assert not torch.equal(result, before)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALL)
 def test_memory_layout_makes_no_difference(method: str) -> None:
     weight, x = torch.randn(6, 16), correlated(50, 16)
     expected = solve(method, weight.clone(), x, "2:4")
     torch.testing.assert_close(solve(method, weight.T.contiguous().T, x, "2:4"), expected)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALL)
 def test_results_are_float32_of_the_same_shape(method: str) -> None:
     result = solve(method, torch.randn(6, 16), correlated(50, 16), "2:4")
     assert result.dtype == torch.float32
     assert result.shape == (6, 16)
 
 
-@pytest.mark.parametrize("method", solvers.names())
+@pytest.mark.parametrize("method", ALL)
 def test_every_method_loads_by_name_and_says_what_it_needs(method: str) -> None:
     solver = solvers.load(method)
     assert solver.needs in LEVELS
@@ -455,3 +456,170 @@ def test_the_bounds_of_damping_are_allowed(damping: float) -> None:
     found = solvers.load({"name": "sparsegpt", "damping": damping}).damping  # type: ignore[attr-defined]
     assert found == damping
     assert isinstance(found, float)
+
+
+@pytest.mark.parametrize(("sparsity", "scope"), UNSTRUCTURED + UNEVEN + SEMI)
+@pytest.mark.parametrize("exponent", [0.5, 1.0])
+def test_ria_ranks_by_the_shares_of_row_and_column(sparsity: str | float, scope: str, exponent: float) -> None:
+    weight, x = torch.randn(12, 40), correlated(90, 40)
+    norms = [math.sqrt(sum(value * value for value in column)) for column in x.double().T.tolist()]
+    table = [[abs(value) for value in row] for row in weight.double().tolist()]
+    columns = [sum(row[j] for row in table) for j in range(40)]
+    scores = [
+        [(value / columns[j] + value / sum(row)) * norms[j] ** exponent for j, value in enumerate(row)] for row in table
+    ]
+    expected = masked(weight, lowest(scores, sparsity, scope))
+    assert torch.equal(solve("ria", weight, x, sparsity, scope, exponent=exponent), expected)
+
+
+def test_ria_takes_columns_and_rows_of_zeros() -> None:
+    weight = torch.randn(8, 16)
+    weight[:, 3], weight[2] = 0, 0
+    result = solve("ria", weight, correlated(50, 16), "2:4")
+    assert bool(result.isfinite().all())
+
+
+def gradual_masks(scores: list[Tensor], sparsity: str | float, scope: str, steps: int) -> list[set[tuple[int, int]]]:
+    """The pruned places at each step: the lowest s_t of those that the pattern prunes in the end."""
+    found = []
+    share = 1 - Fraction(*map(int, sparsity.split(":"))) if isinstance(sparsity, str) else sparsity
+    for step, table in enumerate(scores, 1):
+        part = 1 - (1 - step / steps) ** 3
+        final = lowest(table.tolist(), sparsity, scope)
+        rows = range(len(table)) if scope == "row" else [None]
+        pruned = set()
+        for row in rows:
+            places = [place for place in final if row is None or place[0] == row]
+            count = int(part * float(share) * (table.numel() if row is None else table.shape[1]) + 1e-6)
+            pruned |= set(sorted(places, key=lambda place: (float(table[place]), place))[:count])
+        found.append(pruned)
+    return found
+
+
+@pytest.mark.parametrize(("sparsity", "scope"), [(0.5, "row"), (0.5, "matrix"), (0.7, "row"), *SEMI])
+def test_a_mask_grows_to_that_of_its_pattern(sparsity: str | float, scope: str) -> None:
+    scores = [torch.rand(6, 24) for _ in range(15)]
+    expected = gradual_masks(scores, sparsity, scope, 15)
+    for step, (table, pruned) in enumerate(zip(scores, expected, strict=True), 1):
+        keep = keep_more(parse(sparsity, scope), table, 1 - (1 - step / 15) ** 3)
+        assert {(int(row), int(column)) for row, column in (~keep).nonzero()} == pruned
+    assert torch.equal(keep, parse(sparsity, scope).keep(scores[-1]))
+
+
+def textbook_admm(weight: Tensor, x: Tensor, sparsity: str | float, scope: str) -> Tensor:
+    """arXiv:2401.02938 with a schedule that grows, in float64."""
+    norms = x.double().square().sum(0).sqrt()
+    gram = (x.double().T @ x.double()) / torch.outer(norms, norms) + 0.1 * torch.eye(len(norms))
+    dense = weight.double() * norms
+    current, dual, mask = dense.clone(), torch.zeros_like(dense), torch.ones_like(dense)
+    for step in range(1, 21):
+        if step <= 15:
+            mask = torch.ones_like(dense)
+            table = (current + dual).abs()
+            for place in gradual_masks([*[table] * step], sparsity, scope, 15)[-1]:
+                mask[place] = 0
+        split = (current + dual) * mask
+        dual = dual + current - split
+        current = torch.linalg.solve(gram + torch.eye(len(norms)), (dense @ gram + split - dual).T).T
+    return (current + dual) * mask / norms
+
+
+@pytest.mark.parametrize(("sparsity", "scope"), [(0.5, "row"), (0.5, "matrix"), (0.7, "matrix"), *SEMI])
+@pytest.mark.parametrize("tokens", [200, 15])
+def test_admm_is_that_of_the_paper(sparsity: str | float, scope: str, tokens: int) -> None:
+    weight, x = torch.randn(8, 24), correlated(tokens, 24)
+    result, expected = solve("admm", weight, x, sparsity, scope), textbook_admm(weight, x, sparsity, scope)
+    same = ((result == 0) == (expected == 0)).all(-1)
+    assert same.float().mean() >= 0.75  # a tie that falls the other way changes the rest of its row
+    torch.testing.assert_close(result[same].double(), expected[same], rtol=1e-2, atol=1e-2)
+
+
+def test_admm_solves_rows_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = torch.randn(30, 32), correlated(100, 32)
+    expected = solve("admm", weight, x, "2:4")
+    monkeypatch.setattr("llmprune.solvers.admm._AT_ONCE", 32 * 7)
+    result = solve("admm", weight, x, "2:4")
+    assert ((result == 0) == (expected == 0)).float().mean() >= 0.99
+
+
+def textbook_alps(weight: Tensor, x: Tensor, sparsity: str | float, scope: str) -> tuple[Tensor, int]:
+    """The splitting of arXiv:2406.07831 by an eigendecomposition, in float64: D in the end, and its iterations."""
+    norms = x.double().square().sum(0).sqrt()
+    gram = (x.double().T @ x.double()) / torch.outer(norms, norms) + 0.01 * torch.eye(len(norms))
+    values, vectors = torch.linalg.eigh(gram)
+    dense = weight.double() * norms
+    pattern, rho = parse(sparsity, scope), 0.1
+    first = support = pattern.keep(dense.abs())
+    sparse, dual, restarts = dense * support, torch.zeros_like(dense), 0
+    for iteration in range(1, 301):
+        free = (dense @ gram - dual + rho * sparse) @ vectors / (values + rho) @ vectors.T
+        both = free + dual / rho
+        now = pattern.keep(both.abs())
+        sparse = torch.where(now, both, torch.zeros_like(both))
+        dual = dual + rho * (free - sparse)
+        if iteration % 3 == 0:
+            changed, support = float((now != support).sum()) / int(first.sum()), now
+            if changed == 0 and torch.equal(now, first) and restarts < 4:
+                restarts, rho, sparse, dual = restarts + 1, rho / 5, dense * first, torch.zeros_like(dense)
+                support = first
+            elif changed == 0:
+                break
+            else:
+                rho = min(1e6, rho * (1.3 if changed > 0.1 else 1.2 if changed > 0.005 else 1.1))
+    return sparse / norms, iteration
+
+
+@pytest.mark.parametrize(("sparsity", "scope"), [(0.5, "row"), (0.5, "matrix"), (0.7, "matrix"), *SEMI])
+def test_alps_finds_the_support_of_the_paper_and_its_optimum(sparsity: str | float, scope: str) -> None:
+    weight, x = torch.randn(16, 32), correlated(200, 32)
+    result = solve("alps", weight, x, sparsity, scope, steps=60)
+    expected, iterations = textbook_alps(weight, x, sparsity, scope)
+    assert 3 < iterations < 300
+    same = (result != 0) == (expected != 0)
+    assert same.float().mean() > 0.97
+    norms = x.double().square().sum(0).sqrt()
+    gram = x.double().T @ x.double() + 0.01 * torch.diag(norms.square())
+    for row, found in zip(weight.double(), result.double(), strict=True):
+        places = found.nonzero()[:, 0]
+        best = torch.linalg.solve(gram[places][:, places], gram[places] @ row)
+        torch.testing.assert_close(found[places], best, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(("sparsity", "scope"), [(0.5, "matrix"), (0.7, "matrix"), ("2:4", "row"), ("4:8", "row")])
+@pytest.mark.parametrize("seed", range(3))
+def test_alps_and_admm_lose_less_than_sparsegpt(sparsity: str | float, scope: str, seed: int) -> None:
+    weight, x = torch.randn(32, 64), correlated(300, 64, seed=seed) * torch.linspace(0.2, 3, 64)
+    names = ("sparsegpt", "admm", "alps")
+    error = {name: relative_error(x, weight, solve(name, weight, x, sparsity, scope)) for name in names}
+    assert error["alps"] < error["admm"] < error["sparsegpt"]
+
+
+@pytest.mark.parametrize("method", ["admm", "alps"])
+@pytest.mark.parametrize("sparsity", [0.5, "2:4"])
+def test_dead_inputs_and_fewer_tokens_than_inputs(method: str, sparsity: str | float) -> None:
+    weight, x = torch.randn(8, 24), correlated(7, 24)
+    dead = [0, 5, 6, 23]
+    x[:, dead] = 0
+    result = solve(method, weight, x, sparsity)
+    assert (result[:, dead] == 0).all()
+    assert torch.isfinite(result).all()
+    assert parse(sparsity).holds(result)
+    assert relative_error(x, weight, result) < relative_error(x, weight, solve("wanda", weight, x, sparsity))
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"name": "ria", "exponent": -1}, "exponent must be at least 0"),
+        ({"name": "admm", "damping": 0}, "damping must lie in"),
+        ({"name": "admm", "rho": 0}, "rho must be above 0"),
+        ({"name": "admm", "gradual": 30}, "gradual must lie between 1 and iterations"),
+        ({"name": "alps", "rho": -1}, "rho must be above 0"),
+        ({"name": "alps", "damping": 2}, "damping must lie in"),
+        ({"name": "alps", "iterations": 0}, "iterations must be at least 1"),
+        ({"name": "alps", "steps": 0}, "steps must be at least 1"),
+    ],
+)
+def test_options_of_the_others_are_checked(asked: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        solvers.load(asked)

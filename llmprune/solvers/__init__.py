@@ -25,6 +25,8 @@ class Solver(Protocol):
     """What an unstructured sparsity is counted over unless the recipe says otherwise: the published default."""
     updates: ClassVar[bool]
     """Whether it changes the weights that it keeps."""
+    row_independent: ClassVar[bool]
+    """Whether a row's result depends on that row, the statistics and the pattern alone, wherever its mask does."""
 
     def solve(self, weight: Tensor, stats: LinearStats, pattern: Pattern) -> Tensor:
         """Prune one linear.

@@ -31,6 +31,7 @@ class Solver:
     needs: ClassVar[Needs] = "gram"
     scope: ClassVar[Scope] = "matrix"
     updates: ClassVar[bool] = True
+    row_independent: ClassVar[bool] = True
 
     damping: float = 0.01
     block_size: int = 128

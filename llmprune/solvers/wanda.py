@@ -18,6 +18,7 @@ class Solver:
     needs: ClassVar[Needs] = "norms"
     scope: ClassVar[Scope] = "row"
     updates: ClassVar[bool] = False
+    row_independent: ClassVar[bool] = True
 
     def solve(self, weight: Tensor, stats: LinearStats, pattern: Pattern) -> Tensor:
         return weight * pattern.keep(weight.abs() * stats.norms)
