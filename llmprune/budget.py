@@ -192,7 +192,13 @@ class Needs:
     """What the phases of a run take."""
 
     def __init__(
-        self, checkpoint: Checkpoint, blocks: Sequence[Work], samples: int, length: int, text: int | None
+        self,
+        checkpoint: Checkpoint,
+        blocks: Sequence[Work],
+        samples: int,
+        length: int,
+        text: int | None,
+        fitted: bool = False,
     ) -> None:
         """Take in the work.
 
@@ -200,9 +206,10 @@ class Needs:
             samples: calibration sequences of this process; 0 where no data is needed.
             length: tokens of each.
             text: context length of an evaluation, None without.
+            fitted: whether the weights of whole blocks are fitted to the dense model's states.
         """
         self._checkpoint, self._blocks, self._samples, self._length = checkpoint, blocks, samples, length
-        self._text = text
+        self._text, self._fitted = text, fitted
         self._apart = checkpoint.device.type != "cpu"
         self._width = checkpoint.hidden_size * checkpoint.dtype.itemsize
         self._vocabulary = int(checkpoint.config.get_text_config().vocab_size)
@@ -304,6 +311,8 @@ class Needs:
                 capture |= behind + loaded + self._near(still + held + flow)
                 solve |= loaded + self._near(still + solving)
             write |= loaded + Peak(size.converted)
+            if self._fitted:
+                solve |= loaded + self._near(self._fitting(work, option))
             behind = Peak(size.stored) if option.overlap else Peak()
         kept = self._kept(option)
         found = {"capture": kept + capture, "solve": kept + solve, "write": kept + write, "copy": Peak(self._largest)}
@@ -328,7 +337,7 @@ class Needs:
 
     def _kept(self, option: Schedule) -> Peak:
         """The activations of all batches."""
-        size = self._samples * self._length * self._width
+        size = self._samples * self._length * self._width * (2 if self._fitted else 1)
         return {"device": Peak(device=size), "host": Peak(size), "disk": Peak()}[option.place]
 
     def _still(self, work: Work, option: Schedule) -> int:
@@ -349,6 +358,13 @@ class Needs:
             size += 4 * (2 * tokens * work.widest + min(AT_ONCE, work.largest))
         return size
 
+    def _fitting(self, work: Work, option: Schedule) -> int:
+        """Weights with their gradients and both moments, and what a batch leaves behind for its way back."""
+        weights = self._sizes[work.number].stored // self._checkpoint.dtype.itemsize
+        tokens = option.batch * option.length
+        behind = tokens * 4 * (_BEHIND_WIDEST * work.widest + _BEHIND_WIDTH * self._checkpoint.hidden_size)
+        return 24 * weights + behind + int(4 * option.length * tokens * work.held.pair)
+
     def _evaluation(self, length: int) -> Peak:
         """One batch of windows that goes through the largest block, or comes out at the end."""
         batch = batch_size(self._checkpoint, length)
@@ -359,6 +375,10 @@ class Needs:
             most |= self._loaded(work) + Peak(self._sizes[work.number].reading)
             most |= self._loaded(work) + self._near(self._flow(replace(work, moments=()), batch, length))
         return most + Peak(batch * length * self._width)
+
+
+_BEHIND_WIDEST, _BEHIND_WIDTH = 6, 24
+"""Tensors in float32 that a block leaves behind for a gradient: of its widest inside, and of the hidden size."""
 
 
 def _held(entry: Input) -> int:

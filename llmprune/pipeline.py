@@ -19,6 +19,7 @@ from llmprune.budget import batch_size, room, windows_at_once
 from llmprune.errors import Interrupted
 from llmprune.evaluate import perplexity
 from llmprune.model import blocks
+from llmprune.model.activations import Activations
 from llmprune.model.capture import Capture
 from llmprune.model.checkpoint import Checkpoint, LoadedBlock
 from llmprune.model.cpu import quick
@@ -29,7 +30,7 @@ from llmprune.progress import Clock, Progress, of_first
 from llmprune.recipe import Recipe, assemble, parse_size
 from llmprune.report.record import BlockRecord, LinearRecord, Perplexity, Report, versions
 from llmprune.report.verify import compare
-from llmprune.solve import solve_stage
+from llmprune.solve import renewed, solve_stage
 
 
 def prune(
@@ -168,22 +169,29 @@ def prune_blocks(
     if finished == len(plan.blocks):
         return
     schedule = plan.schedule
-    activations = None
+    activations = dense = None
     if tokens is not None:
         with clock("embed"), progress.waiting("embedding the calibration text"):
             batches = tokens.batches(schedule.batch)
             batches = [batches[number] for number in distributed.share_of(len(batches))]
             activations = blocks.start(checkpoint, plan.chain, batches, schedule.place, writer.out)
+            dense = activations.twin() if plan.fit is not None else None
     for number, choices in progress.over(list(enumerate(plan.blocks)), "pruning blocks"):
         if number < finished and activations is None:
             continue
         clock.lap()
         with clock("read"):
-            block = checkpoint.load_block(number)
+            block = checkpoint.load_block(number, dense=dense is not None)
             checkpoint.prefetch(number + 1)
-            if number < finished:
+        if activations is not None and dense is not None:
+            with clock("dense"):
+                blocks.pass_through(checkpoint, number, activations.calls[number], dense)
+        if number < finished:
+            with clock("read"):
+                block = checkpoint.load_block(number) if dense is not None else block
                 _as_written(block, choices)
         done: dict[str, LinearRecord] = {}
+        fitted = None
         stages = schedule.stages[number] if number >= finished else ()
         pruned = [choice.linear for choice in choices if choice.kept is None]
         runs = Capture(pruned, stages, schedule.held)
@@ -196,12 +204,21 @@ def prune_blocks(
                     writer.settle()
                 with clock("solve"):
                     done.update(solve_stage(checkpoint, block, stage.inputs, choices, stats))
-            if activations is not None:
-                with clock("propagate"):
-                    blocks.advance(checkpoint, number, activations, runs.finish)
+            if plan.fit is None:
+                _propagate(checkpoint, number, activations, runs, clock)
+        if plan.fit is not None:
+            if number >= finished and activations is not None and dense is not None:
+                with clock("fit"):
+                    fitted = plan.fit.fit(block, pruned, activations.calls[number], activations, dense)
                     memory.give_back()
+            runs = Capture(pruned, (), schedule.held)  # what went through the block before is of weights that were
+            with runs.running(block.module, block.name, number, activations):
+                _propagate(checkpoint, number, activations, runs, clock)
         if number >= finished:
             spent = BlockRecord(block.name, clock.lap(), memory.peak(), _peak_device_memory(checkpoint.device))
+            if fitted is not None:
+                spent = replace(spent, away_before=fitted.before, away=fitted.after)
+                done = renewed(block, choices, done)
             changed = {choice.linear.parameter for choice in choices if choice.kept is None}
             records = [vars(done.get(choice.linear.name) or _left_dense(choice)) for choice in choices]
             with clock("write"):
@@ -210,6 +227,16 @@ def prune_blocks(
                     writer.settle()
         del block
         checkpoint.unload_block(number)
+
+
+def _propagate(
+    checkpoint: Checkpoint, number: int, activations: Activations | None, runs: Capture, clock: Clock
+) -> None:
+    """Take all batches, where there are any, out of a block whose linears are solved."""
+    if activations is not None:
+        with clock("propagate"):
+            blocks.advance(checkpoint, number, activations, runs.finish)
+            memory.give_back()
 
 
 def draw_page(report: Report, source: Source) -> None:

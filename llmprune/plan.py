@@ -21,6 +21,7 @@ from llmprune.model.watch import Input
 from llmprune.patterns import NM, Unstructured, parse
 from llmprune.recipe import Recipe
 from llmprune.reconstruct import Reconstructor
+from llmprune.reconstruct.block import Reconstructor as BlockReconstructor
 from llmprune.refine import Refiner
 from llmprune.solvers import Solver
 from llmprune.stats import LEVELS
@@ -33,21 +34,23 @@ UNSEEN_EXPERTS = "experts that transformers does not let run one by one: NOT pru
 
 @dataclass(frozen=True)
 class After:
-    """What follows the method on each linear, one after the other, by name."""
+    """What follows the method: on each linear one after the other, by name, and then on the whole block."""
 
     refiners: tuple[tuple[str, Refiner], ...] = ()
     reconstructors: tuple[tuple[str, Reconstructor], ...] = ()
+    block: BlockReconstructor | None = None
 
     @property
     def needs(self) -> Level:
         """The most that any of them must know of the inputs."""
         needs: list[Level] = [step.needs for _, step in self.refiners]
         needs += [step.needs for _, step in self.reconstructors]
+        needs += [self.block.needs] if self.block is not None else []
         return max(needs, key=LEVELS.index, default="nothing")
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Their names in order."""
+        """The names of those on each linear, in order."""
         return tuple(name for name, _ in (*self.refiners, *self.reconstructors))
 
 
@@ -95,6 +98,7 @@ class Plan:
         others: weights that are in no linear: their kind to their number.
         schedule: how the work is laid out so that it fits into memory.
         room: the memory that it was laid out for.
+        fit: what fits whole blocks, None where nothing does.
     """
 
     blocks: tuple[tuple[Choice, ...], ...]
@@ -103,6 +107,7 @@ class Plan:
     others: dict[str, int]
     schedule: Schedule
     room: Room
+    fit: BlockReconstructor | None = None
 
     @property
     def choices(self) -> list[Choice]:
@@ -227,10 +232,10 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
     data = any(choice.kept is None and choice.needs != "nothing" for block in blocks for choice in block)
     text = None if recipe.evaluate.text is None else sequence_length(checkpoint, recipe.evaluate.length)
     samples = -(-recipe.calibration.samples // distributed.size())
-    needs = Needs(checkpoint, works, samples if data else 0, length, text)
+    needs = Needs(checkpoint, works, samples if data else 0, length, text, after.block is not None)
     schedule = needs.schedule(min(samples, batch_size(checkpoint, length)), had)
     weights = sum(info.numel for info in checkpoint.index.values())
-    return Plan(tuple(blocks), chain, weights, _others(checkpoint, blocks), schedule, had)
+    return Plan(tuple(blocks), chain, weights, _others(checkpoint, blocks), schedule, had, after.block)
 
 
 def sequence_length(checkpoint: Checkpoint, asked: int | None) -> int:
@@ -277,7 +282,19 @@ def _after(recipe: Recipe, chosen: Sequence[tuple[str, Solver, Unstructured | NM
     """The refinements and reconstructions of a recipe, by name, checked against the methods that they follow."""
     refiners = tuple((named.name_of(entry), refine.load(entry)) for entry in recipe.refine)
     reconstructors = tuple((named.name_of(entry), reconstruct.load(entry)) for entry in recipe.reconstruct)
-    if refiners and not reconstructors:
+    whole = None
+    for place, (name, step) in enumerate(reconstructors):
+        if isinstance(step, BlockReconstructor):
+            if place < len(reconstructors) - 1:
+                raise UserError(
+                    f"reconstruct: {name} works on whole blocks and comes last, after {reconstructors[-1][0]}"
+                )
+            whole, reconstructors = step, reconstructors[:-1]
+            if distributed.size() > 1:
+                raise UserError(
+                    f"reconstruct: {name} runs in one process only; leave it out, or start without torchrun"
+                )
+    if refiners and not recipe.reconstruct:
         for method, solver, _ in chosen:
             if solver.updates:
                 raise UserError(
@@ -285,7 +302,7 @@ def _after(recipe: Recipe, chosen: Sequence[tuple[str, Solver, Unstructured | NM
                     "kept to its own mask: add a reconstruction (--reconstruct cg), or take a method that leaves the "
                     "weights as they are, such as wanda"
                 )
-    return After(refiners, reconstructors)
+    return After(refiners, reconstructors, whole)
 
 
 def _check_names(checkpoint: Checkpoint, recipe: Recipe, blocks: list[tuple[Choice, ...]]) -> None:

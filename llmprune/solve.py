@@ -234,6 +234,18 @@ def check(weight: Tensor, choice: Choice) -> None:
         raise Failure(f"pruning {name} did not reach {choice.pattern}; this is a mistake in {choice.method}, report it")
 
 
+def renewed(block: LoadedBlock, choices: tuple[Choice, ...], done: dict[str, LinearRecord]) -> dict[str, LinearRecord]:
+    """The records of linears whose kept weights have changed since; a weight that came to zero is one of the zeros."""
+    found = dict(done)
+    for choice in choices:
+        if (record := done.get(choice.linear.name)) is not None:
+            weight = choice.linear.view(block.state[choice.linear.parameter])
+            check(weight, choice)
+            sparsity = zeros(weight) / weight.numel()
+            found[record.name] = replace(record, sparsity=sparsity, mask_sha256=mask_sha256(weight))
+    return found
+
+
 def _damped(solver: Solver, stats: LinearStats) -> str | None:
     asked = getattr(solver, "damping", None)
     if asked is None or stats.damping is None or stats.damping == asked:

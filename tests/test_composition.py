@@ -25,6 +25,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make("llama", tmp_path_factory.mktemp("llama") / "model")
 
 
+@pytest.fixture(autouse=True)
+def _no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmprune.pipeline.draw_page", lambda *_: None)  # most of the time of a tiny run
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("sparsity", "scope"), PATTERNS)
 def test_the_whole_grid(method: str, sparsity: str, scope: str, model: Path, tmp_path: Path) -> None:
@@ -59,5 +64,6 @@ def test_the_whole_grid(method: str, sparsity: str, scope: str, model: Path, tmp
             assert linear.relative_error == errors[-1]
             if "swaps" in course and not solvers.load(method).updates:
                 assert errors[1] < errors[0]
-            if reconstructor:
+            if reconstructor and method != "alps":  # which ends with a reconstruction of its own
                 assert errors[-1] < errors[-2]
+            assert errors[-1] < 1.05 * errors[0]

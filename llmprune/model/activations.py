@@ -74,6 +74,14 @@ class Activations:
         else:  # in place: memory that is freed and taken again batch by batch falls to pieces
             (held if isinstance(held, Tensor) else held.map()).copy_(hidden)
 
+    def twin(self) -> Activations:
+        """Others of their own that hold the same, for a second way through the blocks; without the calls."""
+        made = Activations(0, self._device)
+        made._home, made._file = self._home, self._file
+        for batch in range(len(self)):
+            made.add(self.read(batch))
+        return made
+
     def _kept(self, hidden: Tensor) -> Tensor | _Span:
         if self._file is None or hidden.numel() == 0:  # no part of a file can be empty
             return hidden.detach().to(self._home, copy=True)

@@ -218,10 +218,16 @@ def start(
     return activations
 
 
-def run(block: nn.Module, call: Call, hidden: Tensor) -> Tensor:
-    """One block over one batch: hidden states in, hidden states out, on the device they are given on."""
+def run(block: nn.Module, call: Call, hidden: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
+    """One block over one batch: hidden states in, hidden states out, on the device they are given on.
+
+    Args:
+        weights: taken instead of the block's own, by their names in it; then gradients are there where they are on.
+    """
     args = tuple(hidden if value is HIDDEN else value for value in call.args)
     kwargs = {name: hidden if value is HIDDEN else value for name, value in call.kwargs.items()}
+    if weights is not None:
+        return _hidden(torch.func.functional_call(block, weights, args, kwargs))
     with torch.no_grad():
         return _hidden(block(*args, **kwargs))
 
@@ -229,7 +235,7 @@ def run(block: nn.Module, call: Call, hidden: Tensor) -> Tensor:
 def advance(
     checkpoint: Checkpoint, number: int, activations: Activations, through: Callable[[int], Tensor] | None = None
 ) -> None:
-    """Take all batches through one loaded block.
+    """Take all batches through one loaded block, which is not called again.
 
     Args:
         through: what the block returns for a batch; by default it is run.
@@ -237,8 +243,20 @@ def advance(
     Raises:
         Failure: the block returns NaN or infinite values.
     """
+    pass_through(checkpoint, number, activations.calls[number], activations, through)
+    activations.calls[number].clear()
+
+
+def pass_through(
+    checkpoint: Checkpoint,
+    number: int,
+    calls: Sequence[Call],
+    activations: Activations,
+    through: Callable[[int], Tensor] | None = None,
+) -> None:
+    """As `advance`, with calls that are given, and stay."""
     block = checkpoint.block(checkpoint.blocks[number])
-    for batch, call in enumerate(activations.calls[number]):
+    for batch, call in enumerate(calls):
         output = through(batch) if through is not None else run(block, call, activations.read(batch))
         if not bool(torch.isfinite(output).all()):
             raise Failure(
@@ -246,7 +264,6 @@ def advance(
                 f"{str(checkpoint.dtype).removeprefix('torch.')}; try --dtype float32, and check the checkpoint"
             )
         activations.write(batch, output)
-    activations.calls[number].clear()
 
 
 def logits(checkpoint: Checkpoint, chain: Chain, tokens: Tensor, hidden: Tensor) -> Tensor:

@@ -105,6 +105,7 @@ class Checkpoint:
         self.source = source
         self.device = pick_device(device)
         self.index = read_index(source.folder)
+        self._source_index = dict(self.index)
         with quiet():
             self.config = read_config(source)
             self.dtype = self._run_dtype(dtype)
@@ -156,14 +157,23 @@ class Checkpoint:
         module: nn.Module = self.model.get_submodule(name)
         return module
 
-    def load_block(self, number: int) -> LoadedBlock:
+    def load_block(self, number: int, dense: bool = False) -> LoadedBlock:
         """Read one block's tensors from the files into the skeleton.
+
+        Args:
+            dense: from the source, whatever `read_from` said since.
 
         Raises:
             Failure: a tensor is missing or of another shape, or a weight is NaN or infinite.
         """
         name = self.blocks[number]
-        state = self._load(self.block_keys[number], name + ".")
+        index = self.index
+        try:
+            if dense:
+                self.index = self._source_index
+            state = self._load(self.block_keys[number], name + ".")
+        finally:
+            self.index = index
         self.check_finite(state)
         return LoadedBlock(name, self.block(name), state)
 

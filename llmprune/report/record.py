@@ -30,7 +30,8 @@ class LinearRecord:
         method, pattern, scope: what was done; None where it was left dense.
         kept: why it was left dense, or None.
         sparsity: the fraction of zeros in the written weight.
-        relative_error: ‖(Ŵ−W)X‖² / ‖WX‖² on the calibration inputs; None where no inputs were seen.
+        relative_error: ‖(Ŵ−W)X‖² / ‖WX‖² on the calibration inputs, before whole blocks are fitted; None where no
+            inputs were seen.
         error_from: `gram` (all tokens) or `sample` (estimated on some of the tokens).
         tokens: calibration tokens that reached it.
         damping: the relative damping that the factorisation took.
@@ -69,12 +70,17 @@ class BlockRecord:
         seconds: for `read`, `capture`, `solve`, `propagate` and `write`; writing goes on beside the next block.
         peak_memory: the most that the process had held when the block was solved, in bytes.
         peak_device_memory: the same for a GPU.
+        away: ‖f(x; Ŵ) − f(x₀; W)‖² / ‖f(x₀; W)‖² over the calibration, of what the pruned block returns behind the
+            pruned blocks before it and the dense block behind the dense ones; where blocks were fitted.
+        away_before: the same before its weights were fitted.
     """
 
     name: str
     seconds: dict[str, float]
     peak_memory: int
     peak_device_memory: int | None = None
+    away: float | None = None
+    away_before: float | None = None
 
 
 @dataclass(frozen=True)
