@@ -26,12 +26,12 @@ def add_recipe(parser: argparse.ArgumentParser, several: bool = False) -> None:
     add = parser.add_argument_group("recipe").add_argument
     add("--recipe", metavar="FILE", help="a YAML recipe; the options below go on top of it")
     sparsity = "2:4, 4:8, any N:M (keeps at most N of every M), 0.5 or 50%% [50%%]"
-    method = "magnitude, wanda, sparsegpt, ... [sparsegpt]"
+    method = "magnitude, wanda, ria, sparsegpt, admm, alps [sparsegpt]"
     add("--sparsity", metavar="S,..." if several else "S", help=f"several of {sparsity}" if several else sparsity)
     add("--method", metavar="NAME,..." if several else "NAME", help=f"several of {method}" if several else method)
     if not several:
         add("--refine", metavar="NAME,...", help="then make the mask better: swaps, dsnot")
-        add("--reconstruct", metavar="NAME,...", help="then choose the kept weights anew: cg")
+        add("--reconstruct", metavar="NAME,...", help="then choose the kept weights anew: cg, block")
     add("--scope", choices=("row", "matrix"), help="what an unstructured sparsity is counted over [the method's own]")
     add("--calibration", metavar="TEXT", help="c4, wikitext2, builtin, owner/name on the Hub, or a local file [c4]")
     add("--samples", type=int, metavar="N", help="calibration sequences [128]")

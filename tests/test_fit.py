@@ -1,0 +1,151 @@
+"""Whole blocks fitted to the dense model: any family, what is told of it, after a crash, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import llmprune
+from llmprune import distributed, pipeline
+from llmprune.errors import UserError
+from llmprune.patterns import parse
+from llmprune.pipeline import draw
+from llmprune.recipe import Recipe
+from llmprune.reconstruct.block import Reconstructor
+from llmprune.report.verify import verify
+from tests.families import FAMILIES, make
+from tests.test_resume import digests
+
+FIT = {"name": "block", "steps": 24, "rate": 0.02}
+
+
+@pytest.fixture(autouse=True)
+def _no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmprune.pipeline.draw_page", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make("llama", tmp_path_factory.mktemp("llama") / "model")
+
+
+def recipe(reconstruct: list[Any], **changes: Any) -> dict[str, Any]:
+    calibration = {"source": "builtin", "samples": 64, "length": 32}
+    return {"method": "wanda", "sparsity": "2:4", "calibration": calibration, "reconstruct": reconstruct, **changes}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_block_comes_nearer_to_the_dense_one(family: str, tmp_path: Path) -> None:
+    report = llmprune.prune(make(family, tmp_path / "model"), out=tmp_path / "out", recipe=recipe([FIT]))
+    for block in report.blocks:
+        assert block.away is not None
+        assert block.away_before is not None
+        assert block.away < block.away_before
+    assert verify(tmp_path / "out").problems == []
+    for linear in report.pruned:
+        assert linear.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+def test_what_is_told_is_what_plain_transformers_finds(model: Path, tmp_path: Path) -> None:
+    """And the mask is the method's own, and nothing but the pruned weights has changed."""
+    report = llmprune.prune(model, out=tmp_path / "out", recipe=recipe(["cg", FIT]))
+    llmprune.prune(model, out=tmp_path / "plain", recipe=recipe(["cg"]))
+    dense, fitted, plain = (
+        AutoModelForCausalLM.from_pretrained(path) for path in (model, tmp_path / "out", tmp_path / "plain")
+    )
+    checkpoint, plan = pipeline.plan(model, recipe=recipe(["cg", FIT]))
+    tokens = draw(checkpoint, Recipe.from_dict(recipe(["cg", FIT])), plan.schedule.length).ids
+    with torch.no_grad():
+        wanted, found, before = (
+            each(input_ids=tokens, output_hidden_states=True).hidden_states for each in (dense, fitted, plain)
+        )
+    for number, block in enumerate(report.blocks[:-1], 1):  # the last ones have passed the norm
+        away = float((found[number] - wanted[number]).square().sum() / wanted[number].square().sum())
+        assert block.away == pytest.approx(away, rel=1e-3)
+        assert away < float((before[number] - wanted[number]).square().sum() / wanted[number].square().sum())
+    weights = [dict(each.state_dict()) for each in (dense, fitted, plain)]
+    pruned = {f"{linear.name}.weight" for linear in report.pruned}
+    first = {name for name in pruned if ".layers.0." in name}
+    for name, value in weights[1].items():
+        if name in pruned:
+            assert parse("2:4").holds(value)
+        else:
+            assert torch.equal(value, weights[0][name])
+    assert any(not torch.equal(weights[1][name], weights[2][name]) for name in first)
+    assert all(torch.equal(weights[1][name] == 0, weights[2][name] == 0) for name in first if "self_attn.q" in name)
+
+
+def test_what_does_not_help_is_left_as_it_was(model: Path, tmp_path: Path) -> None:
+    report = llmprune.prune(model, out=tmp_path / "out", recipe=recipe([{**FIT, "rate": 1000.0}]))
+    assert all(block.away == block.away_before for block in report.blocks)
+    llmprune.prune(model, out=tmp_path / "plain", recipe=recipe([]))
+    assert digests(tmp_path / "out").keys() == digests(tmp_path / "plain").keys()
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        other = load_file(tmp_path / "plain" / path.name)
+        assert all(torch.equal(value, other[name]) for name, value in load_file(path).items())
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(
+    family: str, stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make(family, tmp_path / "model")
+    llmprune.prune(source, out=tmp_path / "whole", recipe=recipe(["cg", FIT]))
+    fit, left = Reconstructor.fit, [stop]
+
+    def cut(self: Reconstructor, *given: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return fit(self, *given)
+
+    monkeypatch.setattr(Reconstructor, "fit", cut)
+    with pytest.raises(llmprune.errors.Interrupted):
+        llmprune.prune(source, out=tmp_path / "out", recipe=recipe(["cg", FIT]))
+    monkeypatch.undo()
+    report = llmprune.prune(source, out=tmp_path / "out", recipe=recipe(["cg", FIT]))
+    assert report.resumed == stop
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_magnitude_needs_the_text_too(model: Path, tmp_path: Path) -> None:
+    report = llmprune.prune(model, out=tmp_path / "out", recipe=recipe([FIT], method="magnitude"))
+    assert report.calibration is not None
+    assert all(block.away is not None and block.away < block.away_before for block in report.blocks)  # type: ignore[operator]
+
+
+def test_activations_on_the_disk_make_no_difference(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llmprune.prune(model, out=tmp_path / "host", recipe=recipe([FIT]))
+    start = pipeline.blocks.start
+    monkeypatch.setattr(pipeline.blocks, "start", lambda *given: start(*given[:3], "disk", given[4]))
+    llmprune.prune(model, out=tmp_path / "disk", recipe=recipe([FIT]))
+    assert digests(tmp_path / "host") == digests(tmp_path / "disk")
+
+
+@pytest.mark.parametrize(
+    ("reconstruct", "told"),
+    [
+        (["block", "cg"], "block works on whole blocks and comes last, after cg"),
+        ([{"name": "block", "steps": 0}], "steps must be at least 1"),
+        ([{"name": "block", "rate": 0}], "rate must be above 0"),
+        (["blocks"], "did you mean 'block'"),
+    ],
+)
+def test_mistakes_are_named(reconstruct: list[Any], told: str, model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=told):
+        llmprune.prune(model, out=tmp_path / "out", recipe=recipe(reconstruct))
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_than_one_process_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    with pytest.raises(UserError, match="block runs in one process only"):
+        pipeline.plan(model, recipe=recipe(["block"]))
