@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from transformers import AutoModelForCausalLM
 import llmprune
 from llmprune import distributed, pipeline
 from llmprune.errors import UserError
+from llmprune.model.writer import PAGE, REPORT
 from llmprune.patterns import parse
 from llmprune.pipeline import draw
 from llmprune.recipe import Recipe
 from llmprune.reconstruct.block import Reconstructor
+from llmprune.report.card import make_card
 from llmprune.report.verify import verify
 from tests.families import FAMILIES, make
 from tests.test_resume import digests
@@ -149,3 +152,16 @@ def test_more_than_one_process_is_refused(model: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(distributed, "size", lambda: 2)
     with pytest.raises(UserError, match="block runs in one process only"):
         pipeline.plan(model, recipe=recipe(["block"]))
+
+
+def test_page_and_card_tell_of_it(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    report = llmprune.prune(model, out=tmp_path / "out", recipe=recipe(["cg", FIT], refine=["swaps"]))
+    shown = (tmp_path / "out" / PAGE).read_text(encoding="utf-8")
+    assert report.page_problem is None
+    assert "Distance from the dense model over depth" in shown
+    assert "was not recorded" not in shown
+    card = make_card(json.loads((tmp_path / "out" / REPORT).read_text()), [], "me/small", {}).text
+    assert "- **Mask refined by**: `swaps` [arXiv:2512.10922]" in card
+    assert "- **Reconstructed by**: `cg` [arXiv:2512.13886]" in card
+    assert "- **Reconstructed by**: `block` [arXiv:2510.14444]" in card

@@ -10,11 +10,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from llmprune import solvers
+from llmprune import named, reconstruct, refine, solvers
 from llmprune.data import NAMED, SUFFIXES
 from llmprune.errors import LLMPruneError
 from llmprune.patterns import NM, Scope, parse
@@ -225,7 +226,10 @@ def _what(
 
 
 def _how(report: Mapping[str, Any], pruned: list[dict[str, Any]], methods: list[str]) -> str:
-    lines = [f"- **Method**: {_method(name)}" for name in methods]
+    lines = [f"- **Method**: {_method(solvers, name)}" for name in methods]
+    for key, room, heading in (("refine", refine, "Mask refined by"), ("reconstruct", reconstruct, "Reconstructed by")):
+        names = map(named.name_of, report["recipe"].get(key) or ())
+        lines += [f"- **{heading}**: {_method(room, name)}" for name in names]
     kinds: Counter[tuple[str, str, Scope | None]] = Counter(
         (record["method"], record["pattern"], record.get("scope")) for record in pruned
     )
@@ -254,10 +258,10 @@ def _how(report: Mapping[str, Any], pruned: list[dict[str, Any]], methods: list[
     return "\n".join(lines)
 
 
-def _method(name: str) -> str:
-    """A method with its published source, as its code names it."""
+def _method(room: ModuleType, name: str) -> str:
+    """A method, or what follows one, with its published source, as its code names it."""
     try:
-        told = type(solvers.load(name)).__doc__ or ""
+        told = type(room.load(name)).__doc__ or ""
     except LLMPruneError:  # of another version
         return f"`{name}`"
     sources = (f"[arXiv:{number}]({f'https://arxiv.org/abs/{number}'})" for number in _ARXIV.findall(told))

@@ -309,7 +309,8 @@ def _error_plots(report: Report, cells: plots.Grid) -> list[Plot]:
         return []
     heads, rows = _grid_rows(cells, lambda cell: "" if cell.error is None else f"{cell.error:.4g}")
     sampled = any(record.error_from == "sample" for record in seen)
-    return [
+    fitted = [block for block in report.blocks if block.away is not None]
+    made = [
         Plot(
             "error-map",
             "Relative error by block and linear",
@@ -330,10 +331,17 @@ def _error_plots(report: Report, cells: plots.Grid) -> list[Plot]:
             "Relative error over depth",
             plots.depth(report.linears),
             "Mean and worst over the linears of each block. Each error is that of one linear alone, on inputs that "
-            "come from the pruned blocks before it: it is not the sum of those before. How far the outputs of blocks "
-            "drift away from the dense model's was not recorded.",
+            "come from the pruned blocks before it: it is not the sum of those before."
+            + ("" if fitted else " How far the outputs of blocks drift away from the dense model's was not recorded."),
         ),
     ]
+    if fitted:
+        caption = (
+            "‖x − x₀‖² / ‖x₀‖² over the calibration text, of the states x that leave a pruned block and x₀ that leave "
+            "it in the dense model: all that was lost up to there."
+        )
+        made.append(Plot("away", "Distance from the dense model over depth", plots.away(fitted), caption))
+    return made
 
 
 def _zeros_plot(cells: plots.Grid) -> Plot | None:

@@ -206,6 +206,25 @@ def depth(linears: Sequence[LinearRecord]) -> Figure:
     )
 
 
+def away(blocks: Sequence[BlockRecord]) -> Figure:
+    """How far the output of each block is from the dense model's, before and after it was fitted."""
+    figure = go.Figure()
+    for name, values in (
+        ("before the fit", [block.away_before for block in blocks]),
+        ("after", [block.away for block in blocks]),
+    ):
+        figure.add_scatter(
+            name=name, x=list(range(len(blocks))), y=values, mode="lines+markers",
+            hovertemplate=f"{name} %{{y:.4g}}<extra></extra>",
+        )  # fmt: skip
+    return figure.update_layout(
+        height=300,
+        hovermode="x unified",
+        xaxis={"title": {"text": "block"}, "tickformat": "d"},
+        yaxis={"title": {"text": "distance"}, "rangemode": "tozero"},
+    )
+
+
 def weights(histogram: Histogram) -> Figure:
     """The weights of a linear that are not zero, before and after, as shares of all its weights."""
     figure = go.Figure()
