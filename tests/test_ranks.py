@@ -74,7 +74,7 @@ def masks_that_agree(first: Path, second: Path) -> float:
 @pytest.mark.parametrize(
     ("family", "method", "sparsity"),
     [("llama", "sparsegpt", "2:4"), ("llama", "sparsegpt", "50%"), ("llama", "wanda", "50%"),
-     ("mixtral", "sparsegpt", "2:4"), ("mixtral", "wanda", "4:8")],
+     ("llama", "ria", "50%"), ("mixtral", "sparsegpt", "2:4"), ("mixtral", "wanda", "4:8")],
 )  # fmt: skip
 def test_many_ranks_agree_with_one(
     size: int, family: str, method: str, sparsity: str, models: dict[str, Path], text: str, tmp_path: Path
@@ -97,6 +97,29 @@ def test_many_ranks_agree_with_one(
         assert theirs["relative_error"] == pytest.approx(mine["relative_error"], rel=0.5 if sampled else 0.01)
     assert (one["ranks"], many["ranks"]) == (1, size)
     assert llmprune.verify(tmp_path / "many").ok
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"method": "wanda", "sparsity": "50%", "refine": ["swaps"], "reconstruct": ["cg"]},
+        {"method": "magnitude", "sparsity": "2:4", "refine": ["dsnot", "swaps"], "reconstruct": ["cg"]},
+        {"method": "admm", "sparsity": "4:8"},
+        {"method": "alps", "sparsity": "50%"},
+    ],
+)
+def test_what_takes_many_steps_is_as_good_with_many_ranks(
+    chosen: dict[str, Any], models: dict[str, Path], text: str, tmp_path: Path
+) -> None:
+    """Step builds on step: where sums are rounded otherwise, one of two that are alike goes instead of the other."""
+    prune(models["llama"], tmp_path / "one", text, chosen)
+    with Ranks(tmp_path, 2, prune, models["llama"], tmp_path / "many", text, chosen) as ranks:
+        ranks.all_well()
+    assert masks_that_agree(tmp_path / "one", tmp_path / "many") >= 0.95
+    one, many = (json.loads((tmp_path / name / REPORT).read_text()) for name in ("one", "many"))
+    for mine, theirs in zip(one["linears"], many["linears"], strict=True):
+        assert theirs["relative_error"] == pytest.approx(mine["relative_error"], rel=0.05)
+        assert theirs.get("course", {}).keys() == mine.get("course", {}).keys()
 
 
 def test_more_ranks_than_sequences(models: dict[str, Path], text: str, tmp_path: Path) -> None:
