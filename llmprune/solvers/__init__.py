@@ -5,17 +5,13 @@ A file defines a frozen dataclass `Solver` whose fields are the method's options
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from llmprune.errors import UserError, unknown
+from llmprune import named
 from llmprune.patterns import Pattern, Scope
-from llmprune.recipe import build
 from llmprune.stats import LinearStats, Needs
 
 
@@ -42,7 +38,7 @@ class Solver(Protocol):
 
 def names() -> list[str]:
     """Every method there is."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return named.names(__path__)
 
 
 def load(method: str | Mapping[str, Any]) -> Solver:
@@ -51,16 +47,5 @@ def load(method: str | Mapping[str, Any]) -> Solver:
     Raises:
         UserError: an unknown method or option (the answer names the nearest one), or a value that is out of range.
     """
-    options = {"name": method} if isinstance(method, str) else dict(method)
-    name = options.pop("name", None)
-    if not isinstance(name, str):
-        raise UserError(f"method {method!r} has no name; known: {', '.join(names())}")
-    if name not in names():
-        raise unknown("method", name, names())
-    solver: type[Solver] = importlib.import_module(f"{__name__}.{name}").Solver
-    if options and not fields(solver):  # type: ignore[arg-type]
-        raise UserError(f"method {name} has no options, but {next(iter(options))!r} was given")
-    try:
-        return build(solver, options, f"method {name}")
-    except ValueError as error:
-        raise UserError(f"method {name}: {error}") from None
+    solver: Solver = named.load(__name__, __path__, "method", method, "Solver")
+    return solver
