@@ -7,7 +7,7 @@ is a whole number of millionths, rounded up from the number of zeros that is mea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,6 @@ from llmprune.errors import UserError
 from llmprune.parts import some_rows
 from llmprune.patterns import NM, Scope, Unstructured, parse
 from llmprune.recipe import to_yaml
-
-FILE = "allocation.yaml"
-"""What it is called in OUT."""
 
 DENSE = "dense"
 LEFT_DENSE = "left dense by the allocation"
@@ -226,6 +223,14 @@ def reached(linears: Sequence[Known], targets: Mapping[str, str]) -> float:
         pattern = target(targets[linear.name], linear.scope)
         zeros += 0 if pattern is None else pattern.count(linear.shape)
     return zeros / max(1, sum(linear.numel for linear in linears))
+
+
+def spanned(patterns: Iterable[str]) -> str:
+    """Patterns in few words: `31.25% .. 78.1%`, and each N:M."""
+    known = list(dict.fromkeys(patterns))
+    free = sorted((text for text in known if ":" not in text), key=lambda text: float(text.removesuffix("%")))
+    told = [" .. ".join(dict.fromkeys((free[0], free[-1])))] if free else []
+    return ", ".join([*told, *(text for text in known if ":" in text)])
 
 
 def write(targets: Mapping[str, str], told: Sequence[str]) -> str:

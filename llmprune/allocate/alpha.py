@@ -57,7 +57,8 @@ class Allocator(Fitted):
         times = numpy.array([1 + self.spread * (2 * place(linear.block) - 1) for linear in linears])
 
         def wish(level: float) -> Sparsities:
-            return level * times
+            wished: Sparsities = level * times
+            return wished
 
         return self.fit(linears, sparsity, wish, 0.0, 1 / (1 - self.spread))
 

@@ -42,8 +42,8 @@ class Allocator(Fitted):
 
         def wish(level: float) -> Sparsities:
             whole = min(int(level), counts.shape[1] - 1)
-            below: Sparsities = counts[:, :whole].sum(1, dtype=float) + (level - whole) * counts[:, whole]
-            return below / sizes
+            below: Sparsities = (counts[:, :whole].sum(1, dtype=float) + (level - whole) * counts[:, whole]) / sizes
+            return below
 
         return self.fit(linears, sparsity, wish, 0.0, float(counts.shape[1]))
 

@@ -51,6 +51,7 @@ class Allocator(Fitted):
         below *= 2 * self.spread / (below.max() or 1.0)
 
         def wish(level: float) -> Sparsities:
-            return level - below
+            wished: Sparsities = level - below
+            return wished
 
         return self.fit(linears, sparsity, wish, -1.0, 2.0 + 2 * self.spread)

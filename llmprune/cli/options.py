@@ -30,6 +30,11 @@ def add_recipe(parser: argparse.ArgumentParser, several: bool = False) -> None:
     add("--sparsity", metavar="S,..." if several else "S", help=f"several of {sparsity}" if several else sparsity)
     add("--method", metavar="NAME,..." if several else "NAME", help=f"several of {method}" if several else method)
     add("--scope", choices=("row", "matrix"), help="what an unstructured sparsity is counted over [the method's own]")
+    add(
+        "--allocation",
+        metavar="NAME",
+        help="how the sparsity is divided: uniform, owl, alpha, global, or a plan file (.yaml) [uniform]",
+    )
     add("--calibration", metavar="TEXT", help="c4, wikitext2, builtin, owner/name on the Hub, or a local file [c4]")
     add("--samples", type=int, metavar="N", help="calibration sequences [128]")
     add("--length", type=int, metavar="N", help="tokens per calibration sequence [2048]")
@@ -60,7 +65,7 @@ def recipe_options(chosen: argparse.Namespace, default: Mapping[str, Any] | None
     Args:
         default: the recipe where no file is named.
     """
-    names = ("sparsity", "method", "scope", "calibration", "samples", "length", "seed", "device", "dtype")
+    names = ("sparsity", "method", "scope", "allocation", "calibration", "samples", "length", "seed", "device", "dtype")
     options = {name: getattr(chosen, name) for name in (*names, "shard_size", "max_memory", "evaluate")}
     options["trust_remote_code"] = chosen.trust_remote_code or None
     recipe = assemble(chosen.recipe if chosen.recipe is not None else default, options)
