@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 
@@ -37,6 +38,12 @@ EXPERTS = 64 * 2**20
 
 LOSS_TOKENS = 256
 """Tokens whose scores over the whole vocabulary are held at once in an evaluation."""
+
+LOOKED_AT = 96 * 2**20
+"""What looking at some rows of a weight for an allocation takes: copies of them in float32 and float64."""
+
+EVIDENCE = 2 * 4096
+"""Bytes that an allocation remembers of a linear, and once more while it decides."""
 
 TOKEN_BYTES = 128
 """What the text takes from which one calibration token is drawn."""
@@ -199,6 +206,7 @@ class Needs:
         length: int,
         text: int | None,
         fitted: bool = False,
+        look: Literal["nothing", "weights", "norms"] = "nothing",
     ) -> None:
         """Take in the work.
 
@@ -207,9 +215,10 @@ class Needs:
             length: tokens of each.
             text: context length of an evaluation, None without.
             fitted: whether the weights of whole blocks are fitted to the dense model's states.
+            look: what an allocation is shown of the dense blocks.
         """
         self._checkpoint, self._blocks, self._samples, self._length = checkpoint, blocks, samples, length
-        self._text, self._fitted = text, fitted
+        self._text, self._fitted, self._look = text, fitted, look
         self._apart = checkpoint.device.type != "cpu"
         self._width = checkpoint.hidden_size * checkpoint.dtype.itemsize
         self._vocabulary = int(checkpoint.config.get_text_config().vocab_size)
@@ -320,6 +329,8 @@ class Needs:
             found["tokens"] = Peak(TOKEN_BYTES * self._samples * self._length)
             embedded = option.batch * option.length * self._width
             found["embed"] = kept + self._placed(self._outer) + self._near(4 * embedded)
+        if self._look != "nothing":
+            found["allocate"] = self._looking(option)
         if self._text is not None:
             found["evaluate"] = self._evaluation(self._text)
         return {phase: self._base + peak for phase, peak in found.items()}
@@ -364,6 +375,22 @@ class Needs:
         tokens = option.batch * option.length
         behind = tokens * 4 * (_BEHIND_WIDEST * work.widest + _BEHIND_WIDTH * self._checkpoint.hidden_size)
         return 24 * weights + behind + int(4 * option.length * tokens * work.held.pair)
+
+    def _looking(self, option: Schedule) -> Peak:
+        """One dense block after the other: its weights, and where they are asked for the norms of its inputs."""
+        most = Peak()
+        for work in self._blocks:
+            size = LOOKED_AT + (0 if self._look == "norms" else 3 * 4 * work.largest)
+            if self._look == "norms":
+                taken = _TAKEN["norms"] * option.batch * option.length * work.widest
+                sums = 4 * sum(entry.features for entry in work.inputs)
+                size = max(size, self._flow(replace(work, moments=()), option.batch, option.length) + taken) + sums
+            most |= self._loaded(work) + Peak(self._sizes[work.number].reading)
+            most |= self._loaded(work) + self._near(size)
+        if self._look == "weights":
+            return most
+        known = EVIDENCE * sum(len(entry.linears) for work in self._blocks for entry in work.inputs)
+        return most + self._kept(option) + Peak(known)
 
     def _evaluation(self, length: int) -> Peak:
         """One batch of windows that goes through the largest block, or comes out at the end."""

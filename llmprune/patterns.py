@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import ClassVar, Literal, Protocol, get_args
 
 import numpy
 import torch
@@ -50,6 +50,9 @@ class Pattern(Protocol):
     def holds(self, weight: Tensor) -> bool:
         """Whether a pruned (out, in) weight has the zeros that this pattern promises."""
 
+    def count(self, shape: tuple[int, int]) -> int:
+        """How many zeros an (out, in) weight gets."""
+
 
 @dataclass(frozen=True)
 class Unstructured:
@@ -84,6 +87,10 @@ class Unstructured:
             return all(bool(((rows == 0).sum(-1) >= pruned).all()) for rows in some_rows(weight))
         return zeros(weight) >= self._pruned(weight.numel())
 
+    def count(self, shape: tuple[int, int]) -> int:
+        rows, width = shape
+        return rows * self._pruned(width) if self.scope == "row" else self._pruned(rows * width)
+
     def __str__(self) -> str:
         return f"{self.sparsity * 100:g}%"
 
@@ -94,7 +101,7 @@ class NM:
 
     n: int
     m: int
-    scope = "row"
+    scope: ClassVar[Scope] = "row"
     row_independent = True
 
     @property
@@ -118,6 +125,10 @@ class NM:
     def holds(self, weight: Tensor) -> bool:
         parts = (rows.reshape(len(rows), -1, self.m) for rows in some_rows(weight))
         return all(bool(((groups != 0).sum(-1) <= self.n).all()) for groups in parts)
+
+    def count(self, shape: tuple[int, int]) -> int:
+        rows, width = shape
+        return rows * (width // self.m) * (self.m - self.n)
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"

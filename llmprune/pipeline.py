@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from llmprune import data, distributed, memory
+from llmprune import allocation, data, dense, distributed, memory
 from llmprune.budget import batch_size, room, windows_at_once
 from llmprune.errors import Interrupted
 from llmprune.evaluate import perplexity
@@ -25,7 +25,7 @@ from llmprune.model.checkpoint import Checkpoint, LoadedBlock
 from llmprune.model.cpu import quick
 from llmprune.model.source import Source, resolve
 from llmprune.model.writer import INDEX, Writer, check_out, fingerprint_files, writing
-from llmprune.plan import Choice, Plan, make_plan
+from llmprune.plan import Choice, Plan, allocated, make_plan
 from llmprune.progress import Clock, Progress, of_first
 from llmprune.recipe import Recipe, assemble, parse_size
 from llmprune.report.record import BlockRecord, LinearRecord, Perplexity, Report, versions
@@ -77,19 +77,25 @@ def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, sh
     tokens, text, fingerprint = _prepare(checkpoint, plan, recipe, out, restart, clock, shown)
     with writing(out, checkpoint, recipe.shard_size, restart) as writer, _interruptible(writer, plan):
         resumed = distributed.share(not restart and writer.recover(fingerprint, shown))
+        if plan.budget is not None and plan.budget.targets is None:
+            targets = distributed.share(writer.allocation) if resumed else None
+            if targets is None:
+                with clock("allocate"), quick(checkpoint.device, checkpoint.dtype):
+                    targets = dense.look(checkpoint, plan, tokens, shown, writer.out)
+            plan = allocated(plan, targets)
         if not resumed:
             with clock("evaluate"):
                 before = perplexity.dense(checkpoint, text, recipe.evaluate, shown, plan.spare) if text else None
-            writer.begin(fingerprint, vars(before) if before else None)
+            writer.begin(fingerprint, vars(before) if before else None, _targets(plan))
         report = Report(writer.out, checkpoint.source.name, checkpoint.source.revision, recipe.to_dict(), plan.weights)
         report.base = dict(checkpoint.source.base)
         report.origin = checkpoint.source.origin
         report.resumed = len(writer.records) if resumed else None
         with quick(checkpoint.device, checkpoint.dtype):
-            prune_blocks(checkpoint, plan, tokens, writer, clock, shown)
+            prune_blocks(checkpoint, plan, tokens if plan.calibrates else None, writer, clock, shown)
         with distributed.first():  # ranks are told of a failure, and wait for files that they go on to read
             if distributed.is_first():
-                _finish(writer, report, clock, shown)
+                _finish(writer, report, _plan_file(plan, checkpoint.source), clock, shown)
         if text is not None:
             with clock("evaluate"):
                 report.dense = Perplexity(**writer.dense) if writer.dense else None
@@ -124,17 +130,37 @@ def _prepare(
                 tokens = draw(checkpoint, recipe, plan.schedule.length) if plan.needs_data else None
                 text = perplexity.read_text(checkpoint, recipe.evaluate) if recipe.evaluate.text else None
             with clock("hash"), shown.waiting("hashing the model's files"):
-                fingerprint = _fingerprint(checkpoint, recipe, tokens, text)
+                fingerprint = {**_fingerprint(checkpoint, recipe, tokens, text), "allocation": _targets(plan)}
             checkpoint.forget_tokenizer()
     if checkpoint.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(checkpoint.device)
     return distributed.share((tokens, text, fingerprint))
 
 
-def _finish(writer: Writer, report: Report, clock: Clock, shown: Progress) -> None:
+def _targets(plan: Plan) -> dict[str, str] | None:
+    """The targets of the plan's allocation as far as they are known."""
+    return None if plan.budget is None or plan.budget.targets is None else dict(plan.budget.targets)
+
+
+def _plan_file(plan: Plan, source: Source) -> str | None:
+    """The text of the plan file that tells the allocation and can be used again; None where nothing was allocated."""
+    if plan.budget is None or plan.budget.targets is None:
+        return None
+    known, targets, asked = plan.known, plan.budget.targets, plan.budget.sparsity
+    weights = sum(linear.numel for linear in known)
+    reached = f"{allocation.reached(known, targets):.4%} of {weights:,} weights"
+    told = [
+        f"How sparse each linear of {source.name} is, by the allocation {plan.budget.name}: {reached}"
+        + (f", {asked:.4%} asked." if asked is not None else "."),
+        "It can be edited, and used again with --allocation and this file.",
+    ]
+    return allocation.write({linear.name: targets[linear.name] for linear in known}, told)
+
+
+def _finish(writer: Writer, report: Report, plan_file: str | None, clock: Clock, shown: Progress) -> None:
     """Write all but the report, and read everything again to see that it is as promised."""
     with clock("write"), shown.waiting("writing what surrounds the blocks"):
-        writer.finish()
+        writer.finish(plan_file)
     for record in writer.records:
         report.add_block(record)
     with clock("verify"):
@@ -275,9 +301,14 @@ def plan(
     *,
     recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
     progress: Progress | None = None,
+    look: bool = True,
     **options: Any,
 ) -> tuple[Checkpoint, Plan]:
-    """What `prune` would do with these arguments, before any work; see `prune`."""
+    """What `prune` would do with these arguments, before any work; see `prune`.
+
+    Args:
+        look: find out an allocation that needs the weights and no data, for which all of them are read.
+    """
     chosen = assemble(recipe, options)
     memory.frugal()
     shown = of_first(progress)
@@ -287,6 +318,9 @@ def plan(
     for text in (chosen.calibration.source if made.needs_data else None, chosen.evaluate.text):
         if text is not None:
             data.check(text)
+    if look and made.budget is not None and made.budget.targets is None and made.budget.allocator.needs == "weights":
+        with torch.no_grad():
+            made = allocated(made, dense.look(checkpoint, made, None, shown))
     return checkpoint, made
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llmprune import distributed, named, reconstruct, refine, solvers
+from llmprune import allocate, distributed, named, reconstruct, refine, solvers
+from llmprune.allocate import Allocator
+from llmprune.allocation import LEFT_DENSE, Known, target
 from llmprune.budget import Needs, Room, Schedule, Work, batch_size
 from llmprune.errors import UserError, unknown
 from llmprune.model.blocks import Chain, kinds, probe, probe_length
@@ -17,7 +19,7 @@ from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.linears import Linear, find_linears
 from llmprune.model.skeleton import decoder_prefix
 from llmprune.model.survey import Survey
-from llmprune.model.watch import Input
+from llmprune.model.watch import Input, Stage
 from llmprune.patterns import NM, Unstructured, parse
 from llmprune.recipe import Recipe
 from llmprune.reconstruct import Reconstructor
@@ -66,6 +68,7 @@ class Choice:
         after: what follows the method.
         kept: why it is left dense instead; None when it is pruned.
         rule: the number of the rule that decided, from 1; None for the recipe's own choice.
+        allocated: its sparsity is the allocation's to choose; until that is done, `pattern` stands for what may come.
     """
 
     linear: Linear
@@ -75,6 +78,7 @@ class Choice:
     after: After = After()
     kept: str | None = None
     rule: int | None = None
+    allocated: bool = False
 
     @property
     def row_independent(self) -> bool:
@@ -85,6 +89,25 @@ class Choice:
     def needs(self) -> Level:
         """The most that any part of it must know of the inputs."""
         return max((self.solver.needs, self.after.needs), key=LEVELS.index)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How the recipe's sparsity is divided among the linears that have none of their own.
+
+    Attributes:
+        name: of the allocation.
+        allocator: the allocation with its options.
+        sparsity: the fraction of zeros that is asked over all of them; None where a plan file says it.
+        patterns: what each may get, where that is given; else they are unstructured, or as a plan file says.
+        targets: what each gets, by its name; None until that is found out.
+    """
+
+    name: str
+    allocator: Allocator
+    sparsity: float | None
+    patterns: tuple[NM, ...] = ()
+    targets: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +122,7 @@ class Plan:
         schedule: how the work is laid out so that it fits into memory.
         room: the memory that it was laid out for.
         fit: what fits whole blocks, None where nothing does.
+        budget: how the sparsity is divided; None where every linear gets the recipe's.
     """
 
     blocks: tuple[tuple[Choice, ...], ...]
@@ -108,6 +132,7 @@ class Plan:
     schedule: Schedule
     room: Room
     fit: BlockReconstructor | None = None
+    budget: Budget | None = None
 
     @property
     def choices(self) -> list[Choice]:
@@ -126,8 +151,18 @@ class Plan:
 
     @property
     def needs_data(self) -> bool:
+        """Whether any method, or the allocation, asks for calibration."""
+        return self.calibrates or (self.budget is not None and self.budget.allocator.needs == "norms")
+
+    @property
+    def calibrates(self) -> bool:
         """Whether any method asks for calibration."""
         return any(choice.needs != "nothing" for choice in self.pruned)
+
+    @property
+    def known(self) -> list[Known]:
+        """The linears that share the budget."""
+        return _known(self.blocks)
 
     @property
     def spare(self) -> int:
@@ -146,6 +181,10 @@ class Plan:
             left[kind] = count / self.weights
         return dict(sorted(left.items(), key=lambda item: -item[1]))
 
+    def open(self, choice: Choice) -> bool:
+        """Whether a linear's sparsity is still to be found out."""
+        return choice.allocated and self.budget is not None and self.budget.targets is None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         return {
@@ -162,12 +201,14 @@ class Plan:
             "overlap": self.schedule.overlap,
             "stages": self.schedule.most_stages,
             "held": self.schedule.held if self.needs_data else None,
+            "allocation": self.budget.name if self.budget is not None else "uniform",
+            "allocated": self.budget is None or self.budget.targets is not None,
             "linears": [
                 {
                     "name": choice.linear.name,
                     "shape": list(choice.linear.shape),
                     "method": choice.method if choice.kept is None else None,
-                    "pattern": str(choice.pattern) if choice.kept is None else None,
+                    "pattern": str(choice.pattern) if choice.kept is None and not self.open(choice) else None,
                     "kept": choice.kept,
                     "rule": choice.rule,
                 }
@@ -185,8 +226,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
     Raises:
         UserError: a pattern that does not divide, a rule that matches nothing, a model that cannot be walked, ...
     """
-    default = _resolve(recipe, None)
-    rules = [_resolve(recipe, number) for number in range(len(recipe.rules))]
+    budget = _budget(recipe)
+    default = _resolve(recipe, None, budget)
+    rules = [_resolve(recipe, number, budget) for number in range(len(recipe.rules))]
     after = _after(recipe, [default, *rules])
     surveys: dict[int, Survey] = {}
 
@@ -198,7 +240,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
             yield
 
     chain = probe(checkpoint, watch)
-    blocks, works = [], []
+    blocks: list[tuple[Choice, ...]] = []
     for number, kind in enumerate(kinds(checkpoint)):
         survey, like = surveys[kind], checkpoint.blocks[kind]
         called = {name.removeprefix(like) for moment in survey.moments for group in moment for name in group}
@@ -213,29 +255,116 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
                 kept = "ignored"
             elif rule is not None and recipe.rules[rule].skip:
                 kept = f"skipped by rule {rule + 1}"
-            choice = Choice(linear, method, solver, pattern, after, kept, None if rule is None else rule + 1)
+            own = rule is not None and recipe.rules[rule].sparsity is not None
+            place = None if rule is None else rule + 1
+            choice = Choice(linear, method, solver, pattern, after, kept, place, budget is not None and not own)
             if kept is None and choice.needs != "nothing" and linear.name.removeprefix(name) not in called:
                 choice = replace(choice, kept="its inputs cannot be seen: its weight is read without calling it")
-            choices.append(choice)
+            choices.append(replace(choice, allocated=choice.allocated and choice.kept is None))
         blocks.append(tuple(choices))
+    _check_names(checkpoint, recipe, blocks)
+    if budget is not None:
+        if not any(choice.allocated for block in blocks for choice in block):
+            raise UserError(f"allocation {budget.name} has nothing to allocate: each linear is left out, or has a rule")
+        if budget.allocator.needs == "nothing":
+            budget = replace(budget, targets=budget.allocator.allocate(_known(blocks), budget.sparsity or 0.0))
+            blocks = _settled(blocks, budget)
+    _check_shapes(budget, blocks)
+    works = []
+    for number, kind in enumerate(kinds(checkpoint)):
+        survey, like, name = surveys[kind], checkpoint.blocks[kind], checkpoint.blocks[number]
         moments = [
             [[name + known.removeprefix(like) for known in group] for group in moment] for moment in survey.moments
         ]
         dense = survey.again or not recipe.calibration.true_sequential
-        works.append(_work(number, choices, _moments(choices, moments), survey, dense))
-    _check_names(checkpoint, recipe, blocks)
-    _check_shapes(recipe, blocks)
+        works.append(_work(number, blocks[number], _moments(blocks[number], moments), survey, dense))
     if not any(choice.kept is None for block in blocks for choice in block):
         raise UserError("nothing is left to prune: every linear is ignored, skipped or cannot be pruned")
 
     length = sequence_length(checkpoint, recipe.calibration.length)
+    look = budget.allocator.needs if budget is not None else "nothing"
     data = any(choice.kept is None and choice.needs != "nothing" for block in blocks for choice in block)
     text = None if recipe.evaluate.text is None else sequence_length(checkpoint, recipe.evaluate.length)
     samples = -(-recipe.calibration.samples // distributed.size())
-    needs = Needs(checkpoint, works, samples if data else 0, length, text, after.block is not None)
+    needs = Needs(
+        checkpoint, works, samples if data or look == "norms" else 0, length, text, after.block is not None, look
+    )
     schedule = needs.schedule(min(samples, batch_size(checkpoint, length)), had)
     weights = sum(info.numel for info in checkpoint.index.values())
-    return Plan(tuple(blocks), chain, weights, _others(checkpoint, blocks), schedule, had, after.block)
+    return Plan(tuple(blocks), chain, weights, _others(checkpoint, blocks), schedule, had, after.block, budget)
+
+
+def allocated(plan: Plan, targets: Mapping[str, str]) -> Plan:
+    """The plan with the targets that were found for the linears that share the budget.
+
+    It is laid out as before, and takes no more memory.
+    """
+    assert plan.budget is not None
+    budget = replace(plan.budget, targets=targets)
+    blocks = _settled(plan.blocks, budget)
+    left = {choice.linear.name for block in blocks for choice in block if choice.kept == LEFT_DENSE}
+    stages = tuple(tuple(_without(part, left)) for part in plan.schedule.stages)
+    return replace(plan, blocks=tuple(blocks), schedule=replace(plan.schedule, stages=stages), budget=budget)
+
+
+def _without(stages: Sequence[Stage], left: set[str]) -> Iterator[Stage]:
+    for stage in stages:
+        kept = [
+            replace(entry, linears=tuple(name for name in entry.linears if name not in left)) for entry in stage.inputs
+        ]
+        if inputs := tuple(entry for entry in kept if entry.linears):
+            yield replace(stage, inputs=inputs)
+
+
+def _settled(blocks: Sequence[tuple[Choice, ...]], budget: Budget) -> list[tuple[Choice, ...]]:
+    """All choices, those that share the budget with what they get.
+
+    Raises:
+        UserError: there is a target for a linear that the model has not, or one that is no pattern.
+    """
+    assert budget.targets is not None
+    names = {choice.linear.name for block in blocks for choice in block}
+    for name in budget.targets:
+        if name not in names:
+            raise unknown(f"linear in allocation {budget.name}", name, names)
+
+    def settled(choice: Choice) -> Choice:
+        if not choice.allocated:
+            return choice
+        pattern = target(targets[choice.linear.name], choice.pattern.scope)
+        return replace(choice, kept=LEFT_DENSE) if pattern is None else replace(choice, pattern=pattern)
+
+    targets = budget.targets
+    return [tuple(map(settled, block)) for block in blocks]
+
+
+def _known(blocks: Sequence[tuple[Choice, ...]]) -> list[Known]:
+    return [
+        Known(choice.linear.name, number, choice.linear.shape, choice.pattern.scope)
+        for number, block in enumerate(blocks)
+        for choice in block
+        if choice.allocated
+    ]
+
+
+def _budget(recipe: Recipe) -> Budget | None:
+    """How the recipe's sparsity is to be divided; None where it is not."""
+    allocator, spec = allocate.load(recipe.allocation), recipe.allocation
+    name = spec if isinstance(spec, str) else str(spec["name"])
+    if name == "uniform":
+        return None
+    if allocator.needs == "nothing":
+        return Budget(str(getattr(allocator, "path", name)), allocator, None)
+    patterns = tuple(
+        pattern for text in getattr(allocator, "patterns", ()) if isinstance(pattern := target(text, "row"), NM)
+    )
+    asked = parse(recipe.sparsity)
+    if isinstance(asked, NM):
+        raise UserError(
+            f"allocation {name} divides a sparsity such as 40%, not {asked}: to choose which linears get {asked}, ask "
+            f"for the sparsity of all together, and add --set 'allocation.patterns=[{asked}, dense]'"
+        )
+    return Budget(name, allocator, asked.sparsity, patterns)
 
 
 def sequence_length(checkpoint: Checkpoint, asked: int | None) -> int:
@@ -265,7 +394,7 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern)
 
 
-def _resolve(recipe: Recipe, number: int | None) -> tuple[str, Solver, Unstructured | NM]:
+def _resolve(recipe: Recipe, number: int | None, budget: Budget | None) -> tuple[str, Solver, Unstructured | NM]:
     rule = recipe.rules[number] if number is not None else None
     where = "" if number is None else f"rule {number + 1}: "
     try:
@@ -273,7 +402,13 @@ def _resolve(recipe: Recipe, number: int | None) -> tuple[str, Solver, Unstructu
         solver = solvers.load(method)
         scope = (rule.scope if rule is not None else None) or recipe.scope or solver.scope
         sparsity = rule.sparsity if rule is not None and rule.sparsity is not None else recipe.sparsity
-        return method if isinstance(method, str) else method["name"], solver, parse(sparsity, scope)  # type: ignore[arg-type]
+        pattern = parse(sparsity, scope)  # type: ignore[arg-type]
+        if budget is not None and (rule is None or rule.sparsity is None):
+            if budget.patterns:
+                pattern = budget.patterns[0]
+            elif isinstance(pattern, NM):  # a plan file goes before it, and may ask for anything
+                pattern = Unstructured(pattern.sparsity, scope)  # type: ignore[arg-type]
+        return method if isinstance(method, str) else method["name"], solver, pattern
     except UserError as error:
         raise UserError(f"{where}{error}") from None
 
@@ -321,14 +456,15 @@ def _tail(name: str) -> str:
     return f"*.{name.rsplit('.', 1)[-1]}"
 
 
-def _check_shapes(recipe: Recipe, blocks: list[tuple[Choice, ...]]) -> None:
-    for block in blocks:
-        for choice in block:
-            group, features = choice.pattern.group, choice.linear.shape[1]
-            if choice.kept is None and features % group:
+def _check_shapes(budget: Budget | None, blocks: list[tuple[Choice, ...]]) -> None:
+    for choice in (choice for block in blocks for choice in block if choice.kept is None):
+        may = budget.patterns if choice.allocated and budget is not None and budget.patterns else (choice.pattern,)
+        for pattern in may:
+            group, features = pattern.group, choice.linear.shape[1]
+            if features % group:
                 by = f" (rule {choice.rule})" if choice.rule else ""
                 raise UserError(
-                    f"{choice.pattern} needs in_features divisible by {group}; "
+                    f"{pattern} needs in_features divisible by {group}; "
                     f"{choice.linear.name} has {features}{by}: "
                     f"leave it out with --ignore '{_tail(choice.linear.name)}', or choose another pattern"
                 )

@@ -17,6 +17,9 @@ from llmprune.errors import UserError, unknown
 
 T = TypeVar("T")
 
+NAMED = ("method", "allocation")
+"""Keys whose value is a name, or a mapping of `name` and options."""
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """What the blocks may be run in; `auto` is the checkpoint's own."""
 
@@ -104,6 +107,8 @@ class Recipe:
         scope: what an unstructured sparsity is counted over, `row` or `matrix`; by default the method's own.
         refine: what makes the method's mask better, one after the other: names, or mappings of `name` and options.
         reconstruct: what then chooses the kept weights anew, likewise.
+        allocation: how sparse each linear is to be for that sparsity of all of them: the name of an allocation, or a
+            mapping of its `name` and options; or a plan file (`.yaml`).
         calibration: the text and how much of it.
         ignore: names of linears to leave dense, globs or `re:` expressions.
         rules: exceptions, see `Rule`.
@@ -122,6 +127,7 @@ class Recipe:
     scope: str | None = None
     refine: tuple[str | dict[str, Any], ...] = ()
     reconstruct: tuple[str | dict[str, Any], ...] = ()
+    allocation: str | dict[str, Any] = "uniform"
     calibration: Calibration = field(default_factory=Calibration)
     ignore: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
@@ -155,14 +161,7 @@ class Recipe:
         Raises:
             UserError: the file is missing, is no YAML mapping, or does not fit the recipe's keys.
         """
-        try:
-            loaded = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
-        except OSError as error:
-            raise UserError(f"cannot read recipe {path}: {error.strerror}") from None
-        except _NOT_YAML as error:
-            raise UserError(f"recipe {path} is not valid YAML: {error}") from None
-        if not isinstance(loaded, Mapping):
-            raise UserError(f"recipe {path} must be a mapping of keys to values")
+        loaded = read_yaml(path, "recipe")
         try:
             return cls.from_dict(loaded)
         except UserError as error:
@@ -174,7 +173,7 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """The recipe as a YAML text that `read` takes back."""
-        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        return to_yaml(self.to_dict())
 
     def override(self, key: str, value: Any) -> Recipe:
         """A copy with one key changed.
@@ -189,7 +188,7 @@ class Recipe:
         for depth, parent in enumerate(parents):
             if parent not in place:
                 raise unknown("recipe key", ".".join(parents[: depth + 1]), place)
-            if parent == "method" and isinstance(place[parent], str):
+            if parent in NAMED and isinstance(place[parent], str):
                 place[parent] = {"name": place[parent]}
             if not isinstance(place[parent], dict):
                 raise UserError(f"recipe key {key!r}: {parent} has no keys below it")
@@ -208,6 +207,31 @@ def read_value(text: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except _NOT_YAML:
         raise UserError(f"{text!r} is not a valid YAML value") from None
+
+
+def read_yaml(path: str | Path, what: str) -> Mapping[Any, Any]:
+    """The mapping that a YAML file holds.
+
+    Args:
+        what: what the file is, for messages.
+
+    Raises:
+        UserError: it is missing, or holds no YAML mapping.
+    """
+    try:
+        loaded = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise UserError(f"cannot read {what} {path}: {error.strerror}") from None
+    except _NOT_YAML as error:
+        raise UserError(f"{what} {path} is not valid YAML: {error}") from None
+    if not isinstance(loaded, Mapping):
+        raise UserError(f"{what} {path} must be a mapping of keys to values")
+    return loaded
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """Plain data as a YAML text that `read_yaml` takes back."""
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 _NOT_YAML = (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError)

@@ -212,7 +212,9 @@ def _shared(base: Recipe) -> dict[str, Any]:
 
 def _plan(model: str | Path, base: Recipe, points: Sequence[Point], progress: Progress) -> str | None:
     """Plan all points, so that no mistake shows after hours; returns the hash of the calibration tokens."""
-    checkpoint, first = pipeline.plan(model, recipe=_recipe(base, points[0]), progress=progress)
+    checkpoint, first = pipeline.plan(model, recipe=_recipe(base, points[0]), progress=progress, look=False)
+    if first.budget is not None and first.budget.sparsity is None and len({point.pattern for point in points}) > 1:
+        raise UserError("a plan file says how sparse each linear is, whatever the sparsity: sweep over one, or methods")
     plans = [first]
     with progress.waiting("planning all points"):
         for point in points[1:]:

@@ -33,6 +33,11 @@ def add_recipe(parser: argparse.ArgumentParser, several: bool = False) -> None:
         add("--refine", metavar="NAME,...", help="then make the mask better: swaps, dsnot")
         add("--reconstruct", metavar="NAME,...", help="then choose the kept weights anew: cg, block")
     add("--scope", choices=("row", "matrix"), help="what an unstructured sparsity is counted over [the method's own]")
+    add(
+        "--allocation",
+        metavar="NAME",
+        help="how the sparsity is divided: uniform, owl, alpha, global, or a plan file (.yaml) [uniform]",
+    )
     add("--calibration", metavar="TEXT", help="c4, wikitext2, builtin, owner/name on the Hub, or a local file [c4]")
     add("--samples", type=int, metavar="N", help="calibration sequences [128]")
     add("--length", type=int, metavar="N", help="tokens per calibration sequence [2048]")
@@ -63,7 +68,7 @@ def recipe_options(chosen: argparse.Namespace, default: Mapping[str, Any] | None
     Args:
         default: the recipe where no file is named.
     """
-    names = ("sparsity", "method", "scope", "calibration", "samples", "length", "seed", "device", "dtype")
+    names = ("sparsity", "method", "scope", "allocation", "calibration", "samples", "length", "seed", "device", "dtype")
     options = {name: getattr(chosen, name) for name in (*names, "shard_size", "max_memory", "evaluate")}
     for name in ("refine", "reconstruct"):
         if (named := getattr(chosen, name, None)) is not None:

@@ -44,6 +44,6 @@ def run(chosen: argparse.Namespace) -> int:
         console.print(f"not covered  {share:.1%}  {name}", highlight=False)
     if rest := sum(made.uncovered.values()) - sum(shown.values()):
         console.print(f"not covered  {rest:.2%}  smaller things, see --json", highlight=False)
-    for line in tables.memory_lines(made):
+    for line in [*tables.allocation_lines(made), *tables.memory_lines(made)]:
         console.print(line, highlight=False)
     return 0

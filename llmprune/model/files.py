@@ -17,7 +17,7 @@ from llmprune.errors import Failure, UserError
 
 NOT_COPIED = re.compile(
     r".*\.(safetensors|bin|pt|pth|h5|msgpack|onnx|gguf|ot|tflite|index\.json)"
-    r"|README\.md|report\.html|llmprune.*|recipe\.yaml|\..*"
+    r"|README\.md|report\.html|llmprune.*|recipe\.yaml|allocation\.yaml|\..*"
 )
 """Files of a model folder that are not carried along."""
 

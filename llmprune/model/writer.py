@@ -2,10 +2,10 @@
 
 A shard is written under a temporary name, flushed to disk and renamed; then a line is added to the journal
 (`llmprune.journal.jsonl`, one JSON object a line). The first line is the header: `format` (1), `fingerprint`, all that
-the result depends on, `side_files`, which are copied, and `dense`, the perplexity before. Every further line is a
-committed shard: `shard`, `bytes`, `sha256`, `block` (its number, null for what surrounds the blocks), and with the last
-shard of a block `record`, what became of the block and its linears. `close` writes the report, which makes the run a
-finished one, and takes the journal away.
+the result depends on, `side_files`, which are copied, `dense`, the perplexity before, and `allocation`, the target of
+each linear where it was found out. Every further line is a committed shard: `shard`, `bytes`, `sha256`, `block` (its
+number, null for what surrounds the blocks), and with the last shard of a block `record`, what became of the block and
+its linears. `close` writes the report, which makes the run a finished one, and takes the journal away.
 
 Whenever the process ends, what OUT holds is a whole number of shards and the lines that vouch for them, perhaps with a
 torn last line, or with a shard whose line is missing: `recover` finds out how much of it can be used.
@@ -42,6 +42,7 @@ from llmprune.recipe import parse_size
 JOURNAL = "llmprune.journal.jsonl"
 REPORT = "llmprune.json"
 PAGE = "report.html"
+ALLOCATION = "allocation.yaml"
 EVALUATION = "evaluation"
 MEASURED = ("eval.json", "lm_eval.json", "comparison.json", "generations.json")
 """What is found out about a checkpoint later on, in its folder `EVALUATION`."""
@@ -96,7 +97,7 @@ class Writer:
         side_files: what is copied from the source.
         hashes: file name to sha256, of the shards committed so far.
         records: of each finished block, as given to `commit_block`.
-        dense: what `begin` was given.
+        dense, allocation: what `begin` was given.
         onward: what to tell somebody whose run stops.
     """
 
@@ -108,6 +109,7 @@ class Writer:
         self.hashes: dict[str, str] = {}
         self.records: list[dict[str, Any]] = []
         self.dense: dict[str, Any] | None = None
+        self.allocation: dict[str, str] | None = None
         self._checkpoint = checkpoint
         self._background = ThreadPoolExecutor(1, "llmprune-writer")
         self._pending: tuple[Future[None], Callable[[], None]] | None = None
@@ -135,7 +137,7 @@ class Writer:
                 f"{self.out} holds an unfinished run with {other}: give the same to go on with it, "
                 "choose another folder, or begin anew with --restart"
             )
-        self.dense = header.get("dense")
+        self.dense, self.allocation = header.get("dense"), header.get("allocation")
         pairs = list(zip(self.shards, committed, strict=False))
         whole = 0
         for place, (shard, line) in enumerate(progress.over(pairs, "checking finished shards"), 1):
@@ -155,13 +157,15 @@ class Writer:
                 self._write_text(JOURNAL, "\n".join(json.dumps(line) for line in lines[: whole + 1]))
         return True
 
-    def begin(self, fingerprint: Mapping[str, Any], dense: dict[str, Any] | None) -> None:
+    def begin(
+        self, fingerprint: Mapping[str, Any], dense: dict[str, Any] | None, allocation: dict[str, str] | None = None
+    ) -> None:
         """Clear the folder of an earlier run, and write the journal's header."""
-        self.dense = dense
+        self.dense, self.allocation = dense, allocation
         with self._failing("the journal"):
             clear(self.out)
             header = {"format": JOURNAL_FORMAT, "fingerprint": dict(fingerprint), "side_files": self.side_files}
-            self._append({**header, "dense": dense})
+            self._append({**header, "dense": dense, "allocation": allocation})
 
     def commit_block(
         self,
@@ -208,8 +212,12 @@ class Writer:
             memory.give_back()
             told()
 
-    def finish(self) -> None:
-        """Write what surrounds the blocks, the index and the side files; only the report is missing then."""
+    def finish(self, allocation: str | None = None) -> None:
+        """Write what surrounds the blocks, the index and the side files; only the report is missing then.
+
+        Args:
+            allocation: the text of the plan file, where there is to be one.
+        """
         self.settle()
         for shard in self.shards:
             if shard.block is None and shard.name not in self.hashes:
@@ -223,6 +231,8 @@ class Writer:
             for name in self.side_files:
                 (self.out / name).parent.mkdir(exist_ok=True)
                 self._replace(name, functools.partial(shutil.copyfile, self._checkpoint.source.folder / name))
+            if allocation is not None:
+                self._write_text(ALLOCATION, allocation)
             self._write_text(INDEX, json.dumps(index, indent=2))
 
     def close(self, report: dict[str, Any]) -> None:
@@ -286,13 +296,15 @@ class Elsewhere(Writer):
     """Stands for the writer on every rank but the first, which alone writes."""
 
     def __init__(self, out: Path) -> None:
-        self.out, self.records, self.dense = out, [], None
+        self.out, self.records, self.dense, self.allocation = out, [], None, None
 
     def recover(self, fingerprint: Mapping[str, Any], progress: Progress) -> bool:
         """There is nothing here."""
         return False
 
-    def begin(self, fingerprint: Mapping[str, Any], dense: dict[str, Any] | None) -> None:
+    def begin(
+        self, fingerprint: Mapping[str, Any], dense: dict[str, Any] | None, allocation: dict[str, str] | None = None
+    ) -> None:
         """Do nothing."""
 
     def commit_block(self, *given: Any) -> None:
@@ -301,7 +313,7 @@ class Elsewhere(Writer):
     def settle(self) -> None:
         """Do nothing."""
 
-    def finish(self) -> None:
+    def finish(self, allocation: str | None = None) -> None:
         """Do nothing."""
 
     def close(self, report: dict[str, Any]) -> None:
@@ -433,7 +445,12 @@ def _written(folder: Path) -> list[Path]:
     marks = [folder / name for name in (REPORT, JOURNAL) if (folder / name).is_file()]
     if not marks:
         return []
-    names = {INDEX, PAGE, *(f"{EVALUATION}/{name}" for name in MEASURED)}  # what was measured goes with what it is of
+    names = {
+        INDEX,
+        PAGE,
+        ALLOCATION,
+        *(f"{EVALUATION}/{name}" for name in MEASURED),
+    }  # what was measured goes with what it is of
     for mark in marks:
         try:
             told = json.loads(

@@ -16,11 +16,13 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from llmprune import named, reconstruct, refine, solvers
+from llmprune.allocation import spanned
 from llmprune.data import NAMED, SUFFIXES
 from llmprune.errors import LLMPruneError
+from llmprune.model.writer import ALLOCATION
 from llmprune.patterns import NM, Scope, parse
 from llmprune.recipe import Recipe
-from llmprune.report.record import Divergence, Perplexity, Score, maybe
+from llmprune.report.record import Divergence, Perplexity, Score, allocation_of, maybe
 from llmprune.report.results import read_comparison, read_evaluated
 
 HUB = "https://huggingface.co"
@@ -186,7 +188,7 @@ def make_card(
             "pruned",
             "sparse",
             *methods,
-            *(name if ":" in name else "unstructured" for name in patterns),
+            *dict.fromkeys(name if ":" in name else "unstructured" for name in patterns),
         ],
         datasets=[name] if (name := _data_set(report.get("calibration"))) else None,
         eval_results=index or None,
@@ -216,9 +218,11 @@ def _what(
     commit = report.get("revision") or ""
     at = f" at commit `{commit}`" if _COMMIT.fullmatch(commit) and base.get("name") else ""
     plain = f" The dense weights were {report['origin']} before." if report.get("origin") else ""
+    uniform = allocation_of(report["recipe"]) == "uniform"
+    told = ", ".join(patterns) if uniform else spanned(patterns)
     since = "Its weights were changed after that, within the same masks" if changed else "It was not trained after that"
     return (
-        f"{dense}{at}, pruned with llmprune {report['llmprune']} ({', '.join(methods)}; {', '.join(patterns)}): "
+        f"{dense}{at}, pruned with llmprune {report['llmprune']} ({', '.join(methods)}; {told}): "
         f"{report['sparsity']:.2%} of the weights of the pruned linears are zero, which is "
         f"{report['model_sparsity']:.2%} of all weights. {since}.{plain} It is a plain Hugging "
         "Face checkpoint in the dense layout, with exact zeros."
@@ -230,11 +234,16 @@ def _how(report: Mapping[str, Any], pruned: list[dict[str, Any]], methods: list[
     for key, room, heading in (("refine", refine, "Mask refined by"), ("reconstruct", reconstruct, "Reconstructed by")):
         names = map(named.name_of, report["recipe"].get(key) or ())
         lines += [f"- **{heading}**: {_method(room, name)}" for name in names]
-    kinds: Counter[tuple[str, str, Scope | None]] = Counter(
-        (record["method"], record["pattern"], record.get("scope")) for record in pruned
-    )
-    for (method, pattern, scope), count in kinds.items():
-        rule = parse(pattern, scope or "row")
+    allocation = allocation_of(report["recipe"])
+    if allocation != "uniform":
+        lines.append(f"- **Allocation** of the sparsity to the linears: `{allocation}`; each is in `{ALLOCATION}`")
+    kinds: dict[tuple[str, str, Scope | None], list[str]] = {}
+    for record in pruned:
+        pattern = record["pattern"]
+        alike = pattern if allocation == "uniform" or ":" in pattern else "unstructured"
+        kinds.setdefault((record["method"], alike, record.get("scope")), []).append(pattern)
+    for (method, _, scope), group in kinds.items():
+        rule, pattern, count = parse(group[0], scope or "row"), spanned(group), len(group)
         kept_of = f"at most {rule.n} of every {rule.m} consecutive inputs are kept" if isinstance(rule, NM) else ""
         lines.append(
             f"- **Pattern**: {pattern} ({kept_of or f'counted over each {scope}'}) by {method}, {count:,} linears"

@@ -21,6 +21,7 @@ import plotly.offline
 import yaml
 from markupsafe import Markup
 
+from llmprune.allocation import spanned
 from llmprune.model.source import Source
 from llmprune.model.writer import PAGE
 from llmprune.report import plots, tables
@@ -135,7 +136,7 @@ def render(results: Results, histograms: Sequence[Histogram], many: bool = False
         task_plot=_task_plot(results),
         errors=_error_plots(report, cells),
         zeros=_zeros_plot(cells),
-        kinds=_kind_rows(report.pruned),
+        kinds=_kind_rows(report.pruned, report.allocation == "uniform"),
         notes=tables.notes(report.linears),
         weights=[_weight_plot(shown) for shown in histograms],
         dense_seen=any(shown.before is not None for shown in histograms),
@@ -399,12 +400,15 @@ def _score_rows(results: Results) -> list[list[str]]:
     ]
 
 
-def _kind_rows(records: Iterable[LinearRecord]) -> list[list[str]]:
+def _kind_rows(records: Iterable[LinearRecord], apart: bool) -> list[list[str]]:
+    """A row for each kind of linear; where linears have their patterns one by one, these are not told apart."""
     groups: dict[tuple[str, Any, Any], list[LinearRecord]] = {}
     for record in records:
-        groups.setdefault((tables.kind(record.name), record.method, record.pattern), []).append(record)
+        pattern = record.pattern if apart else None
+        groups.setdefault((tables.kind(record.name), record.method, pattern), []).append(record)
     rows = []
-    for (name, method, pattern), group in groups.items():
+    for (name, method, _), group in groups.items():
+        pattern = spanned(record.pattern or "" for record in group)
         errors = [record.relative_error for record in group if record.relative_error is not None]
         zeros = sum(record.sparsity for record in group) / len(group)
         mean, worst = (f"{sum(errors) / len(errors):.4g}", f"{max(errors):.4g}") if errors else ("", "")
@@ -447,7 +451,9 @@ def _work_plots(report: Report) -> list[Plot]:
 def _asked(report: Report) -> str:
     method = report.recipe.get("method")
     method = method.get("name") if isinstance(method, dict) else method
-    return f"{method}, {report.recipe.get('sparsity')}"
+    if report.allocation == "uniform":
+        return f"{method}, {report.recipe.get('sparsity')}"
+    return f"{method}, {report.sparsity:.2%} of the weights, allocated by {report.allocation}"
 
 
 def _calibrated(report: Report) -> str:

@@ -215,6 +215,11 @@ class Report:
     page_problem: str | None = None
 
     @property
+    def allocation(self) -> str:
+        """The name of the allocation, or the plan file."""
+        return allocation_of(self.recipe)
+
+    @property
     def pruned(self) -> list[LinearRecord]:
         """The linears that were pruned."""
         return [record for record in self.linears if record.kept is None]
@@ -290,6 +295,12 @@ def every(kind: type[T], data: Any, where: str) -> list[T]:
     if not isinstance(data, list):
         raise ValueError(f"a list of {where}s is expected")
     return [taken(kind, entry, f"{where} {place}") for place, entry in enumerate(data)]
+
+
+def allocation_of(recipe: Mapping[str, Any]) -> str:
+    """The allocation that a recipe, as plain data, names; `uniform` in those that are older than allocations."""
+    chosen = recipe.get("allocation") or "uniform"
+    return str(chosen.get("path") or chosen.get("name")) if isinstance(chosen, Mapping) else str(chosen)
 
 
 def versions() -> dict[str, str]:

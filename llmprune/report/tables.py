@@ -11,7 +11,8 @@ from rich.console import JustifyMethod
 from rich.markup import escape
 from rich.table import Table
 
-from llmprune.model.writer import PAGE
+from llmprune.allocation import reached, spanned
+from llmprune.model.writer import ALLOCATION, PAGE
 from llmprune.plan import Choice, Plan
 from llmprune.report.comparison import Compared, Comparison
 from llmprune.report.inspect import Inspection, Matrix
@@ -47,20 +48,33 @@ def plan_table(plan: Plan, every: bool) -> Table:
 
     def key(choice: Choice) -> tuple[object, ...]:
         name = choice.linear.name if every else kind(choice.linear.name)
-        return name, choice.linear.shape, choice.kept, choice.method, str(choice.pattern)
+        pattern = choice.pattern.scope if choice.allocated and not every else str(choice.pattern)
+        return name, choice.linear.shape, choice.kept, choice.method, pattern
 
     for group in _grouped(plan.choices, key):
         first = group[0]
         share = sum(choice.linear.numel for choice in group) / max(plan.weights, 1)
-        method = (
-            ", ".join((first.method, *first.after.names)) if first.kept is None else f"[dim]dense: {first.kept}[/dim]"
-        )
-        scope = f" per {first.pattern.scope}" if first.pattern.group == 1 else ""
-        pattern = f"{first.pattern}{scope}" if first.kept is None else ""
+        method = ", ".join((first.method, *first.after.names))
+        method = method if first.kept is None else f"[dim]dense: {first.kept}[/dim]"
+        scope = f" per {first.pattern.scope}" if all(choice.pattern.group == 1 for choice in group) else ""
+        pattern = f"{spanned(str(choice.pattern) for choice in group)}{scope}" if first.kept is None else ""
+        if plan.open(first) and plan.budget is not None:
+            pattern = f"by {plan.budget.name}"
         name = first.linear.name if every else kind(first.linear.name)
         rows, columns = first.linear.shape
         table.add_row(name, f"{columns:,} x {rows:,}", f"{len(group):,}", method, pattern, f"{share:.1%}")
     return table
+
+
+def allocation_lines(plan: Plan) -> list[str]:
+    """How the sparsity is divided, where it is."""
+    if plan.budget is None:
+        return []
+    asked = "" if plan.budget.sparsity is None else f"{plan.budget.sparsity:.2%} asked, "
+    told = "found on the calibration text when the model is pruned"
+    if plan.budget.targets is not None:
+        told = f"{reached(plan.known, plan.budget.targets):.3%} of the weights that share it"
+    return [f"allocated    by {plan.budget.name}: {asked}{told}"]
 
 
 def memory_lines(plan: Plan) -> list[str]:
@@ -87,11 +101,13 @@ def result_table(report: Report) -> Table:
     table = Table(title="Pruned", title_justify="left")
     for heading in ("linear", "count", "pattern", "zeros", "relative error: mean", "worst"):
         table.add_column(heading, justify="left" if heading in ("linear", "pattern") else "right")
-    for group in _grouped(report.pruned, lambda record: (kind(record.name), record.pattern)):
+    apart = report.allocation == "uniform"
+    for group in _grouped(report.pruned, lambda record: (kind(record.name), record.pattern if apart else None)):
         errors = [record.relative_error for record in group if record.relative_error is not None]
         mean, worst = (f"{sum(errors) / len(errors):.4f}", f"{max(errors):.4f}") if errors else ("-", "-")
         zeros = sum(record.sparsity for record in group) / len(group)
-        table.add_row(kind(group[0].name), f"{len(group):,}", group[0].pattern, f"{zeros:.2%}", mean, worst)
+        pattern = spanned(record.pattern or "" for record in group)
+        table.add_row(kind(group[0].name), f"{len(group):,}", pattern, f"{zeros:.2%}", mean, worst)
     return table
 
 
@@ -103,6 +119,8 @@ def summary(report: Report) -> Table:
     table.add_row("zeros", f"{report.sparsity:.2%} of pruned linears, {report.model_sparsity:.2%} of all weights")
     if report.origin is not None:
         table.add_row("source", report.origin)
+    if report.allocation != "uniform":
+        table.add_row("allocation", f"{report.allocation}, kept in {ALLOCATION}")
     if report.dense is not None:
         table.add_row("perplexity, dense", str(report.dense))
     if report.sparse is not None:

@@ -1,0 +1,116 @@
+"""One look at the dense model, before it is pruned: what an allocation wants to know of each linear."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmprune import data, distributed, memory
+from llmprune.allocation import Seen
+from llmprune.model import blocks
+from llmprune.model.checkpoint import Checkpoint
+from llmprune.model.watch import Input, Shown, Watch
+from llmprune.plan import Choice, Plan
+from llmprune.progress import Progress
+
+
+def look(
+    checkpoint: Checkpoint, plan: Plan, tokens: data.Tokens | None, progress: Progress, folder: Path | None = None
+) -> dict[str, str]:
+    """The targets of the linears that share the plan's budget, the same on every rank.
+
+    Every block is in memory once, alone. Where inputs are asked for, each rank runs its share of the batches through
+    all of them; else the blocks are dealt to the ranks.
+
+    Args:
+        tokens: the calibration tokens, where the allocation needs any.
+        folder: where activations may be kept.
+
+    Raises:
+        UserError: the budget cannot be met.
+    """
+    budget, schedule = plan.budget, plan.schedule
+    assert budget is not None
+    activations = None
+    if budget.allocator.needs == "norms":
+        assert tokens is not None
+        with progress.waiting("embedding the calibration text"):
+            batches = tokens.batches(schedule.batch)
+            batches = [batches[number] for number in distributed.share_of(len(batches))]
+            activations = blocks.start(checkpoint, plan.chain, batches, schedule.place, folder)
+    mine = range(len(plan.blocks)) if activations is not None else distributed.share_of(len(plan.blocks))
+    evidence: dict[str, Any] = {}
+    for number in progress.over(mine, "looking at the dense blocks"):
+        shared = [choice for choice in plan.blocks[number] if choice.allocated]
+        block = checkpoint.load_block(number)
+        norms: dict[str, Tensor] = {}
+        if activations is not None:
+            checkpoint.prefetch(number + 1)
+            inputs = [entry for stage in schedule.stages[number] for entry in stage.inputs]
+            sums = _Sums(shared, inputs, checkpoint.device)
+            with sums.watching(block.module, block.name):
+                blocks.advance(checkpoint, number, activations)
+            norms = sums.finish()
+            memory.give_back()
+        if shared and (activations is None or distributed.is_first()):
+            weights = [choice.linear.view(block.state[choice.linear.parameter]) for choice in shared]
+            names = [choice.linear.name for choice in shared]
+            seen = [
+                Seen(weight, norms.get(name), checkpoint.device) for name, weight in zip(names, weights, strict=True)
+            ]
+            evidence.update(zip(names, budget.allocator.look(seen), strict=True))
+            del weights, seen
+        del block
+        checkpoint.unload_block(number)
+    if activations is None:
+        evidence = {name: told for part in distributed.gather(evidence) for name, told in part.items()}
+    targets: dict[str, str] = {}
+    with distributed.first():
+        if distributed.is_first():
+            known = [replace(linear, evidence=evidence[linear.name]) for linear in plan.known]
+            targets = dict(budget.allocator.allocate(known, budget.sparsity or 0.0))
+    return distributed.share(targets)
+
+
+class _Sums(Watch):
+    """Adds up the squares of what linears are given, over all batches of all ranks."""
+
+    def __init__(self, choices: Sequence[Choice], inputs: Sequence[Input], device: torch.device) -> None:
+        """Nothing is seen yet.
+
+        Args:
+            choices: the linears that are of interest.
+            inputs: which of them are given the same tensor, of which one sum is kept.
+        """
+        super().__init__(choice.linear for choice in choices)
+        self._groups = [
+            names for entry in inputs if (names := [name for name in entry.linears if name in self.linears])
+        ]
+        self._squares = {
+            names[0]: torch.zeros(self.linears[names[0]].shape[1], device=device) for names in self._groups
+        }
+        self._tokens = dict.fromkeys(self._squares, 0)
+
+    def ready(self, inputs: Shown) -> None:
+        """Take in the inputs of linears."""
+        for names, tensor in inputs.items():
+            for name in self._squares.keys() & names:
+                x = tensor().reshape(-1, len(self._squares[name]))
+                self._squares[name] += x.float().square().sum(0)
+                self._tokens[name] += len(x)
+
+    def finish(self) -> dict[str, Tensor]:
+        """By the names of the linears the root mean square (in,) of each input; none where no token was seen."""
+        norms = {}
+        for names in self._groups:
+            squares = self._squares[names[0]]
+            count = torch.tensor([self._tokens[names[0]]], device=squares.device)
+            distributed.total(count, squares)
+            if int(count):
+                norms.update(dict.fromkeys(names, (squares / count).sqrt()))
+        return norms
