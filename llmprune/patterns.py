@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import ClassVar, Literal, Protocol, get_args
 
 import numpy
 import torch
@@ -101,7 +101,7 @@ class NM:
 
     n: int
     m: int
-    scope = "row"
+    scope: ClassVar[Scope] = "row"
     row_independent = True
 
     @property
