@@ -137,20 +137,35 @@ class Fitted:
 
 
 def _counted(linears: Sequence[Known], sparsity: float, wished: Sparsities) -> dict[str, str]:
-    """Whole numbers of zeros: all are rounded down, then those with the largest remainder get one step more.
-
-    It stops where one more step would miss the budget by more than it is missed without.
-    """
+    """Whole numbers of zeros: all are rounded down, then those with the largest remainder get one step more."""
     counts = [int(share * linear.steps + 1e-9) for share, linear in zip(wished, linears, strict=True)]
     step = [linear.numel / linear.steps for linear in linears]
     missing = sparsity * sum(linear.numel for linear in linears)
     missing -= sum(count * size for count, size in zip(counts, step, strict=True))
     remainders = [share * linear.steps - count for share, linear, count in zip(wished, linears, counts, strict=True)]
-    for place in sorted(range(len(linears)), key=lambda place: -remainders[place]):
-        if 2 * missing > step[place] and counts[place] + 1 < linears[place].steps:
-            counts[place] += 1
-            missing -= step[place]
+    order = sorted(range(len(linears)), key=lambda place: -remainders[place])
+    for place in _fill([(at, step[at]) for at in order if counts[at] + 1 < linears[at].steps], missing):
+        counts[place] += 1
     return {linear.name: _text(count, linear.steps) for linear, count in zip(linears, counts, strict=True)}
+
+
+def _fill(steps: Sequence[tuple[int, float]], missing: float) -> list[int]:
+    """What takes which of these steps: as many in order as fit, and then one more if that comes nearer.
+
+    Args:
+        steps: who takes it, and how many zeros it adds; somebody who has passed over a step takes no more.
+        missing: zeros.
+    """
+    taken: list[int] = []
+    passed: dict[int, float] = {}
+    for who, size in steps:
+        if who not in passed and size <= missing + 1e-6:
+            taken.append(who)
+            missing -= size
+        else:
+            passed.setdefault(who, size)
+    last = min(passed, key=lambda who: abs(missing - passed[who]), default=None)
+    return [*taken, last] if last is not None and abs(missing - passed[last]) < missing else taken
 
 
 def _text(count: int, steps: int) -> str:
@@ -163,9 +178,9 @@ def _patterned(
     """One of the patterns for each linear.
 
     Each linear has the sparsity nearest to its wish, with all wishes shifted alike: linears go up from one sparsity to
-    the next in the order of how far they wish to be beyond the middle of the two, as long as that brings all of them
-    nearer to the budget. Where patterns are equally sparse, the linears that have them are dealt out evenly: those that
-    wish for most get the strictest, which is the one with the smallest M.
+    the next in the order of how far they wish to be beyond the middle of the two, as far as the budget goes, and what
+    is left of it is filled with smaller ones. Where patterns are equally sparse, the linears that have them are dealt
+    out evenly: those that wish for most get the strictest, which is the one with the smallest M.
     """
     levels: dict[float, list[str]] = {}
     for text in dict.fromkeys(patterns):
@@ -183,11 +198,9 @@ def _patterned(
         for place in range(len(linears))
         for up in range(len(rising) - 1)
     ]
-    for _, place, up in sorted(ups):
-        more = (rising[up + 1] - rising[up]) * linears[place].numel
-        if places[place] == up and 2 * missing > more:
-            places[place] = up + 1
-            missing -= more
+    steps = [(place, (rising[up + 1] - rising[up]) * linears[place].numel) for _, place, up in sorted(ups)]
+    for place in _fill(steps, missing):
+        places[place] += 1
     found: dict[str, str] = {}
     for level, equal in enumerate(rising):
         strict = sorted(levels[equal], key=_strictness)

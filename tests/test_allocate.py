@@ -264,21 +264,29 @@ def test_patterns_meet_the_budget_as_nearly_as_whole_linears_allow(patterns: tup
     levels = sorted({0.0 if text == DENSE else NM(*map(int, text.split(":"))).sparsity for text in patterns})
     asked = chance.uniform(levels[0] + 0.02, levels[-1] - 0.02)
     targets = allocate.load({"name": "owl", "patterns": list(patterns)}).allocate(linears, asked)
-    total = sum(linear.numel for linear in linears)
-    finest = min(linear.numel for linear in linears) * max(numpy.diff(levels))
-    assert (
-        abs(reached(linears, targets) - asked) * total <= finest + max(linear.numel for linear in linears) * 0.02 + 40
-    )
     assert set(targets.values()) <= set(patterns)
+    total = sum(linear.numel for linear in linears)
+    missed = asked * total - reached(linears, targets) * total
 
     def sparsity(linear: Known) -> float:
         pattern = target(targets[linear.name], "row")
         return 0.0 if pattern is None else pattern.sparsity
 
+    for linear in linears:  # no linear that goes up brings it nearer
+        if sparsity(linear) < levels[-1]:
+            more = (levels[levels.index(sparsity(linear)) + 1] - sparsity(linear)) * linear.numel
+            assert abs(missed - more) >= abs(missed) - 1e-6
     order = sorted(linears, key=lambda linear: linear.evidence)  # fewer outliers: the more willing to be pruned
-    found = [sparsity(linear) for linear in order]
-    inversions = sum(found[place] < found[place + 1] for place in range(len(found) - 1))
-    assert inversions <= 6  # only where a smaller linear fits the rest of the budget
+    low, high = (numpy.average([sparsity(one) for one in part], weights=[one.numel for one in part])
+                 for part in (order[30:], order[:30]))  # fmt: skip
+    assert high > low
+    if len(levels) == 2:
+        left = (asked - levels[0]) * total
+        for linear in order:
+            left -= (levels[1] - levels[0]) * linear.numel
+            if left < 0:
+                break
+            assert sparsity(linear) == levels[1]
 
 
 def test_equally_sparse_patterns_go_by_strictness() -> None:
@@ -442,7 +450,10 @@ def test_rules_and_ignored_linears_stand_outside_of_the_budget(model: Path, text
     report, zeros = pruned(model, out, text, sparsity=0.7, allocation="owl", rules=rules, ignore=["*.v_proj"])
     shared = [record for record in report.linears if not record.name.endswith(("o_proj", "k_proj", "v_proj"))]
     sizes = numpy.array([record.shape[0] * record.shape[1] for record in shared])
-    assert numpy.average([record.sparsity for record in shared], weights=sizes) == pytest.approx(0.7, abs=5e-4)
+    assert numpy.average([record.sparsity for record in shared], weights=sizes) == pytest.approx(
+        0.7,
+        abs=16 / sizes.sum(),  # half of what one zero more in each of 32 rows is
+    )
     assert {zeros[name] for name in zeros if name.endswith(("k_proj", "v_proj"))} == {0.0}
     assert {zeros[name] for name in zeros if name.endswith("o_proj")} == {0.5}
     assert set(yaml.safe_load((out / ALLOCATION).read_text())) == {record.name for record in shared}
