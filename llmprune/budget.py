@@ -20,6 +20,7 @@ from llmprune.model.cpu import AT_ONCE, widens
 from llmprune.model.survey import Held
 from llmprune.model.watch import Input, Stage
 from llmprune.recipe import format_size
+from llmprune.solvers import Buffers
 from llmprune.stats import SAMPLE_TOKENS
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -123,6 +124,7 @@ class Work:
         moments: what the linears that are pruned are given, in the order in which it comes about; what is there before
             any of its linears is run stands together.
         rows: for each input, the rows of weights that are solved at once.
+        buffers: for each input, what its methods take while they solve.
         dense: whether all is collected from the block as it was.
         again: whether a linear is run more than once, so that all must be collected in one run.
         held: what a sequence holds that stands still before some linear.
@@ -134,6 +136,7 @@ class Work:
     number: int
     moments: tuple[tuple[Input, ...], ...]
     rows: Mapping[Input, int]
+    buffers: Mapping[Input, Buffers]
     dense: bool
     again: bool
     held: Held
@@ -154,6 +157,14 @@ class Work:
     def stage(self, inputs: Sequence[Input]) -> Stage:
         """What collects some of the inputs together."""
         return Stage(tuple(inputs), self.dense, self.again)
+
+    def with_before(self, entry: Input, held: int = 0, solving: int = 0) -> tuple[int, int]:
+        """What a pass takes for its statistics, and while it is solved, with one more input before those that it has.
+
+        Inputs are solved in their order and then let go, so that those after it are still held when it is its turn.
+        """
+        held += _held(entry)
+        return held, max(solving, held + _solving(entry, self.rows[entry], self.buffers[entry]))
 
 
 @dataclass(frozen=True)
@@ -294,12 +305,12 @@ class Needs:
             here: list[list[Input]] = []
             held = solving = 0
             for entry in reversed(moment):
-                held, solving = _with_before(entry, work.rows[entry], held, solving)
+                held, solving = work.with_before(entry, held, solving)
                 if here and had is not None and had.holds(beside + self._near(max(held + flow, solving))):
                     here[-1].insert(0, entry)
                 else:
                     here.append([entry])
-                    held, solving = _with_before(entry, work.rows[entry])
+                    held, solving = work.with_before(entry)
             stages += here
         return tuple(map(work.stage, stages))
 
@@ -316,7 +327,7 @@ class Needs:
             for stage in stages:
                 held = solving = 0
                 for entry in reversed(stage.inputs):
-                    held, solving = _with_before(entry, work.rows[entry], held, solving)
+                    held, solving = work.with_before(entry, held, solving)
                 capture |= behind + loaded + self._near(still + held + flow)
                 solve |= loaded + self._near(still + solving)
             write |= loaded + Peak(size.converted)
@@ -417,23 +428,15 @@ _TAKEN = {"nothing": 0, "norms": 8, "gram": 12}
 """Bytes a token and feature that taking inputs into statistics needs: float32 copies of them."""
 
 
-def _solving(entry: Input, rows: int) -> int:
+def _solving(entry: Input, rows: int, buffers: Buffers) -> int:
     """Bytes that solving the linears of an input needs besides its statistics."""
     weights, square = 4 * rows * entry.features, 4 * entry.features**2 if entry.needs == "gram" else 0
-    return int(1.5 * weights) + max(2 * square, square + 3 * weights)
+    changing = buffers.factor * square + buffers.weights * weights
+    return int(1.5 * weights) + max(buffers.factorising * square, changing)
 
 
 _SLACK = 2**24
 """What a cap that is named to be the smallest is more than that: no two processes begin alike."""
-
-
-def _with_before(entry: Input, rows: int, held: int = 0, solving: int = 0) -> tuple[int, int]:
-    """What a pass takes for its statistics, and while it is solved, with one more input before those that it has.
-
-    Inputs are solved in their order and then let go, so that those after it are still held when it is its turn.
-    """
-    held += _held(entry)
-    return held, max(solving, held + _solving(entry, rows))
 
 
 def _too_small(least: Schedule, had: Room) -> str:

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from llmprune.stats import product
 
+_FLAT = 1e-6
+"""A direction whose curvature is less than this part of the greatest so far is flat but for rounding: no step there."""
+
 
 def conjugate(
     gram: Tensor, target: Tensor, start: Tensor, keep: Tensor, steps: int, damping: float | Tensor = 0.0
@@ -34,14 +37,18 @@ def conjugate(
     del away
     ahead = residual * inverse
     size = (residual * ahead).sum(1, keepdim=True)
+    extent, steepest = size, torch.zeros_like(size)
     for step in range(steps):
         through = product(ahead, gram).add_(ahead, alpha=float(damping)).mul_(keep)
-        curvature = (ahead * through).sum(1, keepdim=True)
-        length = torch.where(curvature > 0, size / curvature, 0.0)
+        slope = (ahead * through).sum(1, keepdim=True) / extent
+        steepest = torch.maximum(steepest, slope)
+        length = torch.where(slope > _FLAT * steepest, size / (slope * extent), 0.0)
         weight.addcmul_(ahead, length)
         if step == steps - 1:
             break
         residual.addcmul_(through, length, value=-1)
         before, size = size, (residual.square() * inverse).sum(1, keepdim=True)
-        ahead.mul_(torch.where(before > 0, size / before, 0.0)).addcmul_(residual, inverse.expand_as(residual))
+        onward = torch.where(before > 0, size / before, 0.0)
+        extent = size + onward.square() * extent
+        ahead.mul_(onward).addcmul_(residual, inverse.expand_as(residual))
     return weight

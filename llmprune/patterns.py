@@ -113,14 +113,14 @@ class NM:
         return self.m
 
     def keep(self, saliency: Tensor, before: int = 0) -> Tensor:
-        groups = saliency.reshape(*saliency.shape[:-1], -1, self.m)
+        # (m, out, groups): the weights of one place lie together, which is several times as fast.
+        places = saliency.reshape(*saliency.shape[:-1], -1, self.m).movedim(-1, 0).contiguous()
         # How many of its group stand before each weight: the greater ones, and among equals the earlier ones.
-        rivals = torch.zeros_like(groups, dtype=torch.int16)
-        for place in range(self.m):
-            rival = groups[..., place : place + 1]
-            rivals[..., :place] += rival > groups[..., :place]
-            rivals[..., place + 1 :] += rival >= groups[..., place + 1 :]
-        return (rivals < self.n).reshape(saliency.shape)
+        rivals = torch.zeros_like(places, dtype=torch.int16)
+        for place, rival in enumerate(places):
+            rivals[:place] += rival > places[:place]
+            rivals[place + 1 :] += rival >= places[place + 1 :]
+        return (rivals < self.n).movedim(0, -1).reshape(saliency.shape)
 
     def holds(self, weight: Tensor) -> bool:
         parts = (rows.reshape(len(rows), -1, self.m) for rows in some_rows(weight))
@@ -141,11 +141,12 @@ def keep_more(pattern: Pattern, saliency: Tensor, part: float) -> Tensor:
         saliency: (out, in), as for `Pattern.keep`.
         part: of the pattern's sparsity, in [0, 1]; at 1 the mask is the pattern's own.
     """
-    keep = pattern.keep(saliency)
     if part >= 1:
-        return keep
+        return pattern.keep(saliency)
     rule = Unstructured(part * pattern.sparsity, "row" if pattern.row_independent else "matrix")
-    return rule.keep(saliency.masked_fill(keep, torch.inf))
+    if pattern.group == 1:  # the lowest of the lowest are the lowest of all
+        return rule.keep(saliency)
+    return rule.keep(saliency.masked_fill(pattern.keep(saliency), torch.inf))
 
 
 def parse(text: str | float | Pattern, scope: Scope = "row") -> Unstructured | NM:

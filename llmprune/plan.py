@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import functools
+import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -521,12 +523,13 @@ def _work(
     if dense and moments:
         moments = (tuple(entry for moment in moments for entry in moment),)
     chosen = {choice.linear.name: choice for choice in choices}
-    rows = {}
+    rows, buffers = {}, {}
     for entry in (entry for moment in moments for entry in moment):
         counts = [chosen[name].linear.shape[0] for name in entry.linears]
         independent = all(chosen[name].row_independent for name in entry.linears)
         rows[entry] = sum(counts) if independent else max(counts)
+        buffers[entry] = functools.reduce(operator.or_, (chosen[name].solver.buffers for name in entry.linears))
     widest = max((max(choice.linear.shape) for choice in choices), default=0)
     largest = max((choice.linear.numel for choice in choices), default=0)
     experts = any(choice.linear.expert is not None for choice in choices)
-    return Work(number, moments, rows, dense, survey.again, survey.held, widest, largest, experts)
+    return Work(number, moments, rows, buffers, dense, survey.again, survey.held, widest, largest, experts)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from llmprune.parts import not_finite
 
 Needs = Literal["nothing", "norms", "gram"]
 LEVELS: tuple[Needs, ...] = ("nothing", "norms", "gram")
+
+Factor = TypeVar("Factor")
 
 SAMPLE_TOKENS = 256
 """Input rows kept for estimating a linear's relative error where no Gram is collected."""
@@ -44,7 +47,7 @@ class LinearStats:
         self._lower = torch.zeros(features, features, device=device) if needs == "gram" else None
         self._gram: Tensor | None = None
         self._rows: list[Tensor] = []
-        self._factor: tuple[float, Tensor] | None = None
+        self._factor: tuple[object, Any] | None = None
 
     def add(self, inputs: Tensor) -> None:
         """Take in a batch of inputs (..., in), of any float dtype."""
@@ -111,44 +114,57 @@ class LinearStats:
         """(in,) bool: inputs that were zero on every token."""
         return self.squares == 0
 
+    @property
+    def inverse_norms(self) -> Tensor:
+        """(in,) 1/‖X_j‖₂, and 0 for dead inputs."""
+        norms = self.norms
+        return torch.where(norms > 0, 1 / norms, 0.0)
+
     def inverse_factor(self, damping: float) -> Tensor:
         """(in, in) the upper triangular U with (XᵀX + λI)⁻¹ = UᵀU and λ = damping · mean diagonal over live inputs.
 
         Dead inputs get a one on the diagonal. A matrix that is still not positive definite is damped ten times more,
         up to 1, first in float32 and then in float64; `damping` tells what was taken. Linears that share these
-        statistics share the factorisation.
+        statistics share what was made of the Gram last, by this or by the two below.
 
         Raises:
             SingularGram: no step succeeded; the message gives the tokens and the dampings tried.
         """
-        if self._factor is not None and self._factor[0] == damping:
-            return self._factor[1]
-        scale = self.scale
+        return self._factorised(_inverse_upper, damping)
+
+    def scaled_gram(self, damping: float) -> Tensor:
+        """(in, in) S + damping · I, positive definite; S is the Gram of inputs that are scaled to a norm of one.
+
+        A weight times the norm of its input is as large as its saliency for Wanda. The rows of dead inputs in S are
+        zero. Damped further, shared and refused as `inverse_factor` is.
+        """
+        return self._factorised(_definite, damping)
+
+    def scaled_inverse(self, damping: float, shift: float) -> Tensor:
+        """(in, in) (S + (damping + shift) · I)⁻¹ with S as above. Damped further, shared and refused likewise."""
+        return self._factorised(_scaled_inverse, damping, shift)
+
+    def _factorised(self, factorise: Callable[..., Factor | None], damping: float, *further: float) -> Factor:
+        """What `factorise(stats, damping, dtype, *further)` makes of the Gram, at the first step that succeeds."""
+        asked = (factorise, damping, *further)
+        if self._factor is not None and self._factor[0] == asked:
+            known: Factor = self._factor[1]
+            return known
+        self._factor = None  # two at once take too much memory
         tried = [damping]
         while tried[-1] < 1:
             tried.append(min(1.0, 10 * tried[-1]))
         for dtype in (torch.float32, torch.float64):
             for relative in tried:
-                upper = _inverse_upper(self.gram, scale, relative, self.dead, dtype)
-                if upper is not None:
+                found = factorise(self, relative, dtype, *further)
+                if found is not None:
                     self.damping = relative
-                    self._factor = (damping, upper)
-                    return upper
+                    self._factor = (asked, found)
+                    return found
         raise SingularGram(
             f"the Gram of {self.tokens:,} tokens x {self.features:,} inputs is not positive definite with damping "
             f"{', '.join(f'{value:g}' for value in tried)} in float32 and float64; give it more calibration samples"
         )
-
-    def scaled_gram(self, damping: float) -> tuple[Tensor, Tensor]:
-        """(in, in) DXᵀXD + damping · I, and (in,) the diagonal of D⁻¹, so that live inputs have a norm of one.
-
-        A weight times the norm of its input is as large as its saliency for Wanda. Dead inputs have a norm of zero.
-        """
-        norms = self.norms
-        inverse = torch.where(norms > 0, 1 / norms, 0.0)
-        gram = self.gram * inverse
-        gram.mul_(inverse[:, None]).diagonal().add_(damping)
-        return gram, norms
 
     def losses(self, dense: Tensor, pruned: Tensor) -> tuple[float, float] | None:
         """‖(Ŵ−W)X‖² and ‖WX‖² of (out, in) weights, exact from the Gram, else on the kept input rows.
@@ -223,28 +239,31 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def damped_inverse(gram: Tensor, damping: float) -> Tensor:
-    """(G + damping · I)⁻¹ of a Gram whose diagonal is about one, for a damping that makes it safely definite."""
-    damped = gram.clone()
-    damped.diagonal().add_(damping)
-    return torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    """(G + damping · I)⁻¹ of a positive definite (in, in) Gram; two more matrices of its size are held at a time.
+
+    Raises:
+        SingularGram: G is not positive definite.
+    """
+    inverse = _inverse(gram.clone(), damping)
+    if inverse is None:
+        raise SingularGram(f"a Gram of {len(gram):,} inputs is not positive definite with damping {damping:g}")
+    return inverse
 
 
-def _inverse_upper(gram: Tensor, scale: float, damping: float, dead: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Upper triangular U with (G + damping · scale · I)⁻¹ = UᵀU, or None when that G is not positive definite.
+def _inverse_upper(stats: LinearStats, damping: float, dtype: torch.dtype) -> Tensor | None:
+    """See `LinearStats.inverse_factor`; None when the damped Gram is not positive definite.
 
     With J the reversal of order, JAJ = LLᵀ gives A = RRᵀ for the upper triangular R = JLJ, hence A⁻¹ = R⁻ᵀR⁻¹ and
     U = R⁻¹ = JL⁻¹J: one factorisation and one triangular inverse, each in place. Besides the Gram, two matrices of its
     size are held at a time.
 
     Args:
-        gram: (in, in), not changed.
-        dead: (in,) bool, inputs that get a one on the diagonal.
         dtype: what is computed in; the result is float32.
     """
-    lower, info = gram.flip(0, 1).to(dtype).div_(scale).mT, torch.empty((), dtype=torch.int32, device=gram.device)
-    lower.diagonal().add_(damping).masked_fill_(dead.flip(0), 1.0)
-    torch.linalg.cholesky_ex(lower, out=(lower, info))  # in the order of LAPACK no copy is made
-    if int(info) != 0:
+    scale = stats.scale
+    lower = stats.gram.flip(0, 1).to(dtype).div_(scale).mT
+    lower.diagonal().add_(damping).masked_fill_(stats.dead.flip(0), 1.0)
+    if not _cholesky(lower):
         return None
     inverse = torch.eye(len(lower), dtype=dtype, device=lower.device).mT
     torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
@@ -252,3 +271,47 @@ def _inverse_upper(gram: Tensor, scale: float, damping: float, dead: Tensor, dty
     upper = inverse.flip(0, 1)
     del inverse
     return None if not_finite(upper) else upper.div_(scale**0.5).float()
+
+
+def _definite(stats: LinearStats, damping: float, dtype: torch.dtype) -> Tensor | None:
+    """See `LinearStats.scaled_gram`; None when it is not positive definite."""
+    gram = _scaled(stats, dtype)
+    gram.diagonal().add_(damping)
+    return gram.float() if _cholesky(gram.clone().mT) else None
+
+
+def _scaled_inverse(stats: LinearStats, damping: float, dtype: torch.dtype, shift: float) -> Tensor | None:
+    """See `LinearStats.scaled_inverse`; None when what is inverted is not positive definite."""
+    inverse = _inverse(_scaled(stats, dtype), damping + shift)
+    return None if inverse is None else inverse.float()
+
+
+def _scaled(stats: LinearStats, dtype: torch.dtype) -> Tensor:
+    """(in, in) the Gram of inputs that are scaled to a norm of one, in memory of its own."""
+    inverse = stats.inverse_norms.to(dtype)
+    return stats.gram.to(dtype, copy=True).mul_(inverse).mul_(inverse[:, None])
+
+
+def _inverse(gram: Tensor, damping: float) -> Tensor | None:
+    """(G + damping · I)⁻¹, or None when that is not positive definite.
+
+    Args:
+        gram: (in, in) contiguous; it is overwritten.
+    """
+    lower = gram.mT
+    lower.diagonal().add_(damping)
+    if not _cholesky(lower):
+        return None
+    inverse = torch.cholesky_inverse(lower)
+    return None if not_finite(inverse) else inverse.mT  # symmetric, and contiguous when it is turned
+
+
+def _cholesky(lower: Tensor) -> bool:
+    """Put L with A = LLᵀ in the place of A; whether A is positive definite.
+
+    Args:
+        lower: (in, in) in the order of LAPACK, columns one after the other, so that no copy is made.
+    """
+    info = torch.empty((), dtype=torch.int32, device=lower.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, info))
+    return int(info) == 0

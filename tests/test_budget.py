@@ -29,6 +29,7 @@ from llmprune.model.watch import Input, Stage
 from llmprune.pipeline import plan
 from llmprune.progress import Silent
 from llmprune.recipe import parse_size
+from llmprune.solvers import Buffers
 from llmprune.stats import LEVELS
 from tests.families import SHAPES, make
 
@@ -214,10 +215,11 @@ class TestStages:
             Input((name,), width, chance.choice(LEVELS)) for name, width in zip(names, features, strict=True)
         )
         rows = {entry: chance.choice((256, 4096, 22016)) for entry in inputs}
+        buffers = {entry: chance.choice((Buffers(), Buffers(factor=3, weights=7))) for entry in inputs}
         cuts = [0, *sorted(chance.sample(range(1, count), chance.randint(0, count - 1))), count] if count else [0]
         moments = tuple(inputs[start:end] for start, end in itertools.pairwise([0, count] if dense else cuts) if end)
         held = Held(chance.choice((0, 40_000, 400_000)), chance.choice((0, 32)))
-        return Work(number, moments, rows, dense, whole, held, 11008, 4096 * 11008, False)
+        return Work(number, moments, rows, buffers, dense, whole, held, 11008, 4096 * 11008, False)
 
     @pytest.mark.parametrize("seed", range(40))
     def test_every_input_once_in_as_few_stages_as_fit(self, seed: int, checkpoint: Checkpoint) -> None:
@@ -300,7 +302,10 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(("shape", "method"), [("deep", "wanda"), ("wide", "sparsegpt"), ("sparse", "sparsegpt")])
+@pytest.mark.parametrize(
+    ("shape", "method"),
+    [("deep", "wanda"), ("wide", "sparsegpt"), ("sparse", "sparsegpt"), ("wide", "admm"), ("wide", "alps")],
+)
 def test_the_peak_is_below_the_smallest_cap_and_near_what_was_said(
     shape: str, method: str, text: str, tmp_path: Path
 ) -> None:

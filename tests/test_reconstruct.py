@@ -52,6 +52,19 @@ def test_each_step_lowers_the_error(tokens: int, decay: float) -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+def test_more_steps_than_there_is_to_gain_do_no_harm(size: float) -> None:
+    """Fewer tokens than weights: the error is soon nothing but rounding, and stays that."""
+    target, x = torch.randn(16, 64), correlated(10, 64) * size
+    keep = torch.rand(16, 64) < 0.5
+    found = conjugate(x.T @ x, target, target, keep, 300)
+    assert bool(found.isfinite().all())
+    assert relative_error(x, target, found) < 1e-6
+    again = conjugate(x.T @ x, target, found, keep, 300)
+    assert relative_error(x, target, again) < 1e-6
+    assert float(found.abs().max()) < 100
+
+
 def test_where_it_starts_makes_no_difference_in_the_end() -> None:
     target, x = torch.randn(6, 16), correlated(300, 16, decay=0.3)
     gram, keep = x.T @ x, torch.rand(6, 16) < 0.5

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from llmprune import solvers
-from llmprune.errors import UserError
+from llmprune.errors import SingularGram, UserError
 from llmprune.patterns import SCOPES, keep_more, parse
 from llmprune.stats import LEVELS, LinearStats
+from tests.test_stats import indefinite
 
 METHODS = ["magnitude", "wanda", "sparsegpt"]
 ALL = solvers.names()
@@ -623,3 +624,40 @@ def test_dead_inputs_and_fewer_tokens_than_inputs(method: str, sparsity: str | f
 def test_options_of_the_others_are_checked(asked: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         solvers.load(asked)
+
+
+@pytest.mark.parametrize(
+    ("method", "lowest", "taken"), [("admm", -1.5, 1.0), ("alps", -0.05, 0.1), ("alps", -0.5, 1.0)]
+)
+def test_a_gram_that_is_not_positive_definite_is_damped_further_and_said(
+    method: str, lowest: float, taken: float
+) -> None:
+    stats, weight = indefinite(lowest), torch.randn(6, 12)
+    result = solvers.load(method).solve(weight, stats, parse("2:4"))
+    assert stats.damping == pytest.approx(taken)
+    assert torch.isfinite(result).all()
+    assert parse("2:4").holds(result)
+
+
+@pytest.mark.parametrize("method", ["admm", "alps"])
+def test_a_hopeless_gram_is_a_failure(method: str) -> None:
+    with pytest.raises(SingularGram, match="give it more calibration samples"):
+        solvers.load(method).solve(torch.randn(6, 12), indefinite(-4.0), parse("2:4"))
+
+
+@pytest.mark.parametrize("method", ALL)
+@pytest.mark.parametrize(("sparsity", "scope"), [(0.5, "matrix"), ("2:4", "row")])
+def test_the_same_request_gives_the_same_bits(method: str, sparsity: str | float, scope: str) -> None:
+    weight, x = torch.randn(24, 32), correlated(100, 32)
+    assert torch.equal(solve(method, weight, x, sparsity, scope), solve(method, weight, x, sparsity, scope))
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "admm", "alps"])
+def test_linears_that_share_an_input_do_not_disturb_each_other(method: str) -> None:
+    """What one method made of the Gram is kept with the statistics, and another method may come in between."""
+    weight, x = torch.randn(12, 32), correlated(100, 32)
+    expected, stats = solve(method, weight, x, "2:4"), collected(x)
+    for name in (*ALL, method, method):
+        result = solvers.load(name).solve(weight, stats, parse("2:4"))
+    assert torch.equal(result, expected)
+    assert torch.equal(stats.gram, collected(x).gram)

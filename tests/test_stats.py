@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import SingularGram
-from llmprune.stats import LEVELS, LinearStats, Needs
+from llmprune.stats import LEVELS, LinearStats, Needs, damped_inverse
 
 WIDTHS = [1, 7, 100, 255, 256, 257, 600]
 
@@ -47,6 +47,13 @@ def with_eigenvalue(lowest: float, features: int = 12) -> LinearStats:
     values[0] = lowest
     basis = torch.linalg.qr(torch.randn(features, features, generator=torch.Generator().manual_seed(1)).double())[0]
     return with_gram(basis @ values.diag() @ basis.T)
+
+
+def indefinite(lowest: float, features: int = 12) -> LinearStats:
+    """A Gram of inputs with a norm of one, the first two of which are alike beyond what can be."""
+    gram = torch.eye(features)
+    gram[0, 1] = gram[1, 0] = 1 - lowest
+    return with_gram(gram)
 
 
 def direct_error(x: Tensor, dense: Tensor, pruned: Tensor) -> float:
@@ -202,6 +209,73 @@ def test_a_gram_that_is_not_positive_definite_is_damped_ten_times_more(
     torch.testing.assert_close(upper.T @ upper, expected, rtol=1e-3, atol=1e-4)
     assert stats.inverse_factor(asked).double().equal(upper)
     assert stats.damping == pytest.approx(taken)
+
+
+def scaled(gram: Tensor) -> Tensor:
+    norms = gram.double().diagonal().sqrt()
+    return gram.double() / norms.outer(norms)
+
+
+@pytest.mark.parametrize("features", [1, 5, 64, 300])
+@pytest.mark.parametrize("shift", [0.02, 1.0])
+def test_scaled_gram_and_its_inverse(features: int, shift: float) -> None:
+    stats = collected(inputs(features // 2 + 1, features))
+    expected = scaled(stats.gram) + 0.1 * torch.eye(features)
+    gram = stats.scaled_gram(0.1)
+    torch.testing.assert_close(gram.double(), expected, rtol=1e-4, atol=1e-5)
+    assert stats.damping == 0.1
+    wanted = torch.linalg.inv(expected + shift * torch.eye(features))
+    for inverse in (damped_inverse(gram, shift), stats.scaled_inverse(0.1, shift)):
+        assert inverse.is_contiguous()
+        torch.testing.assert_close(inverse, inverse.T)
+        torch.testing.assert_close(inverse.double(), wanted, rtol=1e-3, atol=1e-4 * float(wanted.max()))
+    assert torch.equal(gram, collected(inputs(features // 2 + 1, features)).scaled_gram(0.1))
+
+
+def test_dead_inputs_are_apart_in_the_scaled_gram() -> None:
+    x = inputs(100, 12)
+    dead = [0, 5, 11]
+    x[:, dead] = 0
+    stats = collected(x)
+    assert stats.inverse_norms[dead].tolist() == [0, 0, 0]
+    assert torch.equal(stats.scaled_gram(0.25)[dead], 0.25 * torch.eye(12)[dead])
+    inverse = stats.scaled_inverse(0.25, 0.75)
+    torch.testing.assert_close(inverse[dead], torch.eye(12)[dead])
+
+
+def test_what_was_made_of_the_gram_last_is_shared() -> None:
+    stats = collected(inputs(100, 10))
+    gram = stats.scaled_gram(0.1)
+    assert stats.scaled_gram(0.1) is gram
+    inverse = stats.scaled_inverse(0.1, 1.0)
+    assert stats.scaled_inverse(0.1, 1.0) is inverse
+    assert not torch.equal(stats.scaled_inverse(0.1, 2.0), inverse)
+    stats.inverse_factor(0.5)
+    assert stats.damping == 0.5
+    again = stats.scaled_gram(0.1)
+    assert again is not gram
+    assert torch.equal(again, gram)
+    assert stats.damping == 0.1
+
+
+@pytest.mark.parametrize(("lowest", "asked", "taken"), [(0.5, 0.01, 0.01), (-0.05, 0.01, 0.1), (-0.5, 0.1, 1.0)])
+def test_a_scaled_gram_is_damped_until_it_is_positive_definite(lowest: float, asked: float, taken: float) -> None:
+    stats = indefinite(lowest)
+    gram = stats.scaled_gram(asked).double()
+    assert stats.damping == pytest.approx(taken)
+    torch.testing.assert_close(gram, scaled(stats.gram) + taken * torch.eye(len(gram)), rtol=1e-4, atol=1e-5)
+    assert torch.linalg.eigvalsh(gram)[0] > 0
+    stats.scaled_inverse(asked, 1.0)
+    assert stats.damping == pytest.approx(asked)
+
+
+def test_hopeless_scaled_grams_are_errors_too() -> None:
+    stats = indefinite(-4)
+    for ask in (lambda: stats.scaled_gram(0.1), lambda: stats.scaled_inverse(0.1, 0.5)):
+        with pytest.raises(SingularGram, match=r"1,234 tokens x 12 inputs .* damping 0.1, 1 in float32 and float64"):
+            ask()
+    with pytest.raises(SingularGram, match="a Gram of 12 inputs is not positive definite with damping 1"):
+        damped_inverse(stats.gram, 1.0)
 
 
 @pytest.mark.parametrize(("asked", "tried"), [(0.01, "0.01, 0.1, 1 "), (0.1, "0.1, 1 "), (1.0, "damping 1 ")])

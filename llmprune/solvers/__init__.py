@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import astuple, dataclass
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
@@ -14,6 +15,26 @@ from torch import Tensor
 from llmprune import named
 from llmprune.patterns import Pattern, Scope
 from llmprune.stats import LinearStats, Needs
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """The memory that solving takes besides the Gram and the dense weight, in matrices of float32.
+
+    Attributes:
+        factorising: of the Gram's size, while it is factorised; none where no Gram was collected.
+        factor: of the Gram's size, while weights are changed; likewise.
+        weights: of the weight's size, while they are.
+    """
+
+    factorising: int = 2
+    factor: int = 1
+    weights: int = 3
+
+    def __or__(self, other: Buffers) -> Buffers:
+        """Enough for either."""
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Buffers(*(max(pair) for pair in pairs))
 
 
 class Solver(Protocol):
@@ -27,6 +48,8 @@ class Solver(Protocol):
     """Whether it changes the weights that it keeps."""
     row_independent: ClassVar[bool]
     """Whether a row's result depends on that row, the statistics and the pattern alone, wherever its mask does."""
+    buffers: ClassVar[Buffers]
+    """What it takes while it solves."""
 
     def solve(self, weight: Tensor, stats: LinearStats, pattern: Pattern) -> Tensor:
         """Prune one linear.

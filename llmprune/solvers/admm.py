@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from llmprune.patterns import Pattern, Scope, keep_more
-from llmprune.stats import LinearStats, Needs, damped_inverse, product
+from llmprune.solvers import Buffers
+from llmprune.stats import LinearStats, Needs, product
 
 _AT_ONCE = 2**22
 """Weights that are solved for at once, where rows do not depend on each other."""
@@ -19,10 +20,11 @@ _AT_ONCE = 2**22
 class Solver:
     """Alternating directions with a mask that is chosen gradually (arXiv:2401.02938).
 
-    Inputs are scaled to a norm of one, W to W₀ accordingly, with G their Gram. Each iteration takes Z = (W+U) ⊙ mask,
-    U ← U + W − Z and W = (W₀G + ρ(Z−U)) (G+ρI)⁻¹. In iteration t of the first `gradual` ones the mask is chosen anew
-    from |W+U|, with the sparsity S − S(1−t/gradual)³. On the way to N:M it takes the lowest of those weights that the
-    rule would prune in the end. Inputs that are always zero lose their weights.
+    Inputs are scaled to a norm of one, W to W₀ accordingly, with G their damped Gram. Each iteration takes
+    Z = (W+U) ⊙ mask, U ← U + W − Z and W = (W₀G + ρ(Z−U)) (G+ρI)⁻¹, which is W₀ + ρ(Z−U−W₀) (G+ρI)⁻¹. In iteration t of
+    the first `gradual` ones the mask is chosen anew from |W+U|, with the sparsity S − S(1−t/gradual)³. On the way to
+    N:M it takes the lowest of those weights that the rule would prune in the end. Inputs that are always zero lose
+    their weights.
 
     Args:
         damping: added to the diagonal of G.
@@ -35,6 +37,7 @@ class Solver:
     scope: ClassVar[Scope] = "matrix"
     updates: ClassVar[bool] = True
     row_independent: ClassVar[bool] = True
+    buffers: ClassVar[Buffers] = Buffers(weights=7)
 
     damping: float = 0.1
     rho: float = 1.0
@@ -50,21 +53,26 @@ class Solver:
             raise ValueError(f"gradual must lie between 1 and iterations ({self.iterations}), not {self.gradual}")
 
     def solve(self, weight: Tensor, stats: LinearStats, pattern: Pattern) -> Tensor:
-        gram, norms = stats.scaled_gram(self.damping)
-        inverse = damped_inverse(gram, self.rho)
+        inverse = stats.scaled_inverse(self.damping, self.rho)
+        norms, inverse_norms = stats.norms, stats.inverse_norms
+        solved = torch.empty_like(weight, memory_format=torch.contiguous_format)
         rows = max(1, _AT_ONCE // weight.shape[1]) if pattern.row_independent else len(weight)
-        parts = [self._solved(part * norms, gram, inverse, pattern) for part in torch.split(weight, rows)]
-        return torch.cat(parts).mul_(torch.where(norms > 0, 1 / norms, 0.0))
+        for part, place in zip(torch.split(weight, rows), torch.split(solved, rows), strict=True):
+            torch.mul(self._split(part * norms, inverse, pattern), inverse_norms, out=place)
+        return solved
 
-    def _solved(self, weight: Tensor, gram: Tensor, inverse: Tensor, pattern: Pattern) -> Tensor:
-        pulled = product(weight, gram)
-        dual = torch.zeros_like(weight)
-        keep = torch.ones_like(weight, dtype=torch.bool)
+    def _split(self, dense: Tensor, inverse: Tensor, pattern: Pattern) -> Tensor:
+        """(rows, in) Z in the end.
+
+        Args:
+            dense: (rows, in) W₀.
+            inverse: (in, in) (G+ρI)⁻¹.
+        """
+        both = dense.clone()  # W+U
         for step in range(1, self.iterations + 1):
-            both = weight + dual
             if step <= self.gradual:
                 keep = keep_more(pattern, both.abs(), 1 - (1 - step / self.gradual) ** 3)
-            split = both * keep
-            dual = both.sub_(split)
-            weight = product(split.sub_(dual).mul_(self.rho).add_(pulled), inverse)
-        return torch.where(keep, weight + dual, 0.0)
+            dual = both.masked_fill(keep, 0.0)  # U + W − Z is what Z leaves out
+            change = product(both.sub_(dual, alpha=2).sub_(dense), inverse)
+            both = dual.add_(dense).add_(change, alpha=self.rho)
+        return both.masked_fill_(~keep, 0.0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llmprune.patterns import Pattern, Scope
+from llmprune.solvers import Buffers
 from llmprune.stats import LinearStats, Needs
 
 
@@ -26,6 +27,7 @@ class Solver:
     scope: ClassVar[Scope] = "matrix"
     updates: ClassVar[bool] = False
     row_independent: ClassVar[bool] = False
+    buffers: ClassVar[Buffers] = Buffers()
 
     exponent: float = 0.5
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llmprune.patterns import Pattern, Scope
+from llmprune.solvers import Buffers
 from llmprune.stats import LinearStats, Needs
 
 RUN = 32
@@ -32,6 +33,7 @@ class Solver:
     scope: ClassVar[Scope] = "matrix"
     updates: ClassVar[bool] = True
     row_independent: ClassVar[bool] = True
+    buffers: ClassVar[Buffers] = Buffers()
 
     damping: float = 0.01
     block_size: int = 128

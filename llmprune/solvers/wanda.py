@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from llmprune.patterns import Pattern, Scope
+from llmprune.solvers import Buffers
 from llmprune.stats import LinearStats, Needs
 
 
@@ -19,6 +20,7 @@ class Solver:
     scope: ClassVar[Scope] = "row"
     updates: ClassVar[bool] = False
     row_independent: ClassVar[bool] = True
+    buffers: ClassVar[Buffers] = Buffers()
 
     def solve(self, weight: Tensor, stats: LinearStats, pattern: Pattern) -> Tensor:
         return weight * pattern.keep(weight.abs() * stats.norms)
