@@ -72,7 +72,8 @@ class Solver:
         for step in range(1, self.iterations + 1):
             if step <= self.gradual:
                 keep = keep_more(pattern, both.abs(), 1 - (1 - step / self.gradual) ** 3)
-            dual = both.masked_fill(keep, 0.0)  # U + W − Z is what Z leaves out
-            change = product(both.sub_(dual, alpha=2).sub_(dense), inverse)
+            split = both * keep
+            dual = both.sub_(split)  # U + W − Z is what Z leaves out
+            change = product(split.sub_(dual).sub_(dense), inverse)
             both = dual.add_(dense).add_(change, alpha=self.rho)
-        return both.masked_fill_(~keep, 0.0)
+        return both.mul_(keep)

@@ -78,8 +78,8 @@ class Solver:
                 change = product(sparse.sub_(dual).sub_(weight), inverse)
                 both = dual.add_(weight).add_(change, alpha=rho)
                 keep = pattern.keep(both.abs())
-                dual = both.masked_fill(keep, 0.0)
-                sparse = both.sub_(dual)
+                sparse = both * keep
+                dual = both.sub_(sparse)
             del inverse  # before the next one is made
             changed = int((keep ^ seen).count_nonzero()) / kept
             if changed > 0:
