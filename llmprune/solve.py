@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from llmprune.model.watch import Input
 from llmprune.parts import not_finite, zeros
 from llmprune.patterns import NM, Unstructured
 from llmprune.plan import After, Choice
+from llmprune.reconstruct import Reconstructor
+from llmprune.refine import Refiner
 from llmprune.report.record import LinearRecord, mask_sha256
 from llmprune.solvers import Solver
 from llmprune.stats import LinearStats, ratio
@@ -190,16 +193,19 @@ def _followed(
     dense: Tensor, stats: LinearStats, pattern: Unstructured | NM, solver: Solver, after: After
 ) -> Iterator[Tensor]:
     """The pruned weight (rows, in) as the method leaves it, and after each step that follows."""
-    pruned = solver.solve(dense, stats, pattern)
+    first = pruned = solver.solve(dense, stats, pattern)
     yield pruned
-    for _, refiner in after.refiners:
-        before = pruned != 0
-        keep = refiner.refine(dense, before, stats, pattern)
-        pruned = torch.where(keep, torch.where(before, pruned, dense), 0.0)
-        yield pruned
     keep = pruned != 0
-    for _, reconstructor in after.reconstructors:
-        pruned = reconstructor.reconstruct(dense, pruned, keep, stats)
+    for place, (_, step) in enumerate((*after.refiners, *after.reconstructors), 1):
+        if place <= len(after.refiners):
+            before, keep = keep, cast(Refiner, step).refine(dense, keep, stats, pattern)
+            pruned = torch.where(keep, torch.where(before, pruned, dense), 0.0)
+        else:
+            pruned = cast(Reconstructor, step).reconstruct(dense, pruned, keep, stats)
+        if place == len(after.names) and after.refiners and solver.updates:
+            # A mask that the method fitted its weights to can be the better one: each row has the best of both.
+            worse = stats.row_losses(dense, pruned) > stats.row_losses(dense, first)
+            pruned = torch.where(worse[:, None], first, pruned)
         yield pruned
 
 

@@ -181,6 +181,11 @@ class LinearStats:
             lost, total = ((x @ w.T).square().sum() for w in (change, dense))
         return float(lost), float(total)
 
+    def row_losses(self, dense: Tensor, pruned: Tensor) -> Tensor:
+        """(out,) ‖(ŵ−w)X‖² of each row of (out, in) weights; there must be a Gram."""
+        change = pruned - dense
+        return product(change, self.gram).mul_(change).sum(1)
+
     def relative_error(self, dense: Tensor, pruned: Tensor) -> float | None:
         """‖(Ŵ−W)X‖² / ‖WX‖² of (out, in) weights; None when no inputs were seen."""
         losses = self.losses(dense, pruned)
