@@ -130,7 +130,7 @@ def _prepare(
                 tokens = draw(checkpoint, recipe, plan.schedule.length) if plan.needs_data else None
                 text = perplexity.read_text(checkpoint, recipe.evaluate) if recipe.evaluate.text else None
             with clock("hash"), shown.waiting("hashing the model's files"):
-                fingerprint = {**_fingerprint(checkpoint, recipe, tokens, text), "allocation": _targets(plan)}
+                fingerprint = _fingerprint(checkpoint, plan, recipe, tokens, text)
             checkpoint.forget_tokenizer()
     if checkpoint.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(checkpoint.device)
@@ -360,7 +360,7 @@ def _interruptible(writer: Writer, plan: Plan) -> Iterator[None]:
 
 
 def _fingerprint(
-    checkpoint: Checkpoint, recipe: Recipe, tokens: data.Tokens | None, text: perplexity.Text | None
+    checkpoint: Checkpoint, plan: Plan, recipe: Recipe, tokens: data.Tokens | None, text: perplexity.Text | None
 ) -> dict[str, Any]:
     """All that the result depends on, but for the last bits of sums: batches and ranks may be others later."""
     made_by = versions()
@@ -372,6 +372,7 @@ def _fingerprint(
         "tokens": tokens.sha256 if tokens else None,
         "evaluation text": text.sha256 if text else None,
         "versions": {name: made_by[name] for name in ("llmprune", "torch", "transformers")},
+        "allocation": _targets(plan),  # of a plan file, which may have been edited
     }
 
 

@@ -167,7 +167,7 @@ def test_recipes_are_frozen() -> None:
             {"rules": [{"match": "*"}, {"match": "*", "skipp": True}]},
             "unknown rules[1] key 'skipp': did you mean 'skip'?",
         ),
-        ({"zzz": 1}, "unknown recipe key 'zzz': known: calibration, device,"),
+        ({"zzz": 1}, "unknown recipe key 'zzz': known: allocation, calibration, device,"),
         ({1: 2}, "unknown recipe key '1': known: "),
     ],
 )
