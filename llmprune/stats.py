@@ -307,8 +307,8 @@ def _inverse(gram: Tensor, damping: float) -> Tensor | None:
     lower.diagonal().add_(damping)
     if not _cholesky(lower):
         return None
-    inverse = torch.cholesky_inverse(lower)
-    return None if not_finite(inverse) else inverse.mT  # symmetric, and contiguous when it is turned
+    inverse = torch.cholesky_inverse(lower).mT  # symmetric, and contiguous when it is turned
+    return None if not_finite(inverse) else inverse
 
 
 def _cholesky(lower: Tensor) -> bool:

@@ -291,7 +291,7 @@ import json, sys, llmprune
 from llmprune import memory
 model, out, text, method, cap = sys.argv[1:]
 report = llmprune.prune(
-    model, out=out, sparsity="2:4", method=method, calibration=text, samples=4, length=256, max_memory=cap
+    model, out=out, sparsity="2:4", method=json.loads(method), calibration=text, samples=4, length=256, max_memory=cap
 )
 print(json.dumps([report.predicted_memory, report.peak_memory, memory.peak(), report.sparsity]))
 """
@@ -304,18 +304,24 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     ("shape", "method"),
-    [("deep", "wanda"), ("wide", "sparsegpt"), ("sparse", "sparsegpt"), ("wide", "admm"), ("wide", "alps")],
+    [
+        ("deep", {"name": "wanda"}),
+        ("wide", {"name": "sparsegpt"}),
+        ("sparse", {"name": "sparsegpt"}),
+        ("wide", {"name": "admm", "iterations": 3, "gradual": 2}),
+        ("wide", {"name": "alps", "iterations": 6}),
+    ],
 )
 def test_the_peak_is_below_the_smallest_cap_and_near_what_was_said(
-    shape: str, method: str, text: str, tmp_path: Path
+    shape: str, method: dict[str, object], text: str, tmp_path: Path
 ) -> None:
     family, changes = SHAPES[shape]
     source, out = make(family, tmp_path / "model", dtype=torch.bfloat16, **changes), tmp_path / "out"
-    refused = run(source, out, text, method, "1MB")
+    refused = run(source, out, text, json.dumps(method), "1MB")
     assert not out.exists()
     found = re.search(r"UserError: --max-memory is .*: the smallest that can hold is (\S+)", refused.stderr)
     assert found is not None, refused.stderr
-    done = run(source, out, text, method, found[1])
+    done = run(source, out, text, json.dumps(method), found[1])
     assert done.returncode == 0, done.stderr
     predicted, measured, later, sparsity = json.loads(done.stdout.splitlines()[-1])
     assert sparsity > 0.49
