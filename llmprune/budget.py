@@ -131,6 +131,7 @@ class Work:
         widest: features of the widest tensor that flows inside the block.
         largest: elements of its largest weight matrix.
         experts: whether it has any.
+        after: bytes that what follows the methods takes, besides masks and weights; 0 where nothing does.
     """
 
     number: int
@@ -143,6 +144,7 @@ class Work:
     widest: int
     largest: int
     experts: bool
+    after: int = 0
 
     @property
     def inputs(self) -> tuple[Input, ...]:
@@ -164,7 +166,7 @@ class Work:
         Inputs are solved in their order and then let go, so that those after it are still held when it is its turn.
         """
         held += _held(entry)
-        return held, max(solving, held + _solving(entry, self.rows[entry], self.buffers[entry]))
+        return held, max(solving, held + _solving(entry, self.rows[entry], self.buffers[entry], self.after))
 
 
 @dataclass(frozen=True)
@@ -428,11 +430,12 @@ _TAKEN = {"nothing": 0, "norms": 8, "gram": 12}
 """Bytes a token and feature that taking inputs into statistics needs: float32 copies of them."""
 
 
-def _solving(entry: Input, rows: int, buffers: Buffers) -> int:
-    """Bytes that solving the linears of an input needs besides its statistics."""
+def _solving(entry: Input, rows: int, buffers: Buffers, after: int) -> int:
+    """Bytes that solving the linears of an input needs besides its statistics, and what follows that."""
     weights, square = 4 * rows * entry.features, 4 * entry.features**2 if entry.needs == "gram" else 0
     changing = buffers.factor * square + buffers.weights * weights
-    return int(1.5 * weights) + max(buffers.factorising * square, changing)
+    following = after + buffers.factor * square + 4 * weights if after else 0  # and what the method has kept
+    return int(1.5 * weights) + max(buffers.factorising * square, changing, following)
 
 
 _SLACK = 2**24

@@ -53,6 +53,12 @@ class After:
         return max(needs, key=LEVELS.index, default="nothing")
 
     @property
+    def room(self) -> int:
+        """Bytes that they take at the most, besides masks and weights of the linear's size."""
+        rooms = [step.room for _, step in self.refiners] + [step.room for _, step in self.reconstructors]
+        return max(rooms, default=0)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The names of those on each linear, in order."""
         return tuple(name for name, _ in (*self.refiners, *self.reconstructors))
@@ -532,4 +538,5 @@ def _work(
     widest = max((max(choice.linear.shape) for choice in choices), default=0)
     largest = max((choice.linear.numel for choice in choices), default=0)
     experts = any(choice.linear.expert is not None for choice in choices)
-    return Work(number, moments, rows, buffers, dense, survey.again, survey.held, widest, largest, experts)
+    after = max((choice.after.room for choice in choices), default=0)
+    return Work(number, moments, rows, buffers, dense, survey.again, survey.held, widest, largest, experts, after)

@@ -290,8 +290,10 @@ PRUNE = """
 import json, sys, llmprune
 from llmprune import memory
 model, out, text, method, cap = sys.argv[1:]
+method = json.loads(method)
+after = {key: method.pop(key) for key in ("refine", "reconstruct") if key in method}
 report = llmprune.prune(
-    model, out=out, sparsity="2:4", method=json.loads(method), calibration=text, samples=4, length=256, max_memory=cap
+    model, out=out, sparsity="2:4", method=method, calibration=text, samples=4, length=256, max_memory=cap, **after
 )
 print(json.dumps([report.predicted_memory, report.peak_memory, memory.peak(), report.sparsity]))
 """
@@ -310,6 +312,8 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         ("sparse", {"name": "sparsegpt"}),
         ("wide", {"name": "admm", "iterations": 3, "gradual": 2}),
         ("wide", {"name": "alps", "iterations": 6}),
+        ("wide", {"name": "wanda", "refine": [{"name": "swaps", "steps": 2}, "dsnot"], "reconstruct": ["cg"]}),
+        ("deep", {"name": "wanda", "reconstruct": [{"name": "block", "steps": 4}]}),
     ],
 )
 def test_the_peak_is_below_the_smallest_cap_and_near_what_was_said(

@@ -17,6 +17,8 @@ class Reconstructor(Protocol):
 
     needs: ClassVar[Needs]
     """What calibration must collect for it."""
+    room: ClassVar[int]
+    """Bytes that it takes at the most, besides masks and weights of the linear's size."""
 
     def reconstruct(self, weight: Tensor, start: Tensor, keep: Tensor, stats: LinearStats) -> Tensor:
         """Reconstruct one linear.

@@ -11,7 +11,7 @@ from torch import Tensor
 from llmprune.conjugate import conjugate
 from llmprune.stats import LinearStats, Needs
 
-_AT_ONCE = 2**22
+_AT_ONCE = 2**21
 """Weights that are solved for at once; rows do not depend on each other."""
 
 
@@ -25,6 +25,7 @@ class Reconstructor:
     """
 
     needs: ClassVar[Needs] = "gram"
+    room: ClassVar[int] = 8 * 4 * _AT_ONCE
 
     steps: int = 20
     damping: float = 0.01

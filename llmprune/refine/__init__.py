@@ -18,6 +18,8 @@ class Refiner(Protocol):
 
     needs: ClassVar[Needs]
     """What calibration must collect for it."""
+    room: ClassVar[int]
+    """Bytes that it takes at the most, besides masks and weights of the linear's size."""
 
     def refine(self, weight: Tensor, keep: Tensor, stats: LinearStats, pattern: Pattern) -> Tensor:
         """Refine the mask of one linear.

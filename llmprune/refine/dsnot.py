@@ -11,6 +11,9 @@ from torch import Tensor
 from llmprune.patterns import Pattern
 from llmprune.stats import LinearStats, Needs
 
+_AT_ONCE = 2**21
+"""Weights that are looked at at once; rows do not depend on each other."""
+
 
 @dataclass(frozen=True)
 class Refiner:
@@ -28,6 +31,7 @@ class Refiner:
     """
 
     needs: ClassVar[Needs] = "norms"
+    room: ClassVar[int] = 8 * 4 * _AT_ONCE
 
     cycles: int = 50
     threshold: float = 0.1
@@ -42,6 +46,11 @@ class Refiner:
     def refine(self, weight: Tensor, keep: Tensor, stats: LinearStats, pattern: Pattern) -> Tensor:
         if stats.tokens == 0:
             return keep
+        rows = max(1, _AT_ONCE // weight.shape[1])
+        parts = zip(torch.split(weight, rows), torch.split(keep, rows), strict=True)
+        return torch.cat([self._exchanged(part, kept, stats, pattern) for part, kept in parts])
+
+    def _exchanged(self, weight: Tensor, keep: Tensor, stats: LinearStats, pattern: Pattern) -> Tensor:
         flow = weight * stats.means  # (out, in): what each weight adds to the mean output
         worth = weight.abs() * stats.norms
         spread = stats.variances.pow(self.power)

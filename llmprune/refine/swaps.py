@@ -11,7 +11,7 @@ from torch import Tensor
 from llmprune.patterns import Pattern
 from llmprune.stats import LinearStats, Needs, product
 
-_AT_ONCE = 2**22
+_AT_ONCE = 2**21
 """Pairs that are weighed at once."""
 
 
@@ -30,6 +30,7 @@ class Refiner:
     """
 
     needs: ClassVar[Needs] = "gram"
+    room: ClassVar[int] = 8 * 4 * _AT_ONCE
 
     steps: int = 100
     candidates: int | None = 32
