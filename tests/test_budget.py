@@ -312,7 +312,14 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         ("sparse", {"name": "sparsegpt"}),
         ("wide", {"name": "admm", "iterations": 3, "gradual": 2}),
         ("wide", {"name": "alps", "iterations": 6}),
-        ("wide", {"name": "wanda", "refine": [{"name": "swaps", "steps": 2}, "dsnot"], "reconstruct": ["cg"]}),
+        (
+            "wide",
+            {
+                "name": "wanda",
+                "refine": [{"name": "swaps", "steps": 2}, "dsnot"],
+                "reconstruct": [{"name": "cg", "steps": 2}],
+            },
+        ),
         ("deep", {"name": "wanda", "reconstruct": [{"name": "block", "steps": 4}]}),
     ],
 )
