@@ -285,8 +285,8 @@ class TestRecovery:
     ) -> None:
         finish = writer.Writer.finish
 
-        def harming(self: writer.Writer) -> None:
-            finish(self)
+        def harming(self: writer.Writer, *given: Any) -> None:
+            finish(self, *given)
             path = self.out / self.shards[-1].name
             stored = load_file(path)
             save_file({name: tensor + 1 for name, tensor in stored.items()}, path, metadata={"format": "pt"})
