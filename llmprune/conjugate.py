@@ -11,9 +11,7 @@ _FLAT = 1e-6
 """A direction whose curvature is less than this part of the greatest so far is flat but for rounding: no step there."""
 
 
-def conjugate(
-    gram: Tensor, target: Tensor, start: Tensor, keep: Tensor, steps: int, damping: float | Tensor = 0.0
-) -> Tensor:
+def conjugate(gram: Tensor, target: Tensor, start: Tensor, keep: Tensor, steps: int, damping: float = 0.0) -> Tensor:
     """Minimise tr((Ŵ−T)(G+λI)(Ŵ−T)ᵀ) over Ŵ whose weights outside of `keep` are zero.
 
     Preconditioned by the diagonal of G; each row has step sizes of its own, and is exact after as many steps as it has
@@ -33,13 +31,13 @@ def conjugate(
     inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)
     weight = torch.where(keep, start, 0.0)
     away = target - weight
-    residual = product(away, gram).add_(away, alpha=float(damping)).mul_(keep)
+    residual = product(away, gram).add_(away, alpha=damping).mul_(keep)
     del away
     ahead = residual * inverse
     size = (residual * ahead).sum(1, keepdim=True)
     extent, steepest = size, torch.zeros_like(size)
     for step in range(steps):
-        through = product(ahead, gram).add_(ahead, alpha=float(damping)).mul_(keep)
+        through = product(ahead, gram).add_(ahead, alpha=damping).mul_(keep)
         slope = (ahead * through).sum(1, keepdim=True) / extent
         steepest = torch.maximum(steepest, slope)
         length = torch.where(slope > _FLAT * steepest, size / (slope * extent), 0.0)

@@ -40,8 +40,7 @@ def look(
     if budget.allocator.needs == "norms":
         assert tokens is not None
         with progress.waiting("embedding the calibration text"):
-            batches = tokens.batches(schedule.batch)
-            batches = [batches[number] for number in distributed.share_of(len(batches))]
+            batches = distributed.mine(tokens.batches(schedule.batch))
             activations = blocks.start(checkpoint, plan.chain, batches, schedule.place, folder)
     mine = range(len(plan.blocks)) if activations is not None else distributed.share_of(len(plan.blocks))
     evidence: dict[str, Any] = {}

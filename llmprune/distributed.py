@@ -222,6 +222,11 @@ def share_of(count: int) -> range:
     return range(rank(), count, size())
 
 
+def mine(things: Sequence[T]) -> list[T]:
+    """Those of some things, which are alike, that this rank takes."""
+    return [things[number] for number in share_of(len(things))]
+
+
 def deal(costs: Sequence[float], ranks: int) -> list[int]:
     """Which rank takes each item, so that all are through at about the same time.
 

@@ -195,29 +195,28 @@ def prune_blocks(
     if finished == len(plan.blocks):
         return
     schedule = plan.schedule
-    activations = dense = None
+    activations = wanted = None
     if tokens is not None:
         with clock("embed"), progress.waiting("embedding the calibration text"):
-            batches = tokens.batches(schedule.batch)
-            batches = [batches[number] for number in distributed.share_of(len(batches))]
+            batches = distributed.mine(tokens.batches(schedule.batch))
             activations = blocks.start(checkpoint, plan.chain, batches, schedule.place, writer.out)
-            dense = activations.twin() if plan.fit is not None else None
+            wanted = activations.twin() if plan.fit is not None else None
     for number, choices in progress.over(list(enumerate(plan.blocks)), "pruning blocks"):
         if number < finished and activations is None:
             continue
         clock.lap()
         with clock("read"):
-            block = checkpoint.load_block(number, dense=dense is not None)
+            block = checkpoint.load_block(number, dense=wanted is not None)
             checkpoint.prefetch(number + 1)
-        if activations is not None and dense is not None:
+        if activations is not None and wanted is not None:
             with clock("dense"):
-                blocks.pass_through(checkpoint, number, activations.calls[number], dense)
+                blocks.pass_through(checkpoint, number, activations.calls[number], wanted)
         if number < finished:
             with clock("read"):
-                block = checkpoint.load_block(number) if dense is not None else block
+                block = block if wanted is None else checkpoint.load_block(number)
                 _as_written(block, choices)
         done: dict[str, LinearRecord] = {}
-        fitted = None
+        away: tuple[float, float] | tuple[None, None] = (None, None)
         stages = schedule.stages[number] if number >= finished else ()
         pruned = [choice.linear for choice in choices if choice.kept is None]
         runs = Capture(pruned, stages, schedule.held)
@@ -233,18 +232,17 @@ def prune_blocks(
             if plan.fit is None:
                 _propagate(checkpoint, number, activations, runs, clock)
         if plan.fit is not None:
-            if number >= finished and activations is not None and dense is not None:
+            if number >= finished and activations is not None and wanted is not None:
                 with clock("fit"):
-                    fitted = plan.fit.fit(block, pruned, activations.calls[number], activations, dense)
+                    away = plan.fit.fit(block, pruned, activations.calls[number], activations, wanted)
+                    done = renewed(block, choices, done)
                     memory.give_back()
             runs = Capture(pruned, (), schedule.held)  # what went through the block before is of weights that were
             with runs.running(block.module, block.name, number, activations):
                 _propagate(checkpoint, number, activations, runs, clock)
         if number >= finished:
-            spent = BlockRecord(block.name, clock.lap(), memory.peak(), _peak_device_memory(checkpoint.device))
-            if fitted is not None:
-                spent = replace(spent, away_before=fitted.before, away=fitted.after)
-                done = renewed(block, choices, done)
+            held = memory.peak(), _peak_device_memory(checkpoint.device)
+            spent = BlockRecord(block.name, clock.lap(), *held, *away)
             changed = {choice.linear.parameter for choice in choices if choice.kept is None}
             records = [vars(done.get(choice.linear.name) or _left_dense(choice)) for choice in choices]
             with clock("write"):

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llmprune import allocate, distributed, named, reconstruct, refine, solvers
+from llmprune import allocate, distributed, named, solvers
+from llmprune.after import After, read_after
 from llmprune.allocate import Allocator
 from llmprune.allocation import LEFT_DENSE, Known, target
 from llmprune.budget import Needs, Room, Schedule, Work, batch_size
@@ -24,9 +25,7 @@ from llmprune.model.survey import Survey
 from llmprune.model.watch import Input, Stage
 from llmprune.patterns import NM, Unstructured, parse
 from llmprune.recipe import Recipe
-from llmprune.reconstruct import Reconstructor
 from llmprune.reconstruct.block import Reconstructor as BlockReconstructor
-from llmprune.refine import Refiner
 from llmprune.solvers import Solver
 from llmprune.stats import LEVELS
 from llmprune.stats import Needs as Level
@@ -34,34 +33,6 @@ from llmprune.stats import Needs as Level
 DEFAULT_LENGTH = 2048
 
 UNSEEN_EXPERTS = "experts that transformers does not let run one by one: NOT pruned"
-
-
-@dataclass(frozen=True)
-class After:
-    """What follows the method: on each linear one after the other, by name, and then on the whole block."""
-
-    refiners: tuple[tuple[str, Refiner], ...] = ()
-    reconstructors: tuple[tuple[str, Reconstructor], ...] = ()
-    block: BlockReconstructor | None = None
-
-    @property
-    def needs(self) -> Level:
-        """The most that any of them must know of the inputs."""
-        needs: list[Level] = [step.needs for _, step in self.refiners]
-        needs += [step.needs for _, step in self.reconstructors]
-        needs += [self.block.needs] if self.block is not None else []
-        return max(needs, key=LEVELS.index, default="nothing")
-
-    @property
-    def room(self) -> int:
-        """Bytes that they take at the most, besides masks and weights of the linear's size."""
-        rooms = [step.room for _, step in self.refiners] + [step.room for _, step in self.reconstructors]
-        return max(rooms, default=0)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of those on each linear, in order."""
-        return tuple(name for name, _ in (*self.refiners, *self.reconstructors))
 
 
 @dataclass(frozen=True)
@@ -83,7 +54,7 @@ class Choice:
     method: str
     solver: Solver
     pattern: Unstructured | NM
-    after: After = After()
+    after: After
     kept: str | None = None
     rule: int | None = None
     allocated: bool = False
@@ -129,7 +100,6 @@ class Plan:
         others: weights that are in no linear: their kind to their number.
         schedule: how the work is laid out so that it fits into memory.
         room: the memory that it was laid out for.
-        fit: what fits whole blocks, None where nothing does.
         budget: how the sparsity is divided; None where every linear gets the recipe's.
     """
 
@@ -139,7 +109,6 @@ class Plan:
     others: dict[str, int]
     schedule: Schedule
     room: Room
-    fit: BlockReconstructor | None = None
     budget: Budget | None = None
 
     @property
@@ -166,6 +135,11 @@ class Plan:
     def calibrates(self) -> bool:
         """Whether any method asks for calibration."""
         return any(choice.needs != "nothing" for choice in self.pruned)
+
+    @property
+    def fit(self) -> BlockReconstructor | None:
+        """What fits whole blocks, None where nothing does."""
+        return next((choice.after.block for choice in self.pruned), None)
 
     @property
     def known(self) -> list[Known]:
@@ -237,7 +211,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
     budget = _budget(recipe)
     default = _resolve(recipe, None, budget)
     rules = [_resolve(recipe, number, budget) for number in range(len(recipe.rules))]
-    after = _after(recipe, [default, *rules])
+    after = read_after(recipe, {name: solver for name, solver, _ in (default, *rules)})
     surveys: dict[int, Survey] = {}
 
     @contextlib.contextmanager
@@ -299,7 +273,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
     )
     schedule = needs.schedule(min(samples, batch_size(checkpoint, length)), had)
     weights = sum(info.numel for info in checkpoint.index.values())
-    return Plan(tuple(blocks), chain, weights, _others(checkpoint, blocks), schedule, had, after.block, budget)
+    return Plan(tuple(blocks), chain, weights, _others(checkpoint, blocks), schedule, had, budget)
 
 
 def allocated(plan: Plan, targets: Mapping[str, str]) -> Plan:
@@ -358,7 +332,7 @@ def _known(blocks: Sequence[tuple[Choice, ...]]) -> list[Known]:
 def _budget(recipe: Recipe) -> Budget | None:
     """How the recipe's sparsity is to be divided; None where it is not."""
     allocator, spec = allocate.load(recipe.allocation), recipe.allocation
-    name = spec if isinstance(spec, str) else str(spec["name"])
+    name = named.name_of(spec)
     if name == "uniform":
         return None
     if allocator.needs == "nothing":
@@ -416,36 +390,9 @@ def _resolve(recipe: Recipe, number: int | None, budget: Budget | None) -> tuple
                 pattern = budget.patterns[0]
             elif isinstance(pattern, NM):  # a plan file goes before it, and may ask for anything
                 pattern = Unstructured(pattern.sparsity, scope)  # type: ignore[arg-type]
-        return method if isinstance(method, str) else method["name"], solver, pattern
+        return named.name_of(method), solver, pattern
     except UserError as error:
         raise UserError(f"{where}{error}") from None
-
-
-def _after(recipe: Recipe, chosen: Sequence[tuple[str, Solver, Unstructured | NM]]) -> After:
-    """The refinements and reconstructions of a recipe, by name, checked against the methods that they follow."""
-    refiners = tuple((named.name_of(entry), refine.load(entry)) for entry in recipe.refine)
-    reconstructors = tuple((named.name_of(entry), reconstruct.load(entry)) for entry in recipe.reconstruct)
-    whole = None
-    for place, (name, step) in enumerate(reconstructors):
-        if isinstance(step, BlockReconstructor):
-            if place < len(reconstructors) - 1:
-                raise UserError(
-                    f"reconstruct: {name} works on whole blocks and comes last, after {reconstructors[-1][0]}"
-                )
-            whole, reconstructors = step, reconstructors[:-1]
-            if distributed.size() > 1:
-                raise UserError(
-                    f"reconstruct: {name} runs in one process only; leave it out, or start without torchrun"
-                )
-    if refiners and not recipe.reconstruct:
-        for method, solver, _ in chosen:
-            if solver.updates:
-                raise UserError(
-                    f"refine: {refiners[0][0]} chooses other weights to keep than {method}, which fitted those that it "
-                    "kept to its own mask: add a reconstruction (--reconstruct cg), or take a method that leaves the "
-                    "weights as they are, such as wanda"
-                )
-    return After(refiners, reconstructors, whole)
 
 
 def _check_names(checkpoint: Checkpoint, recipe: Recipe, blocks: list[tuple[Choice, ...]]) -> None:

@@ -17,8 +17,11 @@ from llmprune.errors import UserError, unknown
 
 T = TypeVar("T")
 
+Named = str | dict[str, Any]
+"""The name of a thing, or a mapping of its `name` and options."""
+
 NAMED = ("method", "allocation")
-"""Keys whose value is a name, or a mapping of `name` and options."""
+"""Keys whose value is one `Named` thing."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """What the blocks may be run in; `auto` is the checkpoint's own."""
@@ -65,7 +68,7 @@ class Rule:
 
     match: str
     sparsity: str | float | None = None
-    method: str | dict[str, Any] | None = None
+    method: Named | None = None
     scope: str | None = None
     skip: bool = False
 
@@ -123,11 +126,11 @@ class Recipe:
     """
 
     sparsity: str | float = "50%"
-    method: str | dict[str, Any] = "sparsegpt"
+    method: Named = "sparsegpt"
     scope: str | None = None
-    refine: tuple[str | dict[str, Any], ...] = ()
-    reconstruct: tuple[str | dict[str, Any], ...] = ()
-    allocation: str | dict[str, Any] = "uniform"
+    refine: tuple[Named, ...] = ()
+    reconstruct: tuple[Named, ...] = ()
+    allocation: Named = "uniform"
     calibration: Calibration = field(default_factory=Calibration)
     ignore: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
@@ -300,8 +303,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if is_dataclass(hint) and isinstance(hint, type):
         return build(hint, value, where)
     if origin is tuple:
-        if isinstance(value, str | Mapping) and typing.get_origin(arguments[0]) in (types.UnionType, typing.Union):
-            value = [value]  # things with options: one of them needs no list
+        if arguments[0] == Named and isinstance(value, str | Mapping):
+            value = [value]  # one of them needs no list
         if isinstance(value, str) or not isinstance(value, list | tuple):
             raise UserError(f"{where} must be a list, not {value!r}")
         return tuple(_convert(arguments[0], item, f"{where}[{place}]") for place, item in enumerate(value))

@@ -5,23 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from llmprune import distributed, memory, solvers
+from llmprune.after import After
 from llmprune.errors import Failure, SingularGram
 from llmprune.model.checkpoint import Checkpoint, LoadedBlock
 from llmprune.model.watch import Input
 from llmprune.parts import not_finite, zeros
 from llmprune.patterns import NM, Unstructured
-from llmprune.plan import After, Choice
-from llmprune.reconstruct import Reconstructor
-from llmprune.refine import Refiner
+from llmprune.plan import Choice
 from llmprune.report.record import LinearRecord, mask_sha256
 from llmprune.solvers import Solver
-from llmprune.stats import LinearStats, ratio
+from llmprune.stats import LinearStats, Needs, ratio
 
 FEW_TOKENS = 64
 """A linear that fewer calibration tokens reached is noted; where a Gram is needed, one with fewer than its inputs."""
@@ -170,22 +168,22 @@ def _solve(checkpoint: Checkpoint, block: LoadedBlock, task: _Task, stats: Linea
     dense = together.to(checkpoint.device, torch.float32, copy=True, memory_format=plain)
     del together
     name = ", ".join(choice.linear.name for choice, _, _ in parts)
-    solver, note = usable(task.choices[0].solver, stats, name)
-    choice = task.choices[0]
-    after = choice.after if solver is choice.solver else After()
-    errors: dict[str, list[Losses | None]] = {choice.linear.name: [] for choice, _, _ in parts}
+    like = task.choices[0]
+    solver, note = usable(like.solver, like.needs, stats, name)
+    after = like.after if solver is like.solver else After()
+    losses: dict[str, list[Losses | None]] = {choice.linear.name: [] for choice, _, _ in parts}
     pruned = dense
     try:
-        for pruned in _followed(dense, stats, choice.pattern, solver, after):
+        for pruned in _followed(dense, stats, like.pattern, solver, after):
             for choice, _, rows in parts:
-                errors[choice.linear.name].append(stats.losses(dense[rows], pruned[rows]))
+                losses[choice.linear.name].append(stats.losses(dense[rows], pruned[rows]))
     except SingularGram as error:
         raise Failure(f"{name}: {error}") from None
     note = note or _damped(solver, stats)
     found = {}
     for choice, weight, rows in parts:
         weight.copy_(pruned[rows]).add_(0.0)  # no zero is written as -0
-        found[choice.linear.name] = _Found(errors[choice.linear.name], stats.damping, note)
+        found[choice.linear.name] = _Found(losses[choice.linear.name], stats.damping, note)
     return found
 
 
@@ -193,23 +191,32 @@ def _followed(
     dense: Tensor, stats: LinearStats, pattern: Unstructured | NM, solver: Solver, after: After
 ) -> Iterator[Tensor]:
     """The pruned weight (rows, in) as the method leaves it, and after each step that follows."""
-    first = pruned = solver.solve(dense, stats, pattern)
-    yield pruned
-    keep = pruned != 0
-    for place, (_, step) in enumerate((*after.refiners, *after.reconstructors), 1):
-        if place <= len(after.refiners):
-            before, keep = keep, cast(Refiner, step).refine(dense, keep, stats, pattern)
-            pruned = torch.where(keep, torch.where(before, pruned, dense), 0.0)
-        else:
-            pruned = cast(Reconstructor, step).reconstruct(dense, pruned, keep, stats)
+    first = solver.solve(dense, stats, pattern)
+    yield first
+    for place, pruned in enumerate(_improved(dense, first, stats, pattern, after), 1):
         if place == len(after.names) and after.refiners and solver.updates:
             # A mask that the method fitted its weights to can be the better one: each row has the best of both.
             worse = stats.row_losses(dense, pruned) > stats.row_losses(dense, first)
-            pruned = torch.where(worse[:, None], first, pruned)
+            yield torch.where(worse[:, None], first, pruned)
+        else:
+            yield pruned
+
+
+def _improved(
+    dense: Tensor, pruned: Tensor, stats: LinearStats, pattern: Unstructured | NM, after: After
+) -> Iterator[Tensor]:
+    """The weight (rows, in) after each refinement of its mask and each reconstruction."""
+    keep = pruned != 0
+    for _, refiner in after.refiners:
+        before, keep = keep, refiner.refine(dense, keep, stats, pattern)
+        pruned = torch.where(keep, torch.where(before, pruned, dense), 0.0)
+        yield pruned
+    for _, reconstructor in after.reconstructors:
+        pruned = reconstructor.reconstruct(dense, pruned, keep, stats)
         yield pruned
 
 
-def usable(solver: Solver, stats: LinearStats, name: str) -> tuple[Solver, str | None]:
+def usable(solver: Solver, needs: Needs, stats: LinearStats, name: str) -> tuple[Solver, str | None]:
     """The solver for a linear with these statistics, and a note where that is out of the ordinary.
 
     A linear that no token reached (an expert that was never chosen) is pruned by magnitude.
@@ -219,11 +226,11 @@ def usable(solver: Solver, stats: LinearStats, name: str) -> tuple[Solver, str |
     """
     if not bool(torch.isfinite(stats.squares).all()):
         raise Failure(f"the calibration inputs of {name} hold NaN or infinite values; try --dtype float32")
-    if solver.needs == "nothing":
+    if needs == "nothing":
         return solver, None
     if stats.tokens == 0:
         return solvers.load("magnitude"), "no calibration token reached it: pruned by magnitude"
-    few = stats.features if solver.needs == "gram" else FEW_TOKENS
+    few = stats.features if needs == "gram" else FEW_TOKENS
     return solver, f"only {stats.tokens:,} calibration tokens reached it" if stats.tokens < few else None
 
 

@@ -93,7 +93,7 @@ def test_swaps_of_many_rows_are_those_of_each_row_alone(monkeypatch: pytest.Monk
     assert torch.equal(
         torch.cat([swaps.refine(w[None], k[None], stats, pattern) for w, k in zip(weight, keep, strict=True)]), together
     )
-    monkeypatch.setattr("llmprune.refine.swaps._AT_ONCE", 32 * 32 * 7)
+    monkeypatch.setattr("llmprune.refine.swaps.AT_ONCE", 32 * 32 * 7)
     assert torch.equal(swaps.refine(weight, keep, stats, pattern), together)
 
 

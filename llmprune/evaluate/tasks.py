@@ -209,7 +209,7 @@ class Streamed(HFLM):  # type: ignore[misc]
         """What this rank finds for its share of the sequences, by the numbers of the requests that end them."""
         found: dict[int, tuple[float, bool]] = {}
         ordered = _by_length(sequences)  # shared out before they are put together: ranks may hold more or less at once
-        batches = list(_batches([ordered[number] for number in distributed.share_of(len(ordered))], self._tokens))
+        batches = list(_batches(distributed.mine(ordered), self._tokens))
         padded = [_padded(batch) for batch in batches]
         room = memory.available() // 4
         states = final_states(self._checkpoint, self._chain, padded, self._progress, "scoring", room)
@@ -256,7 +256,7 @@ class Streamed(HFLM):  # type: ignore[misc]
                 source.folder, dtype=self._checkpoint.dtype, trust_remote_code=source.trusted
             )
             self._whole = whole.to(self._device)
-        mine = [requests[number] for number in distributed.share_of(len(requests))]
+        mine = distributed.mine(requests)
         say = super().generate_until
 
         def generated(texts: int) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
 
 from llmprune import memory
 from llmprune.errors import Failure, UserError
-from llmprune.model.index import read_header, read_index, read_tensors
+from llmprune.model.index import TensorInfo, read_header, read_index, read_tensors
 from llmprune.model.quiet import quiet
 from llmprune.model.skeleton import (
     decoder_prefix,
@@ -167,13 +167,7 @@ class Checkpoint:
             Failure: a tensor is missing or of another shape, or a weight is NaN or infinite.
         """
         name = self.blocks[number]
-        index = self.index
-        try:
-            if dense:
-                self.index = self._source_index
-            state = self._load(self.block_keys[number], name + ".")
-        finally:
-            self.index = index
+        state = self._load(self.block_keys[number], name + ".", self._source_index if dense else self.index)
         self.check_finite(state)
         return LoadedBlock(name, self.block(name), state)
 
@@ -193,7 +187,7 @@ class Checkpoint:
 
     def load_outer(self, head: bool = False) -> None:
         """Read what surrounds the blocks: the embeddings and norms of the decoder, and with `head` the output layer."""
-        self._load(self.outer(head), "")
+        self._load(self.outer(head), "", self.index)
         if self._tied():
             missing = {name for name, value in self.model.state_dict().items() if value.device.type == "meta"}
             with quiet():
@@ -397,7 +391,7 @@ class Checkpoint:
 
     # -- moving weights ----------------------------------------------------------------------------------------------
 
-    def _load(self, keys: list[str], prefix: str) -> dict[str, Tensor]:
+    def _load(self, keys: list[str], prefix: str, index: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
         """Load keys into the skeleton; returns the tensors by their names in the model, as stored.
 
         What is put together from several keys is read and put together by itself, to hold little of it twice.
@@ -408,7 +402,7 @@ class Checkpoint:
         loaded: dict[str, Tensor] = {}
         for group in groups.values():
             try:
-                loaded.update(self._convert(self.read(group)))
+                loaded.update(self._convert(read_tensors({key: index[key] for key in group})))
             except OSError as error:
                 raise Failure(f"{self.source.name}: reading {prefix or 'the embeddings'} failed: {error}") from None
             if group[0] in self._converted:

@@ -445,12 +445,8 @@ def _written(folder: Path) -> list[Path]:
     marks = [folder / name for name in (REPORT, JOURNAL) if (folder / name).is_file()]
     if not marks:
         return []
-    names = {
-        INDEX,
-        PAGE,
-        ALLOCATION,
-        *(f"{EVALUATION}/{name}" for name in MEASURED),
-    }  # what was measured goes with what it is of
+    measured = [f"{EVALUATION}/{name}" for name in MEASURED]  # goes with what it is of
+    names = {INDEX, PAGE, ALLOCATION, *measured}
     for mark in marks:
         try:
             told = json.loads(

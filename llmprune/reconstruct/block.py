@@ -48,7 +48,7 @@ class Reconstructor:
         calls: Sequence[Call],
         given: Activations,
         wanted: Activations,
-    ) -> Fitted:
+    ) -> tuple[float, float]:
         """Fit the weights of a block that is loaded and pruned; its tensors are changed in place.
 
         Args:
@@ -56,6 +56,9 @@ class Reconstructor:
             calls: what the block is called with, batch by batch.
             given: x, batch by batch (sequences, length, hidden).
             wanted: f(x₀; W), likewise.
+
+        Returns:
+            ‖f(x; Ŵ) − f(x₀; W)‖² / ‖f(x₀; W)‖² over all batches, before and after.
         """
         weights = _Weights(block, linears)
         before = weights.error(calls, given, wanted)
@@ -74,18 +77,11 @@ class Reconstructor:
             optimizer.step()
             optimizer.zero_grad()
             pace.step()
+        weights.round()
         after = weights.error(calls, given, wanted)
         if after < before:
             weights.put_back()
-        return Fitted(before, min(before, after))
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """‖f(x; Ŵ) − f(x₀; W)‖² / ‖f(x₀; W)‖² over the calibration, before and after."""
-
-    before: float
-    after: float
+        return before, min(before, after)
 
 
 class _Weights:
@@ -135,8 +131,13 @@ class _Weights:
             total += float(target.square().sum())
         return ratio(lost, total)
 
+    def round(self) -> None:
+        """Take the weights as they will be stored."""
+        for name, value in self._free.items():
+            value.data.copy_(value.data.to(self._block.state[name].dtype))
+
     def put_back(self) -> None:
-        """Round the weights into the block."""
+        """Put the weights into the block."""
         for name, value in self._free.items():
             kept = torch.where(self._keep[name], value.detach(), self._block.state[name].to(value))
             self._block.state[name].copy_(kept)

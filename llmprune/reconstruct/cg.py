@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from llmprune.conjugate import conjugate
+from llmprune.parts import AT_ONCE, some_rows
 from llmprune.stats import LinearStats, Needs
-
-_AT_ONCE = 2**21
-"""Weights that are solved for at once; rows do not depend on each other."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Reconstructor:
     """
 
     needs: ClassVar[Needs] = "gram"
-    room: ClassVar[int] = 8 * 4 * _AT_ONCE
+    room: ClassVar[int] = 8 * 4 * AT_ONCE
 
     steps: int = 20
     damping: float = 0.01
@@ -38,6 +36,5 @@ class Reconstructor:
 
     def reconstruct(self, weight: Tensor, start: Tensor, keep: Tensor, stats: LinearStats) -> Tensor:
         damping = self.damping * stats.scale
-        rows = max(1, _AT_ONCE // weight.shape[1])
-        parts = zip(torch.split(weight, rows), torch.split(start, rows), torch.split(keep, rows), strict=True)
+        parts = zip(some_rows(weight), some_rows(start), some_rows(keep), strict=True)
         return torch.cat([conjugate(stats.gram, w, s, k, self.steps, damping) for w, s, k in parts])

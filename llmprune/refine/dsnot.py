@@ -8,11 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from llmprune.parts import AT_ONCE, some_rows
 from llmprune.patterns import Pattern
 from llmprune.stats import LinearStats, Needs
-
-_AT_ONCE = 2**21
-"""Weights that are looked at at once; rows do not depend on each other."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Refiner:
     """
 
     needs: ClassVar[Needs] = "norms"
-    room: ClassVar[int] = 8 * 4 * _AT_ONCE
+    room: ClassVar[int] = 8 * 4 * AT_ONCE
 
     cycles: int = 50
     threshold: float = 0.1
@@ -46,8 +44,7 @@ class Refiner:
     def refine(self, weight: Tensor, keep: Tensor, stats: LinearStats, pattern: Pattern) -> Tensor:
         if stats.tokens == 0:
             return keep
-        rows = max(1, _AT_ONCE // weight.shape[1])
-        parts = zip(torch.split(weight, rows), torch.split(keep, rows), strict=True)
+        parts = zip(some_rows(weight), some_rows(keep), strict=True)
         return torch.cat([self._exchanged(part, kept, stats, pattern) for part, kept in parts])
 
     def _exchanged(self, weight: Tensor, keep: Tensor, stats: LinearStats, pattern: Pattern) -> Tensor:

@@ -8,11 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from llmprune.parts import AT_ONCE
 from llmprune.patterns import Pattern
 from llmprune.stats import LinearStats, Needs, product
-
-_AT_ONCE = 2**21
-"""Pairs that are weighed at once."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Refiner:
     """
 
     needs: ClassVar[Needs] = "gram"
-    room: ClassVar[int] = 8 * 4 * _AT_ONCE
+    room: ClassVar[int] = 8 * 4 * AT_ONCE
 
     steps: int = 100
     candidates: int | None = 32
@@ -44,7 +42,7 @@ class Refiner:
     def refine(self, weight: Tensor, keep: Tensor, stats: LinearStats, pattern: Pattern) -> Tensor:
         width = weight.shape[1]
         pairs = width * pattern.group if pattern.group > 1 else min(self.candidates or width, width) ** 2
-        rows = max(1, _AT_ONCE // max(pairs, width))
+        rows = max(1, AT_ONCE // max(pairs, width))
         parts = zip(torch.split(weight, rows), torch.split(keep, rows), strict=True)
         return torch.cat([self._swapped(w, k, stats.gram, pattern.group) for w, k in parts])
 

@@ -67,20 +67,21 @@ class BlockRecord:
 
     Attributes:
         name: the block.
-        seconds: for `read`, `capture`, `solve`, `propagate` and `write`; writing goes on beside the next block.
+        seconds: for `read`, `capture`, `solve`, `propagate` and `write`, and where blocks are fitted `dense` and `fit`;
+            writing goes on beside the next block.
         peak_memory: the most that the process had held when the block was solved, in bytes.
         peak_device_memory: the same for a GPU.
-        away: ‖f(x; Ŵ) − f(x₀; W)‖² / ‖f(x₀; W)‖² over the calibration, of what the pruned block returns behind the
-            pruned blocks before it and the dense block behind the dense ones; where blocks were fitted.
-        away_before: the same before its weights were fitted.
+        away_before, away: ‖f(x; Ŵ) − f(x₀; W)‖² / ‖f(x₀; W)‖² over the calibration, of what the pruned block returns
+            behind the pruned blocks before it and the dense block behind the dense ones, before and after its weights
+            were fitted; None where blocks are not.
     """
 
     name: str
     seconds: dict[str, float]
     peak_memory: int
     peak_device_memory: int | None = None
-    away: float | None = None
     away_before: float | None = None
+    away: float | None = None
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from llmprune.parts import some_rows
 from llmprune.patterns import Pattern, Scope, keep_more
 from llmprune.solvers import Buffers
 from llmprune.stats import LinearStats, Needs, product
-
-_AT_ONCE = 2**22
-"""Weights that are solved for at once, where rows do not depend on each other."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +54,8 @@ class Solver:
         inverse = stats.scaled_inverse(self.damping, self.rho)
         norms, inverse_norms = stats.norms, stats.inverse_norms
         solved = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        rows = max(1, _AT_ONCE // weight.shape[1]) if pattern.row_independent else len(weight)
-        for part, place in zip(torch.split(weight, rows), torch.split(solved, rows), strict=True):
+        parts, places = ((weight,), (solved,)) if not pattern.row_independent else map(some_rows, (weight, solved))
+        for part, place in zip(parts, places, strict=True):
             torch.mul(self._split(part * norms, inverse, pattern), inverse_norms, out=place)
         return solved
 
