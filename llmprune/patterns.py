@@ -113,6 +113,10 @@ class NM:
         return self.m
 
     def keep(self, saliency: Tensor, before: int = 0) -> Tensor:
+        parts = some_rows(saliency)
+        return torch.cat([self._kept(rows) for rows in parts]) if len(parts) > 1 else self._kept(saliency)
+
+    def _kept(self, saliency: Tensor) -> Tensor:
         # (m, out, groups): the weights of one place lie together, which is several times as fast.
         places = saliency.reshape(*saliency.shape[:-1], -1, self.m).movedim(-1, 0).contiguous()
         # How many of its group stand before each weight: the greater ones, and among equals the earlier ones.

@@ -66,12 +66,12 @@ class Solver:
             dense: (rows, in) W₀.
             inverse: (in, in) (G+ρI)⁻¹.
         """
-        both = dense.clone()  # W+U
+        both, split = dense.clone(), torch.empty_like(dense)  # W+U, Z
         for step in range(1, self.iterations + 1):
             if step <= self.gradual:
-                keep = keep_more(pattern, both.abs(), 1 - (1 - step / self.gradual) ** 3)
-            split = both * keep
-            dual = both.sub_(split)  # U + W − Z is what Z leaves out
-            change = product(split.sub_(dual).sub_(dense), inverse)
-            both = dual.add_(dense).add_(change, alpha=self.rho)
+                keep = keep_more(pattern, torch.abs(both, out=split), 1 - (1 - step / self.gradual) ** 3)
+            torch.mul(both, keep, out=split)
+            both.sub_(split)  # U: what Z leaves out of W+U
+            split.sub_(both).sub_(dense)
+            both.add_(dense).add_(product(split, inverse), alpha=self.rho)
         return both.mul_(keep)

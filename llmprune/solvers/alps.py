@@ -20,6 +20,8 @@ STEPS = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 LARGEST = 1e6
 """ρ is not raised above this."""
 RESTARTS = 4
+_AT_ONCE = 2**21
+"""Weights that are reconstructed at once; there rows do not depend on each other."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,11 @@ class Solver:
     def solve(self, weight: Tensor, stats: LinearStats, pattern: Pattern) -> Tensor:
         gram = stats.scaled_gram(self.damping)
         scaled = weight * stats.norms
-        start = self._split(scaled, gram, pattern)
-        return conjugate(gram, scaled, start, start != 0, self.steps).mul_(stats.inverse_norms)
+        found = self._split(scaled, gram, pattern)
+        rows = max(1, _AT_ONCE // weight.shape[1])
+        for part, target in zip(torch.split(found, rows), torch.split(scaled, rows), strict=True):
+            part.copy_(conjugate(gram, target, part, part != 0, self.steps))
+        return found.mul_(stats.inverse_norms)
 
     def _split(self, weight: Tensor, gram: Tensor, pattern: Pattern) -> Tensor:
         """(out, in) D in the end. V is kept as U = V/ρ."""
@@ -75,11 +80,11 @@ class Solver:
         for begun in range(0, self.iterations, CHECK):
             inverse = damped_inverse(gram, rho)
             for _ in range(min(CHECK, self.iterations - begun)):
-                change = product(sparse.sub_(dual).sub_(weight), inverse)
-                both = dual.add_(weight).add_(change, alpha=rho)
-                keep = pattern.keep(both.abs())
-                sparse = both * keep
-                dual = both.sub_(sparse)
+                sparse.sub_(dual).sub_(weight)
+                dual.add_(weight).add_(product(sparse, inverse), alpha=rho)  # B + V/ρ, in the place of V/ρ
+                keep = pattern.keep(torch.abs(dual, out=sparse))
+                torch.mul(dual, keep, out=sparse)
+                dual.sub_(sparse)
             del inverse  # before the next one is made
             changed = int((keep ^ seen).count_nonzero()) / kept
             if changed > 0:
@@ -88,7 +93,8 @@ class Solver:
                 rho, seen = raised, keep
             elif restarts < RESTARTS and torch.equal(keep, first):
                 restarts, rho = restarts + 1, rho / 5
-                sparse, dual = weight * first, torch.zeros_like(weight)
+                torch.mul(weight, first, out=sparse)
+                dual.zero_()
             else:
                 break
         return sparse
