@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llmprune.conjugate import conjugate
+from llmprune.parts import some_rows
 from llmprune.patterns import Pattern, Scope
 from llmprune.solvers import Buffers
 from llmprune.stats import LinearStats, Needs, damped_inverse, product
@@ -20,8 +21,6 @@ STEPS = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 LARGEST = 1e6
 """ρ is not raised above this."""
 RESTARTS = 4
-_AT_ONCE = 2**21
-"""Weights that are reconstructed at once; there rows do not depend on each other."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,7 @@ class Solver:
         gram = stats.scaled_gram(self.damping)
         scaled = weight * stats.norms
         found = self._split(scaled, gram, pattern)
-        rows = max(1, _AT_ONCE // weight.shape[1])
-        for part, target in zip(torch.split(found, rows), torch.split(scaled, rows), strict=True):
+        for part, target in zip(some_rows(found), some_rows(scaled), strict=True):
             part.copy_(conjugate(gram, target, part, part != 0, self.steps))
         return found.mul_(stats.inverse_norms)
 
