@@ -434,7 +434,8 @@ def _solving(entry: Input, rows: int, buffers: Buffers, after: int) -> int:
     """Bytes that solving the linears of an input needs besides its statistics, and what follows that."""
     weights, square = 4 * rows * entry.features, 4 * entry.features**2 if entry.needs == "gram" else 0
     changing = buffers.factor * square + buffers.weights * weights
-    following = after + buffers.factor * square + 4 * weights if after else 0  # and what the method has kept
+    # What the method found, what takes its place and the masks; what it held of the Gram stays with the statistics.
+    following = int(after + buffers.factor * square + 3.25 * weights) if after else 0
     return int(1.5 * weights) + max(buffers.factorising * square, changing, following)
 
 

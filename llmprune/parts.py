@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,28 @@ AT_ONCE = 2**21
 def some_rows(matrix: Tensor) -> tuple[Tensor, ...]:
     """A matrix in parts of some rows each, a multiple of eight."""
     return torch.split(matrix, max(1, AT_ONCE // matrix.shape[-1] // 8) * 8)
+
+
+def by_rows(work: Callable[..., Tensor], *matrices: Tensor, rows: int | None = None) -> Tensor:
+    """What `work` makes of some rows of (rows, width) matrices at a time, put together.
+
+    All parts and their sum at the same time, as `torch.cat` would have them, are never held.
+
+    Args:
+        work: of one part of each matrix; returns as many rows.
+        rows: of a part; as many as `some_rows` takes by default.
+    """
+    parts = zip(*(some_rows(matrix) if rows is None else torch.split(matrix, rows) for matrix in matrices), strict=True)
+    result = None
+    start = 0
+    for part in parts:
+        made = work(*part)
+        if result is None:
+            result = made.new_empty((len(matrices[0]), *made.shape[1:]))
+        result[start : start + len(made)] = made
+        start += len(made)
+    assert result is not None
+    return result
 
 
 def zeros(matrix: Tensor) -> int:

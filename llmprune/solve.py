@@ -14,7 +14,7 @@ from llmprune.after import After
 from llmprune.errors import Failure, SingularGram
 from llmprune.model.checkpoint import Checkpoint, LoadedBlock
 from llmprune.model.watch import Input
-from llmprune.parts import not_finite, zeros
+from llmprune.parts import not_finite, some_rows, zeros
 from llmprune.patterns import NM, Unstructured
 from llmprune.plan import Choice
 from llmprune.report.record import LinearRecord, mask_sha256
@@ -191,28 +191,29 @@ def _followed(
     dense: Tensor, stats: LinearStats, pattern: Unstructured | NM, solver: Solver, after: After
 ) -> Iterator[Tensor]:
     """The pruned weight (rows, in) as the method leaves it, and after each step that follows."""
-    first = solver.solve(dense, stats, pattern)
-    yield first
-    for place, pruned in enumerate(_improved(dense, first, stats, pattern, after), 1):
-        if place == len(after.names) and after.refiners and solver.updates:
-            # A mask that the method fitted its weights to can be the better one: each row has the best of both.
-            worse = stats.row_losses(dense, pruned) > stats.row_losses(dense, first)
-            yield torch.where(worse[:, None], first, pruned)
-        else:
-            yield pruned
+    pruned = solver.solve(dense, stats, pattern)
+    yield pruned
+    # A mask that the method fitted its weights to can be the better one: each row has the best of both.
+    first = pruned.clone() if after.refiners and solver.updates else None
+    for place, improved in enumerate(_improved(dense, pruned, stats, pattern, after), 1):
+        if place == len(after.names) and first is not None:
+            worse = stats.row_losses(dense, improved) > stats.row_losses(dense, first)
+            improved[worse] = first[worse]
+        yield improved
 
 
 def _improved(
     dense: Tensor, pruned: Tensor, stats: LinearStats, pattern: Unstructured | NM, after: After
 ) -> Iterator[Tensor]:
-    """The weight (rows, in) after each refinement of its mask and each reconstruction."""
+    """The weight (rows, in) after each refinement of its mask and each reconstruction; in the place of `pruned`."""
     keep = pruned != 0
     for _, refiner in after.refiners:
         before, keep = keep, refiner.refine(dense, keep, stats, pattern)
-        pruned = torch.where(keep, torch.where(before, pruned, dense), 0.0)
+        for place, back, kept, weight in zip(*map(some_rows, (pruned, keep & ~before, keep, dense)), strict=True):
+            place.copy_(torch.where(back, weight, place)).masked_fill_(~kept, 0.0)
         yield pruned
     for _, reconstructor in after.reconstructors:
-        pruned = reconstructor.reconstruct(dense, pruned, keep, stats)
+        pruned.copy_(reconstructor.reconstruct(dense, pruned, keep, stats))
         yield pruned
 
 

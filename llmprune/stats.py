@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmprune import distributed
 from llmprune.errors import SingularGram
-from llmprune.parts import not_finite
+from llmprune.parts import by_rows, not_finite
 
 Needs = Literal["nothing", "norms", "gram"]
 LEVELS: tuple[Needs, ...] = ("nothing", "norms", "gram")
@@ -183,8 +183,12 @@ class LinearStats:
 
     def row_losses(self, dense: Tensor, pruned: Tensor) -> Tensor:
         """(out,) ‖(ŵ−w)X‖² of each row of (out, in) weights; there must be a Gram."""
-        change = pruned - dense
-        return product(change, self.gram).mul_(change).sum(1)
+
+        def lost(before: Tensor, after: Tensor) -> Tensor:
+            change = after - before
+            return product(change, self.gram).mul_(change).sum(1)
+
+        return by_rows(lost, dense, pruned)
 
     def relative_error(self, dense: Tensor, pruned: Tensor) -> float | None:
         """‖(Ŵ−W)X‖² / ‖WX‖² of (out, in) weights; None when no inputs were seen."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from llmprune.conjugate import conjugate
-from llmprune.parts import AT_ONCE, some_rows
+from llmprune.parts import AT_ONCE, by_rows
 from llmprune.stats import LinearStats, Needs
 
 
@@ -36,5 +35,4 @@ class Reconstructor:
 
     def reconstruct(self, weight: Tensor, start: Tensor, keep: Tensor, stats: LinearStats) -> Tensor:
         damping = self.damping * stats.scale
-        parts = zip(some_rows(weight), some_rows(start), some_rows(keep), strict=True)
-        return torch.cat([conjugate(stats.gram, w, s, k, self.steps, damping) for w, s, k in parts])
+        return by_rows(lambda w, s, k: conjugate(stats.gram, w, s, k, self.steps, damping), weight, start, keep)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmprune.parts import AT_ONCE, some_rows
+from llmprune.parts import AT_ONCE, by_rows
 from llmprune.patterns import Pattern
 from llmprune.stats import LinearStats, Needs
 
@@ -44,8 +44,7 @@ class Refiner:
     def refine(self, weight: Tensor, keep: Tensor, stats: LinearStats, pattern: Pattern) -> Tensor:
         if stats.tokens == 0:
             return keep
-        parts = zip(some_rows(weight), some_rows(keep), strict=True)
-        return torch.cat([self._exchanged(part, kept, stats, pattern) for part, kept in parts])
+        return by_rows(lambda part, kept: self._exchanged(part, kept, stats, pattern), weight, keep)
 
     def _exchanged(self, weight: Tensor, keep: Tensor, stats: LinearStats, pattern: Pattern) -> Tensor:
         flow = weight * stats.means  # (out, in): what each weight adds to the mean output

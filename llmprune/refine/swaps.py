@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmprune.parts import AT_ONCE
+from llmprune.parts import AT_ONCE, by_rows
 from llmprune.patterns import Pattern
 from llmprune.stats import LinearStats, Needs, product
 
@@ -43,8 +43,7 @@ class Refiner:
         width = weight.shape[1]
         pairs = width * pattern.group if pattern.group > 1 else min(self.candidates or width, width) ** 2
         rows = max(1, AT_ONCE // max(pairs, width))
-        parts = zip(torch.split(weight, rows), torch.split(keep, rows), strict=True)
-        return torch.cat([self._swapped(w, k, stats.gram, pattern.group) for w, k in parts])
+        return by_rows(lambda w, k: self._swapped(w, k, stats.gram, pattern.group), weight, keep, rows=rows)
 
     def _swapped(self, weight: Tensor, keep: Tensor, gram: Tensor, group: int) -> Tensor:
         result = keep.clone()
