@@ -220,6 +220,7 @@ class Needs:
         text: int | None,
         fitted: bool = False,
         look: Literal["nothing", "weights", "norms"] = "nothing",
+        asymmetric: bool = False,
     ) -> None:
         """Take in the work.
 
@@ -229,9 +230,10 @@ class Needs:
             text: context length of an evaluation, None without.
             fitted: whether the weights of whole blocks are fitted to the dense model's states.
             look: what an allocation is shown of the dense blocks.
+            asymmetric: whether the dense model goes through each block beside the pruned one.
         """
         self._checkpoint, self._blocks, self._samples, self._length = checkpoint, blocks, samples, length
-        self._text, self._fitted, self._look = text, fitted, look
+        self._text, self._fitted, self._look, self._asymmetric = text, fitted, look, asymmetric
         self._apart = checkpoint.device.type != "cpu"
         self._width = checkpoint.hidden_size * checkpoint.dtype.itemsize
         self._vocabulary = int(checkpoint.config.get_text_config().vocab_size)
@@ -357,11 +359,12 @@ class Needs:
         return Peak(size.stored) + self._near(size.copied)
 
     def _loaded(self, work: Work) -> Peak:
-        return self._placed(self._sizes[work.number])
+        size = self._sizes[work.number]
+        return self._placed(size) + (self._near(max(size.stored, size.copied)) if self._asymmetric else Peak())
 
     def _kept(self, option: Schedule) -> Peak:
         """The activations of all batches."""
-        size = self._samples * self._length * self._width * (2 if self._fitted else 1)
+        size = self._samples * self._length * self._width * (2 if self._fitted or self._asymmetric else 1)
         return {"device": Peak(device=size), "host": Peak(size), "disk": Peak()}[option.place]
 
     def _still(self, work: Work, option: Schedule) -> int:
@@ -370,13 +373,15 @@ class Needs:
             return 0
         sequences = min(option.held * option.batch, self._samples)
         apart = option.place == "disk" or (self._apart and option.place == "host")
-        return sequences * (work.held.size(option.length) + (option.length * self._width if apart else 0))
+        stream = option.length * self._width
+        each = work.held.size(option.length) + (stream if apart else 0)
+        return sequences * (2 * (each + stream) if self._asymmetric else each)
 
     def _flow(self, work: Work, sequences: int, length: int) -> int:
         """What is under way inside a block that runs, and what its statistics need to take it in."""
         run, tokens = self._checkpoint.dtype.itemsize, sequences * length
         each = max(8 * self._width + 3 * run * work.widest, work.held.token + 4 * self._width) + length * work.held.pair
-        taken = max((_TAKEN[entry.needs] * entry.features for entry in work.inputs), default=0)
+        taken = max((_TAKEN[entry.needs] * entry.features + _aside(entry) for entry in work.inputs), default=0)
         size = int(tokens * (each + taken)) + run * work.largest
         if widens(self._checkpoint.device, self._checkpoint.dtype):
             size += 4 * (2 * tokens * work.widest + min(AT_ONCE, work.largest))
@@ -423,11 +428,17 @@ _BEHIND_WIDEST, _BEHIND_WIDTH = 6, 24
 
 def _held(entry: Input) -> int:
     """Bytes of an input's statistics."""
-    return 4 * entry.features * (entry.features if entry.needs == "gram" else SAMPLE_TOKENS)
+    aside = entry.features + entry.stream if entry.aside else 0
+    return 4 * entry.features * ((entry.features if entry.needs == "gram" else SAMPLE_TOKENS) + aside)
 
 
 _TAKEN = {"nothing": 0, "norms": 8, "gram": 12}
 """Bytes a token and feature that taking inputs into statistics needs: float32 copies of them."""
+
+
+def _aside(entry: Input) -> int:
+    """Bytes a token that taking in what the dense model gives beside it needs: what is kept of it, and copies."""
+    return 12 * entry.features + 8 * entry.stream if entry.aside else 0
 
 
 def _solving(entry: Input, rows: int, buffers: Buffers, after: int) -> int:
@@ -436,7 +447,8 @@ def _solving(entry: Input, rows: int, buffers: Buffers, after: int) -> int:
     changing = buffers.factor * square + buffers.weights * weights
     # What the method found, what takes its place and the masks; what it held of the Gram stays with the statistics.
     following = int(after + buffers.factor * square + 3.25 * weights) if after else 0
-    return int(1.5 * weights) + max(buffers.factorising * square, changing, following)
+    aiming = 3 * square + weights if entry.aside else 0
+    return int(1.5 * weights) + max(buffers.factorising * square, changing, following, aiming)
 
 
 _SLACK = 2**24

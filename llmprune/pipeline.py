@@ -6,6 +6,8 @@ writes. At any time one block, its statistics and the activations between two bl
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +22,7 @@ from llmprune.errors import Interrupted
 from llmprune.evaluate import perplexity
 from llmprune.model import blocks
 from llmprune.model.activations import Activations
-from llmprune.model.capture import Capture
+from llmprune.model.capture import Beside, Capture
 from llmprune.model.checkpoint import Checkpoint, LoadedBlock
 from llmprune.model.cpu import quick
 from llmprune.model.source import Source, resolve
@@ -200,7 +202,7 @@ def prune_blocks(
         with clock("embed"), progress.waiting("embedding the calibration text"):
             batches = distributed.mine(tokens.batches(schedule.batch))
             activations = blocks.start(checkpoint, plan.chain, batches, schedule.place, writer.out)
-            wanted = activations.twin() if plan.fit is not None else None
+            wanted = activations.twin() if plan.follows_dense else None
     for number, choices in progress.over(list(enumerate(plan.blocks)), "pruning blocks"):
         if number < finished and activations is None:
             continue
@@ -208,9 +210,11 @@ def prune_blocks(
         with clock("read"):
             block = checkpoint.load_block(number, dense=wanted is not None)
             checkpoint.prefetch(number + 1)
-        if activations is not None and wanted is not None:
+        calls = activations.calls[number] if activations is not None else []
+        aside = plan.asymmetric and number >= finished
+        if wanted is not None and not aside:
             with clock("dense"):
-                blocks.pass_through(checkpoint, number, activations.calls[number], wanted)
+                blocks.pass_through(checkpoint, number, calls, wanted)
         if number < finished:
             with clock("read"):
                 block = block if wanted is None else checkpoint.load_block(number)
@@ -219,8 +223,14 @@ def prune_blocks(
         away: tuple[float, float] | tuple[None, None] = (None, None)
         stages = schedule.stages[number] if number >= finished else ()
         pruned = [choice.linear for choice in choices if choice.kept is None]
-        runs = Capture(pruned, stages, schedule.held)
-        with runs.running(block.module, block.name, number, activations):
+        writers = plan.writers[number] if aside else ()
+        dense_runs = Beside(pruned, stages, schedule.held, writers) if aside else None
+        runs = Capture(pruned, stages, schedule.held, dense_runs, writers)
+        with contextlib.ExitStack() as inside:
+            if dense_runs is not None:
+                twin = copy.deepcopy(block.module)
+                inside.enter_context(dense_runs.running(twin, block.name, calls, wanted))
+            inside.enter_context(runs.running(block.module, block.name, calls, activations))
             for stage in stages:
                 with clock("capture"):
                     stats = runs.collect(stage, checkpoint.device)
@@ -229,16 +239,20 @@ def prune_blocks(
                     writer.settle()
                 with clock("solve"):
                     done.update(solve_stage(checkpoint, block, stage.inputs, choices, stats))
+            if dense_runs is not None and wanted is not None:
+                with clock("dense"):
+                    blocks.pass_through(checkpoint, number, calls, wanted, dense_runs.finish)
+                del twin
             if plan.fit is None:
                 _propagate(checkpoint, number, activations, runs, clock)
         if plan.fit is not None:
             if number >= finished and activations is not None and wanted is not None:
                 with clock("fit"):
-                    away = plan.fit.fit(block, pruned, activations.calls[number], activations, wanted)
+                    away = plan.fit.fit(block, pruned, calls, activations, wanted)
                     done = renewed(block, choices, done)
                     memory.give_back()
             runs = Capture(pruned, (), schedule.held)  # what went through the block before is of weights that were
-            with runs.running(block.module, block.name, number, activations):
+            with runs.running(block.module, block.name, calls, activations):
                 _propagate(checkpoint, number, activations, runs, clock)
         if number >= finished:
             held = memory.peak(), _peak_device_memory(checkpoint.device)

@@ -48,6 +48,7 @@ class Choice:
         kept: why it is left dense instead; None when it is pruned.
         rule: the number of the rule that decided, from 1; None for the recipe's own choice.
         allocated: its sparsity is the allocation's to choose; until that is done, `pattern` stands for what may come.
+        asymmetric: how far it aims at the dense model's outputs; 0 where its own on its inputs are the aim.
     """
 
     linear: Linear
@@ -58,6 +59,7 @@ class Choice:
     kept: str | None = None
     rule: int | None = None
     allocated: bool = False
+    asymmetric: float = 0.0
 
     @property
     def row_independent(self) -> bool:
@@ -101,6 +103,7 @@ class Plan:
         schedule: how the work is laid out so that it fits into memory.
         room: the memory that it was laid out for.
         budget: how the sparsity is divided; None where every linear gets the recipe's.
+        writers: per block, the modules whose outputs are added to the hidden states as they are.
     """
 
     blocks: tuple[tuple[Choice, ...], ...]
@@ -110,6 +113,7 @@ class Plan:
     schedule: Schedule
     room: Room
     budget: Budget | None = None
+    writers: tuple[tuple[str, ...], ...] = ()
 
     @property
     def choices(self) -> list[Choice]:
@@ -140,6 +144,16 @@ class Plan:
     def fit(self) -> BlockReconstructor | None:
         """What fits whole blocks, None where nothing does."""
         return next((choice.after.block for choice in self.pruned), None)
+
+    @property
+    def asymmetric(self) -> bool:
+        """Whether any linear aims at what the dense model makes of its own inputs."""
+        return any(choice.asymmetric for choice in self.pruned)
+
+    @property
+    def follows_dense(self) -> bool:
+        """Whether the dense model's hidden states are taken through the blocks beside those of the pruned one."""
+        return self.asymmetric or self.fit is not None
 
     @property
     def known(self) -> list[Known]:
@@ -242,7 +256,11 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
             choice = Choice(linear, method, solver, pattern, after, kept, place, budget is not None and not own)
             if kept is None and choice.needs != "nothing" and linear.name.removeprefix(name) not in called:
                 choice = replace(choice, kept="its inputs cannot be seen: its weight is read without calling it")
-            choices.append(replace(choice, allocated=choice.allocated and choice.kept is None))
+            fitted = solver.updates or bool(after.reconstructors)
+            share = (
+                recipe.calibration.asymmetric if fitted and choice.needs == "gram" and linear.expert is None else 0.0
+            )
+            choices.append(replace(choice, allocated=choice.allocated and choice.kept is None, asymmetric=share))
         blocks.append(tuple(choices))
     _check_names(checkpoint, recipe, blocks)
     if budget is not None:
@@ -252,16 +270,24 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
             budget = replace(budget, targets=budget.allocator.allocate(_known(blocks), budget.sparsity or 0.0))
             blocks = _settled(blocks, budget)
     _check_shapes(budget, blocks)
-    works = []
+    works, writers = [], []
     for number, kind in enumerate(kinds(checkpoint)):
         survey, like, name = surveys[kind], checkpoint.blocks[kind], checkpoint.blocks[number]
         moments = [
             [[name + known.removeprefix(like) for known in group] for group in moment] for moment in survey.moments
         ]
         dense = survey.again or not recipe.calibration.true_sequential
-        works.append(_work(number, blocks[number], _moments(blocks[number], moments), survey, dense))
+        writers.append(tuple(name + known.removeprefix(like) for known in survey.writers))
+        seen = _moments(blocks[number], moments, writers[-1])
+        works.append(_work(number, blocks[number], seen, survey, dense))
     if not any(choice.kept is None for block in blocks for choice in block):
         raise UserError("nothing is left to prune: every linear is ignored, skipped or cannot be pruned")
+    asymmetric = any(choice.asymmetric and choice.kept is None for block in blocks for choice in block)
+    if recipe.calibration.asymmetric and not asymmetric:
+        raise UserError(
+            "calibration.asymmetric changes what kept weights are fitted to, and nothing fits them here (experts are "
+            "never fitted that way): take a method such as sparsegpt or alps, or add --reconstruct cg"
+        )
 
     length = sequence_length(checkpoint, recipe.calibration.length)
     look = budget.allocator.needs if budget is not None else "nothing"
@@ -269,11 +295,19 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
     text = None if recipe.evaluate.text is None else sequence_length(checkpoint, recipe.evaluate.length)
     samples = -(-recipe.calibration.samples // distributed.size())
     needs = Needs(
-        checkpoint, works, samples if data or look == "norms" else 0, length, text, after.block is not None, look
+        checkpoint,
+        works,
+        samples if data or look == "norms" else 0,
+        length,
+        text,
+        after.block is not None,
+        look,
+        asymmetric,
     )
     schedule = needs.schedule(min(samples, batch_size(checkpoint, length)), had)
     weights = sum(info.numel for info in checkpoint.index.values())
-    return Plan(tuple(blocks), chain, weights, _others(checkpoint, blocks), schedule, had, budget)
+    others = _others(checkpoint, blocks)
+    return Plan(tuple(blocks), chain, weights, others, schedule, had, budget, tuple(writers))
 
 
 def allocated(plan: Plan, targets: Mapping[str, str]) -> Plan:
@@ -449,7 +483,9 @@ def _others(checkpoint: Checkpoint, blocks: list[tuple[Choice, ...]]) -> dict[st
     return found
 
 
-def _moments(choices: Sequence[Choice], moments: Sequence[Sequence[Sequence[str]]]) -> tuple[tuple[Input, ...], ...]:
+def _moments(
+    choices: Sequence[Choice], moments: Sequence[Sequence[Sequence[str]]], writers: Sequence[str]
+) -> tuple[tuple[Input, ...], ...]:
     """What the linears that are pruned are given, by moments, in the order in which it comes about.
 
     Args:
@@ -464,7 +500,9 @@ def _moments(choices: Sequence[Choice], moments: Sequence[Sequence[Sequence[str]
         for group in moment:
             if names := tuple(name for name in group if name in pruned):
                 needs = max((pruned[name].needs for name in names), key=LEVELS.index)
-                inputs.append(Input(names, pruned[names[0]].linear.shape[1], needs))
+                aside = any(pruned[name].asymmetric for name in names)
+                stream = pruned[names[0]].linear.shape[0] if aside and len(names) == 1 and names[0] in writers else 0
+                inputs.append(Input(names, pruned[names[0]].linear.shape[1], needs, aside, stream))
         if inputs:
             found.append(tuple(inputs))
     return tuple(found)

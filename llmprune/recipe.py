@@ -41,6 +41,9 @@ class Calibration:
         true_sequential: the linears of a block are pruned in the order in which they run, each on inputs that have
             passed those before it. Else all are pruned on what the block as it was sees, as in the published code of
             most methods, and the block is run twice.
+        asymmetric: what linears whose kept weights are chosen anew aim at: 0 for the dense linear's outputs on what the
+            pruned model gives it, 1 for its outputs on what the dense model gives it, so that what was lost before is
+            made up for; or a share in between.
     """
 
     source: str = "c4"
@@ -51,9 +54,12 @@ class Calibration:
     split: str | None = None
     column: str | None = None
     true_sequential: bool = True
+    asymmetric: float = 0.0
 
     def __post_init__(self) -> None:
         _positive(self, "calibration", "samples", "length")
+        if not 0 <= self.asymmetric <= 1:
+            raise UserError(f"calibration.asymmetric must lie in [0, 1], not {self.asymmetric}")
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ def _tasks(inputs: tuple[Input, ...], choices: tuple[Choice, ...], ranks: int) -
     for entry in inputs:
         stacks: dict[object, list[Choice]] = {}
         for choice in (chosen[name] for name in entry.linears):
-            key = (choice.solver, choice.pattern) if choice.row_independent else choice.linear.name
+            key = (choice.solver, choice.pattern, choice.asymmetric) if choice.row_independent else choice.linear.name
             stacks.setdefault(key, []).append(choice)
         for stack in stacks.values():
             rows = sum(choice.linear.shape[0] for choice in stack)
@@ -174,6 +174,8 @@ def _solve(checkpoint: Checkpoint, block: LoadedBlock, task: _Task, stats: Linea
     losses: dict[str, list[Losses | None]] = {choice.linear.name: [] for choice, _, _ in parts}
     pruned = dense
     try:
+        if like.asymmetric and stats.tokens:
+            dense = stats.target(dense, like.asymmetric, slice(*task.rows))
         for pruned in _followed(dense, stats, like.pattern, solver, after):
             for choice, _, rows in parts:
                 losses[choice.linear.name].append(stats.losses(dense[rows], pruned[rows]))

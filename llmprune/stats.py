@@ -22,6 +22,8 @@ SAMPLE_TOKENS = 256
 
 _PANEL = 256
 
+_TARGET_DAMPING = 0.01
+
 
 class LinearStats:
     """Sums over the calibration inputs X (tokens, in) of one linear, or of several that share their input.
@@ -37,7 +39,20 @@ class LinearStats:
         damping: the relative damping that the last factorisation really took, None before the first.
     """
 
-    def __init__(self, features: int, needs: Needs, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        features: int,
+        needs: Needs,
+        device: torch.device | str = "cpu",
+        aside: bool = False,
+        stream: int = 0,
+    ) -> None:
+        """Nothing is seen yet.
+
+        Args:
+            aside: whether what the dense model gives the linear is taken in beside its inputs; a Gram is needed then.
+            stream: features of the hidden states where their distance from the dense model's is taken in; else 0.
+        """
         self.features = features
         self.needs = needs
         self.tokens = 0
@@ -46,16 +61,33 @@ class LinearStats:
         self.damping: float | None = None
         self._lower = torch.zeros(features, features, device=device) if needs == "gram" else None
         self._gram: Tensor | None = None
+        self._aside = torch.zeros(features, features, device=device) if aside else None
+        self._behind = torch.zeros(stream, features, device=device) if stream else None
         self._rows: list[Tensor] = []
         self._factor: tuple[object, Any] | None = None
 
-    def add(self, inputs: Tensor) -> None:
-        """Take in a batch of inputs (..., in), of any float dtype."""
+    def add(self, inputs: Tensor, dense: Tensor | None = None, behind: Tensor | None = None) -> None:
+        """Take in a batch.
+
+        Args:
+            inputs: (..., in), of any float dtype.
+            dense: (..., in) what the dense model gives the linear for the same tokens.
+            behind: (..., out) how far the hidden states that its output is added to are behind the dense model's.
+        """
         x = inputs.reshape(-1, self.features)
         if len(x) == 0:
             return
         self.tokens += len(x)
         self.sums += x.sum(0, dtype=torch.float32)
+        if self._aside is not None:
+            if dense is None:
+                raise RuntimeError("the dense model's inputs are missing")
+            columns = x.float().T.contiguous()
+            apart = dense.reshape(-1, self.features).float().T - columns
+            self._aside += product(apart, columns)
+            if self._behind is not None and behind is not None:
+                self._behind += product(behind.reshape(len(x), -1).float().T.contiguous(), columns)
+            del columns, apart
         if self._lower is not None:
             add_gram(self._lower, x)
             return
@@ -68,7 +100,8 @@ class LinearStats:
     def finish(self) -> None:
         """Sum up over the ranks, and make the sums ready for solving; no `add` may follow."""
         count = torch.tensor([self.tokens], device=self.squares.device)
-        distributed.total(count, self.sums, self.squares if self._lower is None else self._lower)
+        further = [sums for sums in (self._aside, self._behind) if sums is not None]
+        distributed.total(count, self.sums, self.squares if self._lower is None else self._lower, *further)
         self.tokens = int(count)
         if self._lower is None:
             self._rows = [_of_all_ranks(self._rows, self.features, self.squares.device)] if self.tokens else []
@@ -165,6 +198,32 @@ class LinearStats:
             f"the Gram of {self.tokens:,} tokens x {self.features:,} inputs is not positive definite with damping "
             f"{', '.join(f'{value:g}' for value in tried)} in float32 and float64; give it more calibration samples"
         )
+
+    def target(self, weight: Tensor, share: float, rows: slice = slice(None)) -> Tensor:
+        """T = W + share · (W D + E) (XᵀX + λI)⁻¹, whose outputs on X are the nearest to those that would be right.
+
+        With X₀ what the dense model gives the linear, D = (X₀−X)ᵀX, and T X is the best guess at W X₀ that a linear can
+        make for X (asymmetric calibration, as of arXiv:2504.02692). Where its output is added to hidden states H, and
+        H₀ are the dense model's, E = (H₀−H)ᵀX, so that H + T X aims at H₀ + W X₀. λ is a hundredth of the mean diagonal.
+
+        Args:
+            weight: (rows, in) float32 dense weights W; not changed.
+            share: of the way, from 0 to 1.
+            rows: which of the linear's rows these are.
+
+        Raises:
+            SingularGram: see `inverse_factor`.
+        """
+        if self._aside is None:
+            raise RuntimeError("nothing of the dense model was taken in")
+        aside, upper = self._aside.T.contiguous(), self.inverse_factor(_TARGET_DAMPING)
+        behind = self._behind[rows] if self._behind is not None else torch.zeros(len(weight), 1, device=weight.device)
+        lower = upper.T.contiguous()
+
+        def moved(part: Tensor, far: Tensor) -> Tensor:
+            return part + share * product(product(product(part, aside) + far, upper), lower)
+
+        return by_rows(moved, weight, behind.expand(weight.shape))
 
     def losses(self, dense: Tensor, pruned: Tensor) -> tuple[float, float] | None:
         """‖(Ŵ−W)X‖² and ‖WX‖² of (out, in) weights, exact from the Gram, else on the kept input rows.

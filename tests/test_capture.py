@@ -65,7 +65,8 @@ def running(
     block: nn.Module, stages: list[Stage], held: int = BATCHES, given: Activations | None = None
 ) -> Iterator[Capture]:
     capture = Capture(find_linears(block, "block"), stages, held)
-    with torch.no_grad(), capture.running(block, "block", 0, batches() if given is None else given):
+    given = batches() if given is None else given
+    with torch.no_grad(), capture.running(block, "block", given.calls[0], given):
         yield capture
 
 
@@ -164,7 +165,7 @@ def test_a_linear_that_runs_twice_is_seen_twice() -> None:
 def test_without_activations_there_is_nothing_to_see() -> None:
     block = Block()
     capture = Capture(find_linears(block, "block"), [UP], 0)
-    with capture.running(block, "block", 0, None):
+    with capture.running(block, "block", (), None):
         stats = capture.collect(UP, CPU)
     assert stats["block.left"] is stats["block.right"]
     assert stats["block.right"].tokens == 0

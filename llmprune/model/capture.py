@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from llmprune.errors import Failure
 from llmprune.model import blocks
-from llmprune.model.activations import Activations
+from llmprune.model.activations import Activations, Call
 from llmprune.model.linears import Linear
 from llmprune.model.watch import Mark, Shown, Stage, Watch
 from llmprune.stats import LinearStats
 
+_ASIDE = "the model changes its course by its data; --set calibration.asymmetric=0 helps"
 _COURSE = "the model changes its course by its data; --set calibration.true_sequential=false may help"
 
 
@@ -33,13 +34,22 @@ class Capture(Watch):
     batch the rest of the way.
     """
 
-    def __init__(self, linears: Iterable[Linear], stages: Sequence[Stage], held: int) -> None:
+    def __init__(
+        self,
+        linears: Iterable[Linear],
+        stages: Sequence[Stage],
+        held: int,
+        beside: Beside | None = None,
+        writers: Sequence[str] = (),
+    ) -> None:
         """Nothing runs yet.
 
         Args:
             linears: those of the block that are pruned.
             stages: what will be collected; none where all linears are solved already.
             held: how many batches may stand still at a time.
+            beside: the dense model's way through the same block, where some statistics look at it.
+            writers: modules whose outputs are added to the hidden states as they are, where these are of interest.
         """
         entries = [entry for stage in stages for entry in stage.inputs]
         self._leaders = {name: entry.linears[0] for entry in entries for name in entry.linears}
@@ -52,24 +62,38 @@ class Capture(Watch):
         self._stats: dict[str, LinearStats] = {}
         self._steps: dict[int, greenlet] = {}
         self._outputs: dict[int, Tensor] = {}
+        self._beside, self._writers = beside, writers
+        self._streams: dict[int, Tensor] = {}
         self._marks: list[dict[str, Mark]] = []
         self._batch = 0
 
     @contextlib.contextmanager
-    def running(self, block: nn.Module, name: str, number: int, activations: Activations | None) -> Iterator[None]:
+    def running(
+        self, block: nn.Module, name: str, calls: Sequence[Call], activations: Activations | None
+    ) -> Iterator[None]:
         """Inside, batches can be run through a block; without activations there are none.
 
         Args:
-            block, name, number: the block, its full name, and its place in the model.
+            block, name: the block, and its full name.
+            calls: what it is called with, batch by batch.
         """
 
         def run(batch: int) -> Tensor:
             assert activations is not None
-            return blocks.run(block, activations.calls[number][batch], activations.read(batch))
+            hidden = activations.read(batch)
+            if self._writers:
+                self._streams[batch] = hidden
+            return blocks.run(block, calls[batch], hidden)
+
+        def written(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            self._streams[self._batch] = self._streams[self._batch] + output
 
         self._run = run
-        self._marks = [{} for _ in activations.calls[number]] if activations is not None else []
-        with self.watching(block, name):
+        self._marks = [{} for _ in calls] if activations is not None else []
+        modules = dict(block.named_modules(prefix=name))
+        with self.watching(block, name), contextlib.ExitStack() as hooks:
+            for writer in self._writers:
+                hooks.callback(modules[writer].register_forward_hook(written).remove)
             try:
                 yield
             finally:
@@ -82,13 +106,15 @@ class Capture(Watch):
         Returns:
             Their statistics over all ranks' batches, by the names of the linears, which share those of their `Input`.
         """
-        self._settle(stage)
-        for entry in stage.inputs:
-            self._stats.update(dict.fromkeys(entry.linears, LinearStats(entry.features, entry.needs, device)))
+        self._begin(stage, device)
+        ways = [self] if self._beside is None else [self._beside, self]
+        if self._beside is not None:
+            self._beside._begin(stage, device)
         for batch in range(len(self._marks)):
-            self._advance(batch)
-            if stage.dense or batch >= self._held:
-                self._give_up(batch)
+            for way in ways:
+                way._advance(batch)
+                if stage.dense or batch >= self._held:
+                    way._give_up(batch)
         stats, self._stats = self._stats, {}
         for one in {id(value): value for value in stats.values()}.values():
             one.finish()
@@ -127,7 +153,7 @@ class Capture(Watch):
         for name in names:
             leader = self._leaders[name]
             if name in self._stats and name == leader:
-                self._stats[name].add(inputs)
+                self._take(name, inputs)
             elif leader not in marks:
                 raise Failure(f"{name} was passed over when its inputs were collected, and is run now: {_COURSE}")
             elif name != leader and marks[leader] != mark:
@@ -144,6 +170,21 @@ class Capture(Watch):
             return any(name in self._waiting for names in inputs for name in names)
         # Nothing more is of interest in this run, which will be given up.
         return bool(self._stats) and not self._stage.again and all(self._leaders[name] in marks for name in self._stats)
+
+    def _take(self, name: str, inputs: Tensor) -> None:
+        """Take what a linear is given into its statistics."""
+        if self._beside is None or (known := self._beside.given(name)) is None:
+            self._stats[name].add(inputs)
+            return
+        dense, ahead = known
+        self._stats[name].add(inputs, dense, None if ahead is None else ahead - self._streams[self._batch])
+
+    def _begin(self, stage: Stage, device: torch.device) -> None:
+        """Go over to a stage, with statistics that have seen nothing."""
+        self._settle(stage)
+        for entry in stage.inputs:
+            stats = LinearStats(entry.features, entry.needs, device, entry.aside, entry.stream)
+            self._stats.update(dict.fromkeys(entry.linears, stats))
 
     def _settle(self, stage: Stage) -> None:
         """Go over to a stage; the linears of the one before are solved by now."""
@@ -167,6 +208,39 @@ class Capture(Watch):
 
     def _give_up(self, batch: int) -> None:
         self._outputs.pop(batch, None)
+        self._streams.pop(batch, None)
         step = self._steps.pop(batch)
         if not step.dead:
             step.throw()
+
+
+class Beside(Capture):
+    """The dense model's way through a block: it stands still where that of the pruned model does, one step ahead."""
+
+    def __init__(
+        self, linears: Iterable[Linear], stages: Sequence[Stage], held: int, writers: Sequence[str] = ()
+    ) -> None:
+        """As for `Capture`."""
+        super().__init__(linears, stages, held, None, writers)
+        self._wanted = {entry.linears[0] for stage in stages for entry in stage.inputs if entry.aside}
+        self._given: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
+
+    def given(self, name: str) -> tuple[Tensor, Tensor | None] | None:
+        """What a linear was given, and the hidden states by then; each time that it was run, in turn.
+
+        Returns:
+            None where nobody asked for it. Hidden states are there where it has writers.
+        """
+        if name not in self._wanted:
+            return None
+        if not self._given.get(name):
+            raise Failure(f"{name} is not run as often in the dense model as in the pruned one: {_ASIDE}")
+        return self._given[name].pop(0)
+
+    def _begin(self, stage: Stage, device: torch.device) -> None:
+        self._settle(stage)
+        self._stats = {name: LinearStats(0, "nothing") for entry in stage.inputs for name in entry.linears}
+
+    def _take(self, name: str, inputs: Tensor) -> None:
+        if name in self._wanted:
+            self._given.setdefault(name, []).append((inputs, self._streams.get(self._batch)))

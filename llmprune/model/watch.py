@@ -30,11 +30,16 @@ class Input:
         linears: their names.
         features: its width.
         needs: the most that any solver of these linears asks for.
+        aside: whether what the dense model gives them there is taken in as well.
+        stream: features of the hidden states where the one linear's output is added to these as it is, and how far
+            they are from the dense model's is taken in as well; else 0.
     """
 
     linears: tuple[str, ...]
     features: int
     needs: Needs
+    aside: bool = False
+    stream: int = 0
 
 
 @dataclass(frozen=True)
