@@ -126,13 +126,21 @@ class Work:
 
 @contextlib.contextmanager
 def working(
-    model: str | Path, out: str | Path, what: str, base: Recipe, asked: Asked, points: Sequence[Point], shown: Progress
+    model: str | Path,
+    out: str | Path,
+    what: str,
+    base: Recipe,
+    common: Mapping[str, Any],
+    asked: Asked,
+    points: Sequence[Point],
+    shown: Progress,
 ) -> Iterator[Work]:
     """Plan points, take hold of the folder, and measure the dense model.
 
     Args:
         what: a `sweep` or a `search`, for messages.
         base: the recipe that the points share, without an evaluation.
+        common: what of it is the same for all points that the folder may ever have, as plain data.
         points: those that are planned, so that no mistake shows after hours.
 
     Raises:
@@ -149,7 +157,7 @@ def working(
             with distributed.first():
                 opened = asked.open(model, shown)
             reference = Reference(opened, asked, folder, shown)
-            _check(folder, {"recipe": shared(base), "calibration tokens": tokens, **reference.request()}, what)
+            _check(folder, {"recipe": common, "calibration tokens": tokens, **reference.request()}, what)
             dense = reference.measure(reference.checkpoint, DENSE)
             if dense.figures.perplexity is not None:
                 perplexity.check(dense.figures.perplexity, str(model), asked.evaluation)

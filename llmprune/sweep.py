@@ -87,7 +87,7 @@ def sweep(
     asked = measuring(base, tasks, shots, limit, include_path, batch)
     base = replace(base, evaluate=Evaluation())
     points = _points(base, sparsity, method, keep_models)
-    with working(model, out, "sweep", base, asked, points, of_first(progress)) as work:
+    with working(model, out, "sweep", base, shared(base), asked, points, of_first(progress)) as work:
         for number, point in enumerate(points, 1):
             record = work.bring(point, f"{number} of {len(points)}, {point.method} {point.pattern}: ")
             if not record["point"]["kept"]:

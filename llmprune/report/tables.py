@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from rich.box import SIMPLE_HEAD
@@ -14,6 +14,7 @@ from rich.table import Table
 from llmprune.allocation import reached, spanned
 from llmprune.model.writer import ALLOCATION, PAGE
 from llmprune.plan import Choice, Plan
+from llmprune.promise import Verdict
 from llmprune.report.comparison import Compared, Comparison
 from llmprune.report.inspect import Inspection, Matrix
 from llmprune.report.record import LinearRecord, Report, Score
@@ -226,6 +227,37 @@ def differences_table(found: Comparison) -> Table:
         verdict = {True: "yes", False: "no", None: "not known"}[entry.beyond_noise]
         told = _with_error(entry.difference, entry.stderr, sign="+")
         table.add_row(entry.model, entry.task, metric, told, f"{entry.documents:,}", p, verdict)
+    return table
+
+
+def search_table(
+    found: Comparison, patterns: Mapping[str, str], verdicts: Mapping[str, Sequence[Verdict]], chosen: str | None
+) -> Table:
+    """A row for each point of a search, in order of the sparsity, the dense model first.
+
+    Args:
+        patterns, verdicts: of the points, by their names.
+        chosen: the name of the one that is the answer.
+    """
+    table = Table(title="Points", title_justify="left", box=SIMPLE_HEAD)
+    judged = next(iter(verdicts.values()))
+    tasks = {
+        place: made.figure for place, made in enumerate(judged) if made.figure not in ("perplexity", "kl", "agreement")
+    }
+    for heading in ("sparsity", "in linears", "perplexity", "KL, nats", "same token", *tasks.values(), "holds"):
+        _add_column(table, heading)
+    for model in found.models:
+        own = verdicts.get(model.name)
+        read, apart = model.perplexity, model.divergence
+        row = [patterns.get(model.name, "dense"), f"{model.linears_sparsity:.1%}"]
+        row.append("-" if read is None else f"{read.value:.2f}")
+        row += ["-", "-"] if apart is None else [_with_error(apart.kl, apart.stderr), f"{apart.agreement:.2%}"]
+        for place in tasks:
+            value = judged[place].dense if own is None else own[place].value
+            row.append("-" if value is None else f"{value:.4f}")
+        broken = [made.promise for made in own or () if not made.holds]
+        row.append("" if own is None else f"no: {', '.join(broken)}" if broken else "yes")
+        table.add_row(*row, style="bold" if model.name == chosen else None)
     return table
 
 
