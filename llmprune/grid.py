@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from llmprune.errors import UserError
 from llmprune.patterns import Unstructured, parse
 
-SLACK = 1
+SLACK = 2
 """How many points a search may need beyond those that halving needs; guesses that are good save more."""
 
 GROWTH = math.log(10) / 0.2

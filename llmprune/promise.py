@@ -59,9 +59,11 @@ class Verdict:
         return self.spent <= 1
 
     def __str__(self) -> str:
-        side = "at most" if self.bound > self.dense else "at least"
-        value = "not finite" if self.value is None else f"{self.value:.4g}"
-        return f"{self.figure} {value}, {side} {self.bound:.4g}, dense {self.dense:.4g}"
+        form = ".2%" if self.figure == "agreement" else ".4g"
+        side = "most" if self.bound > self.dense else "least"
+        value = "not finite" if self.value is None else format(self.value, form)
+        dense = "" if self.figure in ("kl", "agreement") else f", dense {self.dense:{form}}"
+        return f"{self.figure} {value}, at {side} {self.bound:{form}}{dense}"
 
 
 @dataclass(frozen=True)

@@ -190,6 +190,7 @@ def search(
     asked = measuring(base, list(dict.fromkeys(named)), shots, limit, include_path, batch)
     second = None
     if confirm is not None:
+        data.check(confirm)
         other = replace(asked.evaluation, text=confirm, config=None, split=None, column=None)
         second = replace(asked, evaluation=other, tasks=())
     _check_texts(base, asked, second)

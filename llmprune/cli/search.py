@@ -91,10 +91,9 @@ def show(made: Search, folder: str) -> None:
     console = Console()
     patterns = {point.name: point.pattern for point in made.points}
     console.print(tables.search_table(made.comparison, patterns, made.verdicts, made.chosen))
-    for line in tables.comparison_notes(made.comparison):
-        console.print(line, highlight=False)
+    lines = tables.text_lines(made.comparison) + [f"note: {note}" for note in made.comparison.notes]
     if made.chosen is not None:
-        console.print(f"[bold]{made.answer}[/bold]", highlight=False)
-        for line in (made.confirmation, f"the checkpoint is {made.checkpoint}"):
-            console.print(line, highlight=False) if line else None
+        lines += [made.answer, made.confirmation, f"the checkpoint is {made.checkpoint}"]
+    for line in filter(None, lines):
+        console.print(line, highlight=False, markup=False)
     console.print(f"drawn in {Path(folder) / PAGE}", highlight=False)

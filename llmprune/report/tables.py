@@ -263,14 +263,19 @@ def search_table(
 
 def comparison_notes(found: Comparison) -> list[str]:
     """What belongs to the tables: the text, how noise was judged, and what could not be compared."""
-    read = next((model.perplexity for model in found.models if model.perplexity is not None), None)
-    lines = [] if read is None else [f"text: {read.text}, context {read.length:,}, {read.tokens:,} tokens"]
+    lines = text_lines(found)
     if found.judged["tests"]:
         rule = f"p below {found.judged['level']:g} after Holm's adjustment for {found.judged['tests']} differences"
         lines.append(f"± is one standard error; beyond noise: {rule}, paired over the same documents")
     if any(entry.task == "perplexity" for entry in found.differences):
         lines.append("windows of a text are neighbours and not independent: the noise of nats is a little larger")
     return lines + [f"note: {note}" for note in found.notes]
+
+
+def text_lines(found: Comparison) -> list[str]:
+    """The text of a comparison, and how it was cut, where there is one."""
+    read = next((model.perplexity for model in found.models if model.perplexity is not None), None)
+    return [] if read is None else [f"text: {read.text}, context {read.length:,}, {read.tokens:,} tokens"]
 
 
 def _add_column(table: Table, heading: str) -> None:
