@@ -8,6 +8,7 @@ FOLDER holds search.json, search.html, FOLDER/model, the checkpoint of the answe
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -87,7 +88,7 @@ class Search:
         """The result in a sentence or two."""
         asked = ", ".join(self.promises)
         if self.chosen is None:
-            low = parse(self.between[0]).sparsity
+            low = parse(self.between[0]).sparsity - 1e-6
             first = min((point for point in self.points if point.target >= low), key=lambda point: point.target)
             told = "; ".join(str(verdict) for verdict in self.verdicts[first.name] if not verdict.holds)
             return (
@@ -316,10 +317,12 @@ def _check_place(work: Work, second: Asked | None) -> None:
     Raises:
         UserError: it is not so.
     """
+    place, points = work.folder / MODEL, [Point(**record["point"]) for record in work.records()]
     with distributed.first():
-        place = work.folder / MODEL
-        if distributed.is_first() and place.exists() and read(place / REPORT) is None:
-            raise UserError(f"{place} was not written by llmprune: choose another folder for the search")
+        if distributed.is_first() and place.exists():
+            report = read(place / REPORT)
+            if report is None or all(other_recipe(report, recipe_of(work.base, point)) for point in points):
+                raise UserError(f"{place} is not what a search left there: choose another folder")
         if second is not None:
             perplexity.read_text(work.reference.checkpoint, second.evaluation)
 
@@ -328,7 +331,8 @@ def _tidy(work: Work, best: Point | None) -> None:
     """Make the weights of the best point FOLDER/model, where they are there, and take away those of all others."""
     if not distributed.is_first():
         return
-    for place in sorted(work.folder.glob(f"{_method(work.base)}-*")):
+    own = re.compile(rf"{re.escape(_method(work.base))}-[\d.]+")
+    for place in sorted(path for path in work.folder.iterdir() if own.fullmatch(path.name)):
         if best is None or place.name != best.name:
             work.remove(place.name)
         elif place.is_dir():

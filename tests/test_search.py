@@ -547,10 +547,19 @@ def test_what_the_folder_holds(found: tuple[Search, Path, Watching], place: Path
     with pytest.raises(UserError, match=r"another recipe\.calibration\.samples \(4 there, 3 here\)"):
         search(place / "tiny", out=out, **{**given, "samples": 3})
     assert (out / RESULT).read_bytes() == before
+    # What somebody else put where the answer is to be, and what a run of the user's own has left, stays.
     (tmp_path / "mine" / MODEL).mkdir(parents=True)
     (tmp_path / "mine" / MODEL / "file").write_text("mine")
-    with pytest.raises(UserError, match="was not written by llmprune"):
-        search(place / "tiny", out=tmp_path / "mine", **given)
+    shutil.copytree(out / MODEL, tmp_path / "pruned" / MODEL)
+    shutil.copytree(out / MODEL, tmp_path / "pruned" / "wanda-mine")
+    for folder in ("mine", "pruned"):
+        with pytest.raises(UserError, match="is not what a search left there"):
+            search(place / "tiny", out=tmp_path / folder, **given)
+    shutil.rmtree(tmp_path / "pruned" / MODEL)
+    given.update(between=("20%", "30%"), resolution="10%")
+    search(place / "tiny", out=tmp_path / "pruned", **given)
+    assert llmprune.verify(tmp_path / "pruned" / "wanda-mine").ok
+    assert sorted(path.name for path in (tmp_path / "mine" / MODEL).iterdir()) == ["file"]
 
 
 def test_the_command_line(
