@@ -146,8 +146,15 @@ def _words(point: Mapping[str, Any], model: Mapping[str, Any]) -> str:
 def _heading(told: Mapping[str, Any]) -> str:
     read = next((model["perplexity"] for model in told["models"] if model["perplexity"]), None)
     where = "" if read is None else f"<br>{read['text']}, context {read['length']:,}, {read['tokens']:,} tokens"
-    answer = f"<br>{told['answer']}" if "answer" in told else ""
-    return f"{told['model']}: sparsity against quality{where}{answer}"
+    return f"{told['model']}: sparsity against quality{where}{_answer(told)}"
+
+
+def _answer(told: Mapping[str, Any]) -> str:
+    """What a search found, in short."""
+    if "promises" not in told:
+        return ""
+    found = (point["pattern"] for point in told["points"] if point["name"] == told["chosen"])
+    return f"<br>{next(found, 'no sparsity that was asked for')} keeps {', '.join(told['promises'])}"
 
 
 def _span(values: Sequence[float], least: float) -> tuple[float, float] | None:
