@@ -386,7 +386,7 @@ def test_what_is_drawn(found: tuple[Search, Path, Watching]) -> None:
     assert "50% keeps" in curve._heading(told)
 
 
-@pytest.mark.parametrize(("kind", "number"), [("pruning blocks", 1), ("evaluating wanda", 1), ("pruning blocks", 2)])
+@pytest.mark.parametrize(("kind", "number"), [("pruning blocks", 1), ("evaluating wanda", 1), ("pruning blocks", 3)])
 def test_stopped(
     kind: str, number: int, found: tuple[Search, Path, Watching], swept: Sweep, place: Path, tmp_path: Path
 ) -> None:
@@ -394,6 +394,14 @@ def test_stopped(
     given = {**span(), **options(place), "target": between_50_and_55(swept)}
     with pytest.raises(KeyboardInterrupt):
         search(place / "tiny", out=tmp_path / "out", progress=Watching(kind, number), **given)
+    # The best so far has its weights there, and nothing else but the point at work.
+    records = [json.loads(path.read_text()) for path in (tmp_path / "out" / "points").glob("wanda-*.json")]
+    best = max(entry["point"]["target"] for entry in records if entry["point"]["target"] < 0.52)
+    report = json.loads((tmp_path / "out" / MODEL / "llmprune.json").read_text())
+    assert report["recipe"]["sparsity"] == f"{best:.0%}"
+    others = {path.parent.name for path in (tmp_path / "out").rglob("model-*.safetensors")} - {MODEL}
+    assert len(others) == ("evaluating" in kind)
+    assert not others & {entry["point"]["name"] for entry in records}
     made = search(place / "tiny", out=tmp_path / "out", progress=(watch := Watching()), **given)
     assert made.chosen == "wanda-50"
     assert names(made) == names(found[0])
