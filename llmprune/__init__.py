@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from llmprune.errors import Failure, LLMPruneError, UserError
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from llmprune.report.inspect import inspect
     from llmprune.report.record import Report
     from llmprune.report.verify import verify
+    from llmprune.search import search
+    from llmprune.sweep import sweep
 
 __version__ = "0.1.0"
 
@@ -33,6 +37,8 @@ __all__ = [
     "perplexity",
     "prune",
     "push",
+    "search",
+    "sweep",
     "verify",
 ]
 
@@ -45,6 +51,8 @@ _PLACES = {
     "perplexity": "llmprune.evaluate.perplexity",
     "prune": "llmprune.pipeline",
     "push": "llmprune.push",
+    "search": "llmprune.search",
+    "sweep": "llmprune.sweep",
     "verify": "llmprune.report.verify",
 }
 
@@ -54,3 +62,14 @@ def __getattr__(name: str) -> object:
     if name in _PLACES:
         return getattr(importlib.import_module(_PLACES[name]), name)
     raise AttributeError(f"module 'llmprune' has no attribute {name!r}")
+
+
+class _Package(ModuleType):
+    """A package whose functions are not hidden by the modules of the same name, once these are imported."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _PLACES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import Failure, UserError, unknown
+from llmprune.model.files import sha256_of
 
 Part = Literal["calibration", "evaluation"]
 
@@ -108,14 +109,32 @@ def documents(
         yield from _local(path, column or COLUMN)
     elif source == "builtin":
         yield from builtin(part)
-    elif source in NAMED:
+    else:
+        yield from _hub(_on_hub(source, part, config, split, column))
+
+
+def origin(source: str, part: Part, *, config: str | None = None, split: str | None = None) -> tuple[str, ...]:
+    """Where a text comes from, in words that are equal for two that are the same text; see `documents`.
+
+    Files are the same where they hold the same; what of a text is in another one is not seen.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return "file", sha256_of(path)
+    if source == "builtin":
+        return "builtin", part
+    text = _on_hub(source, part, config, split, None)
+    return "hub", text.name, text.config or "", text.split
+
+
+def _on_hub(source: str, part: Part, config: str | None, split: str | None, column: str | None) -> HubText:
+    if source in NAMED:
         named = NAMED[source][part]
         if config is not None or split is not None:
             named = replace(named, config=config or named.config, split=split or named.split, file=None)
-        yield from _hub(replace(named, column=column or named.column))
-    else:
-        default = "train" if part == "calibration" else "test"
-        yield from _hub(HubText(source, config, split or default, column or COLUMN))
+        return replace(named, column=column or named.column)
+    default = "train" if part == "calibration" else "test"
+    return HubText(source, config, split or default, column or COLUMN)
 
 
 def check(source: str) -> None:

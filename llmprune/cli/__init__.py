@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import llmprune
 from llmprune.errors import LLMPruneError
 
-COMMANDS = ("prune", "plan", "eval", "compare", "sweep", "verify", "report", "push", "inspect", "demo")
+COMMANDS = ("prune", "plan", "eval", "compare", "sweep", "search", "verify", "report", "push", "inspect", "demo")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

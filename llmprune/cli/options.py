@@ -17,17 +17,20 @@ if TYPE_CHECKING:
 MODEL = "a Hub name (owner/name or owner/name@revision), a folder, or a .gguf file"
 
 
-def add_recipe(parser: argparse.ArgumentParser, several: bool = False) -> None:
+def add_recipe(parser: argparse.ArgumentParser, several: bool = False, sought: bool = False) -> None:
     """The recipe and each of its keys.
 
     Args:
         several: sparsities and methods are lists, and the evaluation is part of the work.
+        sought: the sparsity is what comes out, and the evaluation is part of the work.
     """
+    measured = several or sought
     add = parser.add_argument_group("recipe").add_argument
     add("--recipe", metavar="FILE", help="a YAML recipe; the options below go on top of it")
     sparsity = "2:4, 4:8, any N:M (keeps at most N of every M), 0.5 or 50%% [50%%]"
     method = "magnitude, wanda, ria, sparsegpt, admm, alps [sparsegpt]"
-    add("--sparsity", metavar="S,..." if several else "S", help=f"several of {sparsity}" if several else sparsity)
+    words = argparse.SUPPRESS if sought else f"several of {sparsity}" if several else sparsity
+    add("--sparsity", metavar="S,..." if several else "S", help=words)
     add("--method", metavar="NAME,..." if several else "NAME", help=f"several of {method}" if several else method)
     if not several:
         add("--refine", metavar="NAME,...", help="then make the mask better: swaps, dsnot")
@@ -51,10 +54,12 @@ def add_recipe(parser: argparse.ArgumentParser, several: bool = False) -> None:
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... [a GPU where there is one]")
     add("--dtype", metavar="NAME", help="run the blocks in float32, bfloat16 or float16 [the checkpoint's]")
     add("--shard-size", metavar="SIZE", help="the largest file to write [5GB]")
-    cap = f"stay below this much of the host's memory{' while pruning' if several else ''}, such as 8GiB [what is free]"
+    cap = (
+        f"stay below this much of the host's memory{' while pruning' if measured else ''}, such as 8GiB [what is free]"
+    )
     add("--max-memory", metavar="SIZE", help=cap)
     add_trust(add)
-    if several:
+    if measured:
         text = "measure perplexity and divergence on this text [wikitext2]"
         add("--perplexity", "--evaluate", dest="evaluate", metavar="TEXT", help=text)
     else:

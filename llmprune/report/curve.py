@@ -1,4 +1,4 @@
-"""The picture of a sweep: sparsity against quality, a line for each method."""
+"""The picture of a sweep or a search: sparsity against quality, a line for each method."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ TITLES = {"perplexity": "perplexity", "divergence": "KL(dense ‖ sparse), nats 
 def figure(told: Mapping[str, Any]) -> Any:
     """A plotly figure of a sweep: perplexity and divergence over the zeros in the linears, on logarithmic scales.
 
-    Each method has a line through its unstructured points, and a mark for each N:M pattern. The ground is left clear,
-    so that the page's own shows through.
+    Each method has a line through its unstructured points, and a mark for each N:M pattern; what a search has promised
+    is a line across. The ground is left clear, so that the page's own shows through.
 
     Args:
-        told: a sweep as plain data, see `Sweep.to_dict`.
+        told: a sweep or a search as plain data, see `Sweep.to_dict` and `Search.to_dict`.
     """
     models = {model["name"]: model for model in told["models"]}
     shown = [(part, key) for part, key in SIDES if any(models[point["name"]][part] for point in told["points"])]
@@ -47,6 +47,11 @@ def figure(told: Mapping[str, Any]) -> Any:
             # On a logarithmic axis a line stands at its value, and words at its logarithm.
             place = {"x": 1, "xref": "x domain", "xanchor": "right", "y": math.log10(dense[key]), "yanchor": "bottom"}
             drawn.add_annotation(text=f"dense {dense[key]:.4g}", showarrow=False, row=1, col=column, **place)
+        for bound in told.get("limits", {}).get(part, ()):
+            values.append(bound)
+            drawn.add_hline(bound, line={"dash": "dot", "color": "#D55E00"}, row=1, col=column)
+            place = {"x": 0, "xref": "x domain", "xanchor": "left", "y": math.log10(bound), "yanchor": "bottom"}
+            drawn.add_annotation(text=f"target {bound:.4g}", showarrow=False, row=1, col=column, **place)
         values = [value for value in values if value > 0]
         ticks = _ticks(values)
         drawn.update_yaxes(range=_span([math.log10(value) for value in values], 0.1), row=1, col=column)
@@ -99,7 +104,7 @@ def _trace(
         text=[point["pattern"] for point in points] if grouped else None,
         textposition="middle left" if number % 2 else "middle right",
         marker={
-            "symbol": "diamond-open" if grouped else "circle",
+            "symbol": "diamond-open" if grouped else _symbols(points),
             "size": 12 if grouped else 8,
             "color": colour,
             "line": {"width": 2, "color": colour},
@@ -110,6 +115,13 @@ def _trace(
         hovertext=[_words(point, model) for point, model in zip(points, chosen, strict=True)],
         hoverinfo="text",
     )
+
+
+def _symbols(points: Sequence[Mapping[str, Any]]) -> str | list[str]:
+    """Of a search, points that keep what was promised are told from those that don't."""
+    if not any("holds" in point for point in points):
+        return "circle"
+    return ["circle" if point["holds"] else "circle-open" for point in points]
 
 
 def _words(point: Mapping[str, Any], model: Mapping[str, Any]) -> str:
@@ -124,13 +136,25 @@ def _words(point: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     for score in model["scores"]:
         error = "" if score["stderr"] is None else f" ± {score['stderr']:.4f}"
         lines.append(f"{score['task']} {score['metric']} {score['value']:.4f}{error}")
+    lines += [
+        f"{verdict['promise']} {'holds' if verdict['holds'] else 'does not hold'}"
+        for verdict in point.get("verdicts", ())
+    ]
     return "<br>".join(lines)
 
 
 def _heading(told: Mapping[str, Any]) -> str:
     read = next((model["perplexity"] for model in told["models"] if model["perplexity"]), None)
     where = "" if read is None else f"<br>{read['text']}, context {read['length']:,}, {read['tokens']:,} tokens"
-    return f"{told['model']}: sparsity against quality{where}"
+    return f"{told['model']}: sparsity against quality{where}{_answer(told)}"
+
+
+def _answer(told: Mapping[str, Any]) -> str:
+    """What a search found, in short."""
+    if "promises" not in told:
+        return ""
+    found = (point["pattern"] for point in told["points"] if point["name"] == told["chosen"])
+    return f"<br>{next(found, 'no sparsity that was asked for')} keeps {', '.join(told['promises'])}"
 
 
 def _span(values: Sequence[float], least: float) -> tuple[float, float] | None:

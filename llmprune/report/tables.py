@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from rich.box import SIMPLE_HEAD
@@ -14,6 +14,7 @@ from rich.table import Table
 from llmprune.allocation import reached, spanned
 from llmprune.model.writer import ALLOCATION, PAGE
 from llmprune.plan import Choice, Plan
+from llmprune.promise import Verdict
 from llmprune.report.comparison import Compared, Comparison
 from llmprune.report.inspect import Inspection, Matrix
 from llmprune.report.record import LinearRecord, Report, Score
@@ -229,16 +230,52 @@ def differences_table(found: Comparison) -> Table:
     return table
 
 
+def search_table(
+    found: Comparison, patterns: Mapping[str, str], verdicts: Mapping[str, Sequence[Verdict]], chosen: str | None
+) -> Table:
+    """A row for each point of a search, in order of the sparsity, the dense model first.
+
+    Args:
+        patterns, verdicts: of the points, by their names.
+        chosen: the name of the one that is the answer.
+    """
+    table = Table(title="Points", title_justify="left", box=SIMPLE_HEAD)
+    judged = next(iter(verdicts.values()))
+    tasks = {
+        place: made.figure for place, made in enumerate(judged) if made.figure not in ("perplexity", "kl", "agreement")
+    }
+    for heading in ("sparsity", "in linears", "perplexity", "KL, nats", "same token", *tasks.values(), "holds"):
+        _add_column(table, heading)
+    for model in found.models:
+        own = verdicts.get(model.name)
+        read, apart = model.perplexity, model.divergence
+        row = [patterns.get(model.name, "dense"), f"{model.linears_sparsity:.1%}"]
+        row.append("-" if read is None else f"{read.value:.2f}")
+        row += ["-", "-"] if apart is None else [_with_error(apart.kl, apart.stderr), f"{apart.agreement:.2%}"]
+        for place in tasks:
+            value = judged[place].dense if own is None else own[place].value
+            row.append("-" if value is None else f"{value:.4f}")
+        broken = [made.promise for made in own or () if not made.holds]
+        row.append("" if own is None else f"no: {', '.join(broken)}" if broken else "yes")
+        table.add_row(*row, style="bold" if model.name == chosen else None)
+    return table
+
+
 def comparison_notes(found: Comparison) -> list[str]:
     """What belongs to the tables: the text, how noise was judged, and what could not be compared."""
-    read = next((model.perplexity for model in found.models if model.perplexity is not None), None)
-    lines = [] if read is None else [f"text: {read.text}, context {read.length:,}, {read.tokens:,} tokens"]
+    lines = text_lines(found)
     if found.judged["tests"]:
         rule = f"p below {found.judged['level']:g} after Holm's adjustment for {found.judged['tests']} differences"
         lines.append(f"± is one standard error; beyond noise: {rule}, paired over the same documents")
     if any(entry.task == "perplexity" for entry in found.differences):
         lines.append("windows of a text are neighbours and not independent: the noise of nats is a little larger")
     return lines + [f"note: {note}" for note in found.notes]
+
+
+def text_lines(found: Comparison) -> list[str]:
+    """The text of a comparison, and how it was cut, where there is one."""
+    read = next((model.perplexity for model in found.models if model.perplexity is not None), None)
+    return [] if read is None else [f"text: {read.text}, context {read.length:,}, {read.tokens:,} tokens"]
 
 
 def _add_column(table: Table, heading: str) -> None:
