@@ -237,11 +237,13 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
 
     chain = probe(checkpoint, watch)
     blocks: list[tuple[Choice, ...]] = []
+    writers: list[tuple[str, ...]] = []
     for number, kind in enumerate(kinds(checkpoint)):
         survey, like = surveys[kind], checkpoint.blocks[kind]
         called = {name.removeprefix(like) for moment in survey.moments for group in moment for name in group}
         checkpoint.check_revertible(number)
         name = checkpoint.blocks[number]
+        writers.append(tuple(name + known.removeprefix(like) for known in survey.writers))
         choices = []
         for linear in find_linears(checkpoint.block(name), name):
             rule = next((place for place, entry in enumerate(recipe.rules) if matches(entry.match, linear.name)), None)
@@ -256,10 +258,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
             choice = Choice(linear, method, solver, pattern, after, kept, place, budget is not None and not own)
             if kept is None and choice.needs != "nothing" and linear.name.removeprefix(name) not in called:
                 choice = replace(choice, kept="its inputs cannot be seen: its weight is read without calling it")
-            fitted = solver.updates or bool(after.reconstructors)
-            share = (
-                recipe.calibration.asymmetric if fitted and choice.needs == "gram" and linear.expert is None else 0.0
-            )
+            aims = not writers[number] or linear.name in writers[number]
+            fitted = choice.needs == "gram" and (solver.updates or bool(after.reconstructors))
+            share = recipe.calibration.asymmetric if aims and fitted and linear.expert is None else 0.0
             choices.append(replace(choice, allocated=choice.allocated and choice.kept is None, asymmetric=share))
         blocks.append(tuple(choices))
     _check_names(checkpoint, recipe, blocks)
@@ -270,15 +271,14 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
             budget = replace(budget, targets=budget.allocator.allocate(_known(blocks), budget.sparsity or 0.0))
             blocks = _settled(blocks, budget)
     _check_shapes(budget, blocks)
-    works, writers = [], []
+    works = []
     for number, kind in enumerate(kinds(checkpoint)):
         survey, like, name = surveys[kind], checkpoint.blocks[kind], checkpoint.blocks[number]
         moments = [
             [[name + known.removeprefix(like) for known in group] for group in moment] for moment in survey.moments
         ]
         dense = survey.again or not recipe.calibration.true_sequential
-        writers.append(tuple(name + known.removeprefix(like) for known in survey.writers))
-        seen = _moments(blocks[number], moments, writers[-1])
+        seen = _moments(blocks[number], moments, writers[number])
         works.append(_work(number, blocks[number], seen, survey, dense))
     if not any(choice.kept is None for block in blocks for choice in block):
         raise UserError("nothing is left to prune: every linear is ignored, skipped or cannot be pruned")
@@ -500,9 +500,10 @@ def _moments(
         for group in moment:
             if names := tuple(name for name in group if name in pruned):
                 needs = max((pruned[name].needs for name in names), key=LEVELS.index)
-                aside = any(pruned[name].asymmetric for name in names)
-                stream = pruned[names[0]].linear.shape[0] if aside and len(names) == 1 and names[0] in writers else 0
-                inputs.append(Input(names, pruned[names[0]].linear.shape[1], needs, aside, stream))
+                first = pruned[names[0]].linear
+                stream = first.shape[0] if pruned[first.name].asymmetric and first.name in writers else 0
+                aside = not writers and any(pruned[name].asymmetric for name in names)
+                inputs.append(Input(names, first.shape[1], needs, aside, stream))
         if inputs:
             found.append(tuple(inputs))
     return tuple(found)

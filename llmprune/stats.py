@@ -51,7 +51,7 @@ class LinearStats:
 
         Args:
             aside: whether what the dense model gives the linear is taken in beside its inputs; a Gram is needed then.
-            stream: features of the hidden states where their distance from the dense model's is taken in; else 0.
+            stream: out_features, where what the hidden states will lack is taken in instead; else 0.
         """
         self.features = features
         self.needs = needs
@@ -72,22 +72,20 @@ class LinearStats:
         Args:
             inputs: (..., in), of any float dtype.
             dense: (..., in) what the dense model gives the linear for the same tokens.
-            behind: (..., out) how far the hidden states that its output is added to are behind the dense model's.
+            behind: (..., out) what the hidden states would lack of the dense model's if the linear stayed dense.
         """
         x = inputs.reshape(-1, self.features)
         if len(x) == 0:
             return
         self.tokens += len(x)
         self.sums += x.sum(0, dtype=torch.float32)
-        if self._aside is not None:
-            if dense is None:
-                raise RuntimeError("the dense model's inputs are missing")
-            columns = x.float().T.contiguous()
-            apart = dense.reshape(-1, self.features).float().T - columns
-            self._aside += product(apart, columns)
-            if self._behind is not None and behind is not None:
-                self._behind += product(behind.reshape(len(x), -1).float().T.contiguous(), columns)
-            del columns, apart
+        for sums, rows in ((self._aside, dense), (self._behind, behind)):
+            if sums is not None:
+                if rows is None:
+                    raise RuntimeError("nothing of the dense model was given")
+                columns = x.float().T.contiguous()
+                further = rows.reshape(len(x), -1).float().T.contiguous()
+                sums += product(further - columns if sums is self._aside else further, columns)
         if self._lower is not None:
             add_gram(self._lower, x)
             return
@@ -200,11 +198,12 @@ class LinearStats:
         )
 
     def target(self, weight: Tensor, share: float, rows: slice = slice(None)) -> Tensor:
-        """T = W + share · (W D + E) (XᵀX + λI)⁻¹, whose outputs on X are the nearest to those that would be right.
+        """T = W + share · E (XᵀX + λI)⁻¹, whose outputs on X are the nearest to those that would be right.
 
-        With X₀ what the dense model gives the linear, D = (X₀−X)ᵀX, and T X is the best guess at W X₀ that a linear can
-        make for X (asymmetric calibration, as of arXiv:2504.02692). Where its output is added to hidden states H, and
-        H₀ are the dense model's, E = (H₀−H)ᵀX, so that H + T X aims at H₀ + W X₀. λ is a hundredth of the mean diagonal.
+        With X₀ what the dense model gives the linear, E = W (X₀−X)ᵀX makes T X the best guess at W X₀ that a linear can
+        make from X (asymmetric calibration, as of arXiv:2504.02692). Where its output is added to hidden states H, and
+        those of the dense model are H₀, E = (H₀ + X₀Wᵀ − H − XWᵀ)ᵀX: then H + T X is what comes nearest to the dense
+        model's. λ is a hundredth of the mean diagonal.
 
         Args:
             weight: (rows, in) float32 dense weights W; not changed.
@@ -214,16 +213,18 @@ class LinearStats:
         Raises:
             SingularGram: see `inverse_factor`.
         """
-        if self._aside is None:
-            raise RuntimeError("nothing of the dense model was taken in")
-        aside, upper = self._aside.T.contiguous(), self.inverse_factor(_TARGET_DAMPING)
-        behind = self._behind[rows] if self._behind is not None else torch.zeros(len(weight), 1, device=weight.device)
+        upper = self.inverse_factor(_TARGET_DAMPING)
         lower = upper.T.contiguous()
 
-        def moved(part: Tensor, far: Tensor) -> Tensor:
-            return part + share * product(product(product(part, aside) + far, upper), lower)
+        def moved(part: Tensor, lacking: Tensor) -> Tensor:
+            return part + share * product(product(lacking, upper), lower)
 
-        return by_rows(moved, weight, behind.expand(weight.shape))
+        if self._behind is not None:
+            return by_rows(moved, weight, self._behind[rows])
+        if self._aside is None:
+            raise RuntimeError("nothing of the dense model was taken in")
+        aside = self._aside.T.contiguous()
+        return by_rows(lambda part: moved(part, product(part, aside)), weight)
 
     def losses(self, dense: Tensor, pruned: Tensor) -> tuple[float, float] | None:
         """‖(Ŵ−W)X‖² and ‖WX‖² of (out, in) weights, exact from the Gram, else on the kept input rows.

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
+from torch.nn import functional
 
 from llmprune.errors import Failure
 from llmprune.model import blocks
@@ -99,6 +100,7 @@ class Capture(Watch):
             finally:
                 for batch in list(self._steps):
                     self._give_up(batch)
+                del self._run  # it knows of this object, which would stay until the cycle is found
 
     def collect(self, stage: Stage, device: torch.device) -> dict[str, LinearStats]:
         """Take all batches to the inputs of a stage.
@@ -177,7 +179,11 @@ class Capture(Watch):
             self._stats[name].add(inputs)
             return
         dense, ahead = known
-        self._stats[name].add(inputs, dense, None if ahead is None else ahead - self._streams[self._batch])
+        if ahead is None:
+            self._stats[name].add(inputs, dense)
+        else:
+            lacking = ahead - self._streams[self._batch] + self._beside.changed(name, dense - inputs)
+            self._stats[name].add(inputs, behind=lacking)
 
     def _begin(self, stage: Stage, device: torch.device) -> None:
         """Go over to a stage, with statistics that have seen nothing."""
@@ -222,14 +228,31 @@ class Beside(Capture):
     ) -> None:
         """As for `Capture`."""
         super().__init__(linears, stages, held, None, writers)
-        self._wanted = {entry.linears[0] for stage in stages for entry in stage.inputs if entry.aside}
+        inputs = [entry for stage in stages for entry in stage.inputs]
+        self._wanted = {entry.linears[0]: bool(entry.stream) for entry in inputs if entry.aside or entry.stream}
         self._given: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
+        self._weights: dict[str, Tensor] = {}
+
+    @contextlib.contextmanager
+    def running(
+        self, block: nn.Module, name: str, calls: Sequence[Call], activations: Activations | None
+    ) -> Iterator[None]:
+        """As for `Capture`."""
+        parameters = dict(block.named_parameters(prefix=name))
+        chosen = (linear for linear in self.linears.values() if self._wanted.get(linear.name))
+        self._weights = {linear.name: linear.view(parameters[linear.parameter]) for linear in chosen}
+        with super().running(block, name, calls, activations):
+            yield
+
+    def changed(self, name: str, change: Tensor) -> Tensor:
+        """By how much the outputs (..., out) of a dense linear change with its inputs (..., in)."""
+        return functional.linear(change, self._weights[name])
 
     def given(self, name: str) -> tuple[Tensor, Tensor | None] | None:
         """What a linear was given, and the hidden states by then; each time that it was run, in turn.
 
         Returns:
-            None where nobody asked for it. Hidden states are there where it has writers.
+            None where nobody asked for it. Hidden states are there where its output is added to them.
         """
         if name not in self._wanted:
             return None
@@ -243,4 +266,5 @@ class Beside(Capture):
 
     def _take(self, name: str, inputs: Tensor) -> None:
         if name in self._wanted:
-            self._given.setdefault(name, []).append((inputs, self._streams.get(self._batch)))
+            stream = self._streams[self._batch] if self._wanted[name] else None
+            self._given.setdefault(name, []).append((inputs, stream))

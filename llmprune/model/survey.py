@@ -55,8 +55,9 @@ class Survey(Watch):
 
     @property
     def writers(self) -> tuple[str, ...]:
-        """See above."""
-        return () if self.again else tuple(self._made.writers)
+        """See above; what shares its input with others, or is run more than once, is none."""
+        alone = [group[0] for group in self._groups() if len(group) == 1]
+        return () if self.again else tuple(name for name in self._made.writers if name in alone)
 
     def ready(self, inputs: Shown) -> None:
         """Take in the inputs of linears that could all be run now."""

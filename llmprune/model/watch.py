@@ -31,8 +31,8 @@ class Input:
         features: its width.
         needs: the most that any solver of these linears asks for.
         aside: whether what the dense model gives them there is taken in as well.
-        stream: features of the hidden states where the one linear's output is added to these as it is, and how far
-            they are from the dense model's is taken in as well; else 0.
+        stream: out_features of the one linear, where its output is added to the hidden states as it is, and what these
+            lack of the dense model's is taken in as well; else 0.
     """
 
     linears: tuple[str, ...]
