@@ -40,6 +40,11 @@ class After:
         return max((step.room for step in self._steps), default=0)
 
     @property
+    def products(self) -> float:
+        """About how many products of a weight with a matrix of the Gram's size take as long as they do."""
+        return sum(step.products for step in self._steps)
+
+    @property
     def _steps(self) -> list[Refiner | Reconstructor]:
         return [*(step for _, step in self.refiners), *(step for _, step in self.reconstructors)]
 

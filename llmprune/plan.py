@@ -67,6 +67,12 @@ class Choice:
         return self.solver.row_independent and self.pattern.row_independent
 
     @property
+    def products(self) -> float:
+        """About how many products of its weight with a matrix of the Gram's size take as long as solving it does."""
+        looks = 2 * (1 + len(self.after.names)) if self.needs == "gram" else 0  # at its error
+        return self.solver.products + self.after.products + looks + (3 if self.asymmetric else 0)
+
+    @property
     def needs(self) -> Level:
         """The most that any part of it must know of the inputs."""
         return max((self.solver.needs, self.after.needs), key=LEVELS.index)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import yaml
 
 from llmprune.errors import UserError, unknown
+from llmprune.quality import keys_of
 
 T = TypeVar("T")
 
@@ -376,15 +377,22 @@ def assemble(recipe: Recipe | Mapping[str, Any] | str | Path | None, changes: Ma
     """The recipe of a run: a `Recipe`, plain data, a YAML file or nothing, with single keys changed.
 
     Args:
-        changes: dotted keys or short names to values, as for `Recipe.override`; a None changes nothing.
+        changes: dotted keys or short names to values, as for `Recipe.override`; a None changes nothing. `quality` is
+            the name of a preset: it stands for all its keys that are not among the changes.
     """
     if isinstance(recipe, str | Path):
         recipe = Recipe.read(recipe)
     elif isinstance(recipe, Mapping):
         recipe = Recipe.from_dict(recipe)
     made = recipe if recipe is not None else Recipe()
+    said = set()
     for key, value in changes.items():
-        if value is not None:
+        if value is not None and key != "quality":
             whole = key in ("calibration", "evaluate") and isinstance(value, Mapping)
             made = made.override(key if whole else SHORT.get(key, key), value)
+            said |= {key, *(f"{key}.{part}" for part in value)} if isinstance(value, Mapping) else {key}
+    if changes.get("quality") is not None:
+        for key, value in keys_of(changes["quality"]).items():
+            if key not in said:
+                made = made.override(key, value)
     return made

@@ -97,8 +97,7 @@ class _Task:
     def cost(self) -> float:
         """About how many operations it takes: where a Gram is needed, to factorise it and to update all rows by it."""
         width, rows = float(self.input.features), self.rows[1] - self.rows[0]
-        choice = self.choices[0]
-        products = (choice.solver.needs == "gram") + 10 * len(choice.after.names)
+        products = self.choices[0].products
         return (width**3 if products else 0.0) + (2 * products * width + 50) * rows * width
 
     def parts(self, block: LoadedBlock) -> Iterator[tuple[Choice, Tensor, slice]]:

@@ -6,6 +6,7 @@ example: llmprune plan MODEL --sparsity 2:4 --ignore '*.o_proj'
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 
 from llmprune.cli.options import MODEL, add_json, add_recipe, print_json, recipe_options
 
@@ -22,14 +23,16 @@ def run(chosen: argparse.Namespace) -> int:
     """Plan."""
     from rich.console import Console
 
+    from llmprune.cost import cost, rate
     from llmprune.model.blocks import summary
     from llmprune.pipeline import plan
     from llmprune.progress import Bars
     from llmprune.report import tables
 
-    checkpoint, made = plan(chosen.model, progress=Bars(), **recipe_options(chosen))
+    recipe = recipe_options(chosen)["recipe"]
+    checkpoint, made = plan(chosen.model, progress=Bars(), recipe=recipe)
     if chosen.json:
-        print_json(made.to_dict())
+        print_json({**made.to_dict(), "operations": asdict(cost(made, recipe))})
         return 0
     console = Console()
     console.print(
@@ -44,6 +47,8 @@ def run(chosen: argparse.Namespace) -> int:
         console.print(f"not covered  {share:.1%}  {name}", highlight=False)
     if rest := sum(made.uncovered.values()) - sum(shown.values()):
         console.print(f"not covered  {rest:.2%}  smaller things, see --json", highlight=False)
-    for line in [*tables.allocation_lines(made), *tables.memory_lines(made)]:
+    work = cost(made, recipe)
+    lines = tables.cost_lines(work, rate(checkpoint))
+    for line in [*tables.allocation_lines(made), *tables.memory_lines(made), *lines]:
         console.print(line, highlight=False)
     return 0

@@ -87,7 +87,8 @@ class Capture(Watch):
             return blocks.run(block, calls[batch], hidden)
 
         def written(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            self._streams[self._batch] = self._streams[self._batch] + output
+            stream = self._streams[self._batch]
+            self._streams[self._batch] = stream + output.view_as(stream)
 
         self._run = run
         self._marks = [{} for _ in calls] if activations is not None else []
@@ -117,7 +118,8 @@ class Capture(Watch):
                 way._advance(batch)
                 if stage.dense or batch >= self._held:
                     way._give_up(batch)
-        stats, self._stats = self._stats, {}
+        for way in ways:
+            stats, way._stats = way._stats, {}
         for one in {id(value): value for value in stats.values()}.values():
             one.finish()
         return stats
@@ -182,8 +184,8 @@ class Capture(Watch):
         if ahead is None:
             self._stats[name].add(inputs, dense)
         else:
-            lacking = ahead - self._streams[self._batch] + self._beside.changed(name, dense - inputs)
-            self._stats[name].add(inputs, behind=lacking)
+            changed = self._beside.changed(name, dense - inputs)
+            self._stats[name].add(inputs, behind=(ahead - self._streams[self._batch]).view_as(changed) + changed)
 
     def _begin(self, stage: Stage, device: torch.device) -> None:
         """Go over to a stage, with statistics that have seen nothing."""

@@ -20,6 +20,10 @@ class Reconstructor(Protocol):
     room: ClassVar[int]
     """Bytes that it takes at the most, besides masks and weights of the linear's size."""
 
+    @property
+    def products(self) -> float:
+        """About how many products of the weight with a matrix of the Gram's size take as long as it does."""
+
     def reconstruct(self, weight: Tensor, start: Tensor, keep: Tensor, stats: LinearStats) -> Tensor:
         """Reconstruct one linear.
 

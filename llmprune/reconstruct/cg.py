@@ -33,6 +33,10 @@ class Reconstructor:
         if not 0 <= self.damping <= 1:
             raise ValueError(f"damping must lie in [0, 1], not {self.damping}")
 
+    @property
+    def products(self) -> float:
+        return self.steps + 1
+
     def reconstruct(self, weight: Tensor, start: Tensor, keep: Tensor, stats: LinearStats) -> Tensor:
         damping = self.damping * stats.scale
         return by_rows(lambda w, s, k: conjugate(stats.gram, w, s, k, self.steps, damping), weight, start, keep)

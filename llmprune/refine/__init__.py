@@ -21,6 +21,10 @@ class Refiner(Protocol):
     room: ClassVar[int]
     """Bytes that it takes at the most, besides masks and weights of the linear's size."""
 
+    @property
+    def products(self) -> float:
+        """About how many products of the weight with a matrix of the Gram's size take as long as it does."""
+
     def refine(self, weight: Tensor, keep: Tensor, stats: LinearStats, pattern: Pattern) -> Tensor:
         """Refine the mask of one linear.
 

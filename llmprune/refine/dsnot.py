@@ -41,6 +41,10 @@ class Refiner:
         if not self.threshold >= 0:
             raise ValueError(f"threshold must be at least 0, not {self.threshold}")
 
+    @property
+    def products(self) -> float:
+        return self.cycles / 4
+
     def refine(self, weight: Tensor, keep: Tensor, stats: LinearStats, pattern: Pattern) -> Tensor:
         if stats.tokens == 0:
             return keep

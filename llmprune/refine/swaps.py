@@ -39,6 +39,10 @@ class Refiner:
         if self.candidates is not None and self.candidates < 1:
             raise ValueError(f"candidates must be at least 1, not {self.candidates}")
 
+    @property
+    def products(self) -> float:
+        return self.steps
+
     def refine(self, weight: Tensor, keep: Tensor, stats: LinearStats, pattern: Pattern) -> Tensor:
         width = weight.shape[1]
         pairs = width * pattern.group if pattern.group > 1 else min(self.candidates or width, width) ** 2

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from llmprune.allocation import reached, spanned
+from llmprune.cost import Cost
 from llmprune.model.writer import ALLOCATION, PAGE
 from llmprune.plan import Choice, Plan
 from llmprune.promise import Verdict
@@ -95,6 +96,23 @@ def memory_lines(plan: Plan) -> list[str]:
             f"laid out     {schedule.batch} x {schedule.length:,} tokens at once, activations {held}, {stages}"
         )
     return lines
+
+
+def cost_lines(work: Cost, rate: float) -> list[str]:
+    """What a run will take of time, by its operations and how many of them the machine does in a second."""
+    if not work.total:
+        return []
+    parts = ", ".join(f"{name} {value / work.total:.0%}" for name, value in vars(work).items() if value)
+    at = f"{work.total:.2g} operations ({parts})"
+    return [f"work         about {duration(work.seconds(rate))} or more: {at}, at {rate:.2g} a second as measured here"]
+
+
+def duration(seconds: float) -> str:
+    """A time that is known roughly."""
+    for unit, size_ in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size_:
+            return f"{seconds / size_:.2g} {unit}"
+    return f"{seconds:.2g} seconds"
 
 
 def result_table(report: Report) -> Table:

@@ -48,6 +48,11 @@ class Solver(Protocol):
     """Whether it changes the weights that it keeps."""
     row_independent: ClassVar[bool]
     """Whether a row's result depends on that row, the statistics and the pattern alone, wherever its mask does."""
+
+    @property
+    def products(self) -> float:
+        """About how many products of the weight with a matrix of the Gram's size take as long as it does."""
+
     buffers: ClassVar[Buffers]
     """What it takes while it solves."""
 

@@ -50,6 +50,10 @@ class Solver:
         if not 1 <= self.gradual <= self.iterations:
             raise ValueError(f"gradual must lie between 1 and iterations ({self.iterations}), not {self.gradual}")
 
+    @property
+    def products(self) -> float:
+        return self.iterations
+
     def solve(self, weight: Tensor, stats: LinearStats, pattern: Pattern) -> Tensor:
         inverse = stats.scaled_inverse(self.damping, self.rho)
         norms, inverse_norms = stats.norms, stats.inverse_norms

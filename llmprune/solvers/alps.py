@@ -22,6 +22,9 @@ LARGEST = 1e6
 """ρ is not raised above this."""
 RESTARTS = 4
 
+_USUAL = 60
+"""Iterations after which the support stands still, as a rule; with inverses each takes as long as two products."""
+
 
 @dataclass(frozen=True)
 class Solver:
@@ -60,6 +63,10 @@ class Solver:
         for name in ("iterations", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    @property
+    def products(self) -> float:
+        return 2 * min(self.iterations, _USUAL) + self.steps
 
     def solve(self, weight: Tensor, stats: LinearStats, pattern: Pattern) -> Tensor:
         gram = stats.scaled_gram(self.damping)

@@ -20,6 +20,7 @@ class Solver:
     scope: ClassVar[Scope] = "matrix"
     updates: ClassVar[bool] = False
     row_independent: ClassVar[bool] = True
+    products: ClassVar[float] = 0
     buffers: ClassVar[Buffers] = Buffers()
 
     def solve(self, weight: Tensor, stats: LinearStats, pattern: Pattern) -> Tensor:

@@ -27,6 +27,7 @@ class Solver:
     scope: ClassVar[Scope] = "matrix"
     updates: ClassVar[bool] = False
     row_independent: ClassVar[bool] = False
+    products: ClassVar[float] = 0
     buffers: ClassVar[Buffers] = Buffers()
 
     exponent: float = 0.5

@@ -33,6 +33,7 @@ class Solver:
     scope: ClassVar[Scope] = "matrix"
     updates: ClassVar[bool] = True
     row_independent: ClassVar[bool] = True
+    products: ClassVar[float] = 2
     buffers: ClassVar[Buffers] = Buffers()
 
     damping: float = 0.01

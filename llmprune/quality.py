@@ -1,0 +1,40 @@
+"""Presets: `fast`, `balanced` and `best` are short for methods, what follows them, and what they aim at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from llmprune.errors import unknown
+
+_NONE: Mapping[str, Any] = MappingProxyType({"refine": [], "reconstruct": [], "calibration.asymmetric": 0.0})
+
+QUALITIES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "fast": MappingProxyType({"method": "wanda", **_NONE}),
+        "balanced": MappingProxyType(
+            {"method": "wanda", **_NONE, "reconstruct": ["cg"], "calibration.asymmetric": 0.5}
+        ),
+        "best": MappingProxyType(
+            {
+                "method": "alps",
+                **_NONE,
+                "reconstruct": ["cg", {"name": "block", "steps": 128}],
+                "calibration.asymmetric": 0.5,
+            }
+        ),
+    }
+)
+"""What each stands for, as recipe keys. Measured in the README."""
+
+
+def keys_of(quality: str) -> Mapping[str, Any]:
+    """The recipe keys that a preset stands for.
+
+    Raises:
+        UserError: there is no such preset.
+    """
+    if quality not in QUALITIES:
+        raise unknown("quality", quality, QUALITIES)
+    return QUALITIES[quality]
