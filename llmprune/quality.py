@@ -14,15 +14,10 @@ QUALITIES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "fast": MappingProxyType({"method": "wanda", **_NONE}),
         "balanced": MappingProxyType(
-            {"method": "wanda", **_NONE, "reconstruct": ["cg"], "calibration.asymmetric": 0.5}
+            {"method": "wanda", **_NONE, "reconstruct": [{"name": "cg", "steps": 12}], "calibration.asymmetric": 0.5}
         ),
         "best": MappingProxyType(
-            {
-                "method": "alps",
-                **_NONE,
-                "reconstruct": ["cg", {"name": "block", "steps": 128}],
-                "calibration.asymmetric": 0.5,
-            }
+            {"method": "wanda", **_NONE, "reconstruct": ["cg", "block"], "calibration.asymmetric": 0.5}
         ),
     }
 )

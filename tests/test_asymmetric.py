@@ -16,8 +16,9 @@ from llmprune.budget import Needs, Schedule
 from llmprune.errors import Interrupted, UserError
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.source import resolve
-from llmprune.model.writer import Writer
+from llmprune.model.writer import REPORT, Writer
 from llmprune.recipe import Recipe
+from llmprune.report.card import make_card
 from llmprune.report.verify import verify
 from llmprune.stats import LinearStats
 from tests.families import FAMILIES, make
@@ -222,3 +223,9 @@ def test_it_is_told_in_the_report(model: Path, tmp_path: Path) -> None:
     report = json.loads((tmp_path / "out" / "llmprune.json").read_text())
     assert Recipe.from_dict(report["recipe"]).calibration.asymmetric == 0.5
     assert all(linear["relative_error"] < 0.5 for linear in report["linears"])
+
+
+def test_the_card_tells_of_it(model: Path, tmp_path: Path) -> None:
+    llmprune.prune(model, out=tmp_path / "out", recipe=recipe(0.5))
+    card = make_card(json.loads((tmp_path / "out" / REPORT).read_text()), [], "me/small", {}).text
+    assert "- **Asymmetric calibration**: kept weights aim 50% of the way at what the dense model makes" in card

@@ -291,7 +291,7 @@ import json, sys, llmprune
 from llmprune import memory
 model, out, text, method, cap = sys.argv[1:]
 method = json.loads(method)
-after = {key: method.pop(key) for key in ("refine", "reconstruct") if key in method}
+after = {key: method.pop(key) for key in ("refine", "reconstruct", "calibration.asymmetric") if key in method}
 report = llmprune.prune(
     model, out=out, sparsity="2:4", method=method, calibration=text, samples=4, length=256, max_memory=cap, **after
 )
@@ -321,6 +321,8 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
             },
         ),
         ("deep", {"name": "wanda", "reconstruct": [{"name": "block", "steps": 4}]}),
+        ("deep", {"name": "wanda", "reconstruct": ["cg"], "calibration.asymmetric": 0.5}),
+        ("wide", {"name": "sparsegpt", "calibration.asymmetric": 0.5}),
     ],
 )
 def test_the_peak_is_below_the_smallest_cap_and_near_what_was_said(

@@ -263,6 +263,9 @@ def _how(report: Mapping[str, Any], pruned: list[dict[str, Any]], methods: list[
             f"- **Calibration**: {_text_name(chosen['source'])}, {chosen['samples']} x {chosen['length']:,} tokens, "
             f"seed {chosen['seed']} (sha256 of the tokens: `{chosen['tokens_sha256']}`)"
         )
+        if share := chosen.get("asymmetric"):
+            aim = f"kept weights aim {share:.0%} of the way at what the dense model makes of its own inputs"
+            lines.append(f"- **Asymmetric calibration**: {aim}")
     lines.append("- **Every linear**, with its error and the hash of its mask: `llmprune.json`")
     return "\n".join(lines)
 

@@ -453,7 +453,11 @@ def _asked(report: Report) -> str:
     method = method.get("name") if isinstance(method, dict) else method
     if report.allocation == "uniform":
         return f"{method}, {report.recipe.get('sparsity')}"
-    return f"{method}, {report.sparsity:.2%} of the weights, allocated by {report.allocation}"
+    asked = report.recipe.get("sparsity")
+    written = f"{report.sparsity:.2%} of the weights"
+    if isinstance(report.recipe.get("allocation"), str) and not report.allocation.endswith(".yaml"):
+        written += f" ({asked} asked)"  # a plan file says it itself
+    return f"{method}, {written}, allocated by {report.allocation}"
 
 
 def _calibrated(report: Report) -> str:

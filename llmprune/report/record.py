@@ -31,7 +31,7 @@ class LinearRecord:
         kept: why it was left dense, or None.
         sparsity: the fraction of zeros in the written weight.
         relative_error: ‖(Ŵ−W)X‖² / ‖WX‖² on the calibration inputs, before whole blocks are fitted; None where no
-            inputs were seen.
+            inputs were seen. W is what was aimed at: the dense weight, or with asymmetric calibration its target.
         error_from: `gram` (all tokens) or `sample` (estimated on some of the tokens).
         tokens: calibration tokens that reached it.
         damping: the relative damping that the factorisation took.
@@ -299,9 +299,13 @@ def every(kind: type[T], data: Any, where: str) -> list[T]:
 
 
 def allocation_of(recipe: Mapping[str, Any]) -> str:
-    """The allocation that a recipe, as plain data, names; `uniform` in those that are older than allocations."""
+    """The allocation that a recipe, as plain data, names; `uniform` in those that are older than allocations.
+
+    Of a plan file it is the file's name, because the folder that it lay in is nobody else's business.
+    """
     chosen = recipe.get("allocation") or "uniform"
-    return str(chosen.get("path") or chosen.get("name")) if isinstance(chosen, Mapping) else str(chosen)
+    named = str(chosen.get("path") or chosen.get("name")) if isinstance(chosen, Mapping) else str(chosen)
+    return Path(named).name
 
 
 def versions() -> dict[str, str]:
