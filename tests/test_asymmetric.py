@@ -123,10 +123,12 @@ def seen(model: Any, number: int, places: tuple[str, str], tokens: torch.Tensor)
     return caught[places[0]], caught[places[1]]
 
 
-@pytest.mark.parametrize("true_sequential", [True, False])
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize(
+    ("family", "true_sequential"),
+    [*((family, True) for family in sorted(FAMILIES)), ("llama", False), ("gemma3_text", False), ("mixtral", False)],
+)
 def test_any_family(family: str, true_sequential: bool, tmp_path: Path) -> None:
-    """Hidden states of text that was not seen come nearer to those of the dense model, or hardly go away from them."""
+    """Hidden states of text that was not seen come nearer to those of the dense model."""
     source = make(family, tmp_path / "model")
     chosen = {"true_sequential": true_sequential, "samples": 64}
     _, made = pipeline.plan(source, recipe=recipe(0.0))
@@ -137,7 +139,7 @@ def test_any_family(family: str, true_sequential: bool, tmp_path: Path) -> None:
     for share in (0.0, 0.5):
         llmprune.prune(source, out=tmp_path / str(share), recipe=recipe(share, calibration=chosen))
     assert verify(tmp_path / "0.5").problems == []
-    assert distance(source, tmp_path / "0.5") < 1.02 * distance(source, tmp_path / "0.0")
+    assert distance(source, tmp_path / "0.5") < distance(source, tmp_path / "0.0")
 
 
 def distance(dense: Path, pruned: Path) -> float:

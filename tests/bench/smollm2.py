@@ -1,9 +1,10 @@
-"""Perplexity, time and memory of every method on SmolLM2-135M-Instruct.
+"""Perplexity, time and memory of methods, and of what follows them, on SmolLM2-135M-Instruct.
 
 python tests/bench/smollm2.py MODEL --calibration C4.jsonl --text wiki.test.raw [--dtype float32] [--device cuda]
 
 MODEL is a folder or a .gguf; the calibration is 32 sequences of 1,024 tokens, the perplexity has a context of 1,024.
-Each method runs in a process of its own, so that its peak memory is its own.
+Each method runs in a process of its own, so that its peak memory is its own. Beside names of methods --methods takes
+options of `prune`, such as --methods=wanda '--quality balanced' '--method alps --refine swaps --reconstruct cg'.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -38,7 +40,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--samples", default="32")
     parser.add_argument("--length", default="1024")
-    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="names of methods, or options of `prune`")
     parser.add_argument("--patterns", nargs="+", default=PATTERNS)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any recipe key; repeat")
     parser.add_argument("--no-perplexity", action="store_true", help="time and memory alone")
@@ -63,8 +65,10 @@ def main() -> None:
         for pattern in chosen.patterns:
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / "out"
-                arguments = ("prune", chosen.model, "--method", method, "--sparsity", pattern, "-o", str(out))
-                report = llmprune(*arguments, *calibration, *run)
+                asked = shlex.split(method) if method.startswith("-") else ("--method", method)
+                report = llmprune(
+                    "prune", chosen.model, *asked, "--sparsity", pattern, "-o", str(out), *calibration, *run
+                )
                 versions = report["versions"]
                 seconds, peak = f"{report['seconds']['total']:.0f} s", f"{report['peak_memory'] / 1e9:.2f} GB"
                 rows.append((method, pattern, quality(str(out)), seconds, peak))
