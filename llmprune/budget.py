@@ -428,7 +428,7 @@ _BEHIND_WIDEST, _BEHIND_WIDTH = 6, 24
 
 def _held(entry: Input) -> int:
     """Bytes of an input's statistics."""
-    aside = entry.features + entry.stream if entry.aside else 0
+    aside = entry.features if entry.aside else entry.stream
     return 4 * entry.features * ((entry.features if entry.needs == "gram" else SAMPLE_TOKENS) + aside)
 
 
@@ -438,7 +438,7 @@ _TAKEN = {"nothing": 0, "norms": 8, "gram": 12}
 
 def _aside(entry: Input) -> int:
     """Bytes a token that taking in what the dense model gives beside it needs: what is kept of it, and copies."""
-    return 12 * entry.features + 8 * entry.stream if entry.aside else 0
+    return 12 * entry.features + 8 * entry.stream if entry.aside or entry.stream else 0
 
 
 def _solving(entry: Input, rows: int, buffers: Buffers, after: int) -> int:
@@ -447,7 +447,7 @@ def _solving(entry: Input, rows: int, buffers: Buffers, after: int) -> int:
     changing = buffers.factor * square + buffers.weights * weights
     # What the method found, what takes its place and the masks; what it held of the Gram stays with the statistics.
     following = int(after + buffers.factor * square + 3.25 * weights) if after else 0
-    aiming = 3 * square + weights if entry.aside else 0
+    aiming = 3 * square + weights if entry.aside or entry.stream else 0
     return int(1.5 * weights) + max(buffers.factorising * square, changing, following, aiming)
 
 

@@ -106,6 +106,7 @@ def test_many_ranks_agree_with_one(
         {"method": "magnitude", "sparsity": "2:4", "refine": ["dsnot", "swaps"], "reconstruct": ["cg"]},
         {"method": "admm", "sparsity": "4:8"},
         {"method": "alps", "sparsity": "50%"},
+        {"method": "sparsegpt", "sparsity": "2:4", "calibration.asymmetric": 0.5},
     ],
 )
 def test_what_takes_many_steps_is_as_good_with_many_ranks(
