@@ -220,7 +220,6 @@ class Needs:
         text: int | None,
         fitted: bool = False,
         look: Literal["nothing", "weights", "norms"] = "nothing",
-        asymmetric: bool = False,
     ) -> None:
         """Take in the work.
 
@@ -230,10 +229,10 @@ class Needs:
             text: context length of an evaluation, None without.
             fitted: whether the weights of whole blocks are fitted to the dense model's states.
             look: what an allocation is shown of the dense blocks.
-            asymmetric: whether the dense model goes through each block beside the pruned one.
         """
         self._checkpoint, self._blocks, self._samples, self._length = checkpoint, blocks, samples, length
-        self._text, self._fitted, self._look, self._asymmetric = text, fitted, look, asymmetric
+        self._text, self._fitted, self._look = text, fitted, look
+        self._beside = any(stage.beside for work in blocks for stage in work.stages)  # the dense model's way
         self._apart = checkpoint.device.type != "cpu"
         self._width = checkpoint.hidden_size * checkpoint.dtype.itemsize
         self._vocabulary = int(checkpoint.config.get_text_config().vocab_size)
@@ -360,11 +359,11 @@ class Needs:
 
     def _loaded(self, work: Work) -> Peak:
         size = self._sizes[work.number]
-        return self._placed(size) + (self._near(max(size.stored, size.copied)) if self._asymmetric else Peak())
+        return self._placed(size) + (self._near(max(size.stored, size.copied)) if self._beside else Peak())
 
     def _kept(self, option: Schedule) -> Peak:
         """The activations of all batches."""
-        size = self._samples * self._length * self._width * (2 if self._fitted or self._asymmetric else 1)
+        size = self._samples * self._length * self._width * (2 if self._fitted or self._beside else 1)
         return {"device": Peak(device=size), "host": Peak(size), "disk": Peak()}[option.place]
 
     def _still(self, work: Work, option: Schedule) -> int:
@@ -375,13 +374,13 @@ class Needs:
         apart = option.place == "disk" or (self._apart and option.place == "host")
         stream = option.length * self._width
         each = work.held.size(option.length) + (stream if apart else 0)
-        return sequences * (2 * (each + stream) if self._asymmetric else each)
+        return sequences * (2 * (each + stream) if self._beside else each)
 
     def _flow(self, work: Work, sequences: int, length: int) -> int:
         """What is under way inside a block that runs, and what its statistics need to take it in."""
         run, tokens = self._checkpoint.dtype.itemsize, sequences * length
         each = max(8 * self._width + 3 * run * work.widest, work.held.token + 4 * self._width) + length * work.held.pair
-        taken = max((_TAKEN[entry.needs] * entry.features + _aside(entry) for entry in work.inputs), default=0)
+        taken = max((_TAKEN[entry.needs] * entry.features + _beside(entry) for entry in work.inputs), default=0)
         size = int(tokens * (each + taken)) + run * work.largest
         if widens(self._checkpoint.device, self._checkpoint.dtype):
             size += 4 * (2 * tokens * work.widest + min(AT_ONCE, work.largest))
@@ -428,17 +427,16 @@ _BEHIND_WIDEST, _BEHIND_WIDTH = 6, 24
 
 def _held(entry: Input) -> int:
     """Bytes of an input's statistics."""
-    aside = entry.features if entry.aside else entry.stream
-    return 4 * entry.features * ((entry.features if entry.needs == "gram" else SAMPLE_TOKENS) + aside)
+    return 4 * entry.features * ((entry.features if entry.needs == "gram" else SAMPLE_TOKENS) + entry.beside)
 
 
 _TAKEN = {"nothing": 0, "norms": 8, "gram": 12}
 """Bytes a token and feature that taking inputs into statistics needs: float32 copies of them."""
 
 
-def _aside(entry: Input) -> int:
+def _beside(entry: Input) -> int:
     """Bytes a token that taking in what the dense model gives beside it needs: what is kept of it, and copies."""
-    return 12 * entry.features + 8 * entry.stream if entry.aside or entry.stream else 0
+    return 12 * entry.features + 8 * entry.beside if entry.beside else 0
 
 
 def _solving(entry: Input, rows: int, buffers: Buffers, after: int) -> int:
@@ -447,7 +445,7 @@ def _solving(entry: Input, rows: int, buffers: Buffers, after: int) -> int:
     changing = buffers.factor * square + buffers.weights * weights
     # What the method found, what takes its place and the masks; what it held of the Gram stays with the statistics.
     following = int(after + buffers.factor * square + 3.25 * weights) if after else 0
-    aiming = 3 * square + weights if entry.aside or entry.stream else 0
+    aiming = 3 * square + weights if entry.beside else 0
     return int(1.5 * weights) + max(buffers.factorising * square, changing, following, aiming)
 
 

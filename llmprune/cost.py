@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from llmprune import distributed
 from llmprune.model.checkpoint import Checkpoint
+from llmprune.model.linears import Linear
 from llmprune.plan import Plan
 from llmprune.recipe import Recipe
 from llmprune.stats import product
 
 _SIZE = 1024
+
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "top_k_experts")
+"""What configs call the number of experts that a token chooses."""
 
 
 @dataclass(frozen=True)
@@ -44,28 +49,43 @@ class Cost:
         return self.total / rate / distributed.size()
 
 
-def cost(plan: Plan, recipe: Recipe) -> Cost:
+def cost(checkpoint: Checkpoint, plan: Plan, recipe: Recipe) -> Cost:
     """The cost of a plan."""
     if not plan.needs_data:
         return Cost()
     tokens = float(recipe.calibration.samples * plan.schedule.length)
     forwards = statistics = solving = fitting = 0.0
     for choices, stages in zip(plan.blocks, plan.schedule.stages, strict=True):
-        through = 2 * tokens * sum(choice.linear.numel for choice in choices if choice.linear.expert is None)
-        again = any(stage.dense for stage in stages) or plan.fit is not None
-        forwards += through * (1 + again + plan.follows_dense)
         chosen = {choice.linear.name: choice for choice in choices}
+        reach = _reach(checkpoint, [choice.linear for choice in choices])
+        through = sum(2 * tokens * reach[choice.linear.name] * choice.linear.numel for choice in choices)
+        runs = 1 + any(stage.dense for stage in stages)
+        beside = runs if any(stage.beside for stage in stages) else plan.fit is not None
+        forwards += through * (runs + beside + (plan.fit is not None))
         for entry in (entry for stage in stages for entry in stage.inputs):
-            width = entry.features
-            gram = entry.needs == "gram"
-            statistics += tokens * width * (gram * width + 2 * entry.aside * width + 4 * entry.stream)
-            rows = {name: chosen[name].linear.shape[0] for name in entry.linears}
+            width, gram = entry.features, entry.needs == "gram"
+            taken = gram * width + 2 * entry.beside * (2 if entry.stream else 1)
+            statistics += tokens * reach[entry.linears[0]] * width * taken
             solving += gram * float(width) ** 3
-            solving += sum(chosen[name].products * 2.0 * rows[name] * width**2 for name in rows)
+            solving += sum(chosen[name].products * 2.0 * chosen[name].linear.numel * width for name in entry.linears)
         if plan.fit is not None:
-            share = plan.schedule.batch / max(recipe.calibration.samples, 1)
-            fitting += through * (3 * share * plan.fit.steps + 2)
+            step = plan.schedule.batch / recipe.calibration.samples  # the part of the text that it sees
+            fitting += through * (3 * step * plan.fit.steps + 2)
     return Cost(forwards, statistics, solving, fitting)
+
+
+def _reach(checkpoint: Checkpoint, linears: Sequence[Linear]) -> dict[str, float]:
+    """The fraction of the tokens that reaches each linear: of experts those that a token chooses, of all there are."""
+    config = checkpoint.config.get_text_config()
+    at_once = next((count for name in _CHOSEN if isinstance(count := getattr(config, name, None), int)), 1)
+    experts: dict[str, set[int]] = {}
+    for linear in linears:
+        if linear.expert is not None:
+            experts.setdefault(linear.module, set()).add(linear.expert)
+    return {
+        linear.name: 1.0 if linear.expert is None else min(1.0, at_once / len(experts[linear.module]))
+        for linear in linears
+    }
 
 
 def rate(checkpoint: Checkpoint) -> float:

@@ -6,8 +6,6 @@ writes. At any time one block, its statistics and the activations between two bl
 
 from __future__ import annotations
 
-import contextlib
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,7 +20,7 @@ from llmprune.errors import Interrupted
 from llmprune.evaluate import perplexity
 from llmprune.model import blocks
 from llmprune.model.activations import Activations
-from llmprune.model.capture import Beside, Capture
+from llmprune.model.capture import Capture
 from llmprune.model.checkpoint import Checkpoint, LoadedBlock
 from llmprune.model.cpu import quick
 from llmprune.model.source import Source, resolve
@@ -211,8 +209,10 @@ def prune_blocks(
             block = checkpoint.load_block(number, dense=wanted is not None)
             checkpoint.prefetch(number + 1)
         calls = activations.calls[number] if activations is not None else []
-        aside = plan.asymmetric and number >= finished
-        if wanted is not None and not aside:
+        stages = schedule.stages[number] if number >= finished else ()
+        pruned = [choice.linear for choice in choices if choice.kept is None]
+        runs = Capture(pruned, stages, schedule.held, plan.writers[number])
+        if wanted is not None and not runs.goes_beside:
             with clock("dense"):
                 blocks.pass_through(checkpoint, number, calls, wanted)
         if number < finished:
@@ -221,16 +221,7 @@ def prune_blocks(
                 _as_written(block, choices)
         done: dict[str, LinearRecord] = {}
         away: tuple[float, float] | tuple[None, None] = (None, None)
-        stages = schedule.stages[number] if number >= finished else ()
-        pruned = [choice.linear for choice in choices if choice.kept is None]
-        writers = plan.writers[number] if aside else ()
-        dense_runs = Beside(pruned, stages, schedule.held, writers) if aside else None
-        runs = Capture(pruned, stages, schedule.held, dense_runs, writers)
-        with contextlib.ExitStack() as inside:
-            if dense_runs is not None:
-                twin = copy.deepcopy(block.module)
-                inside.enter_context(dense_runs.running(twin, block.name, calls, wanted))
-            inside.enter_context(runs.running(block.module, block.name, calls, activations))
+        with runs.running(block.module, block.name, calls, activations, wanted):
             for stage in stages:
                 with clock("capture"):
                     stats = runs.collect(stage, checkpoint.device)
@@ -239,10 +230,9 @@ def prune_blocks(
                     writer.settle()
                 with clock("solve"):
                     done.update(solve_stage(checkpoint, block, stage.inputs, choices, stats))
-            if dense_runs is not None and wanted is not None:
+            if runs.goes_beside and wanted is not None:
                 with clock("dense"):
-                    blocks.pass_through(checkpoint, number, calls, wanted, dense_runs.finish)
-                del twin
+                    blocks.pass_through(checkpoint, number, calls, wanted, runs.finish_dense)
             if plan.fit is None:
                 _propagate(checkpoint, number, activations, runs, clock)
         if plan.fit is not None:

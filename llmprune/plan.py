@@ -67,6 +67,11 @@ class Choice:
         return self.solver.row_independent and self.pattern.row_independent
 
     @property
+    def fits(self) -> bool:
+        """Whether it chooses kept weights anew, by the Gram."""
+        return self.needs == "gram" and (self.solver.updates or bool(self.after.reconstructors))
+
+    @property
     def products(self) -> float:
         """About how many products of its weight with a matrix of the Gram's size take as long as solving it does."""
         looks = 2 * (1 + len(self.after.names)) if self.needs == "gram" else 0  # at its error
@@ -152,14 +157,9 @@ class Plan:
         return next((choice.after.block for choice in self.pruned), None)
 
     @property
-    def asymmetric(self) -> bool:
-        """Whether any linear aims at what the dense model makes of its own inputs."""
-        return any(choice.asymmetric for choice in self.pruned)
-
-    @property
     def follows_dense(self) -> bool:
         """Whether the dense model's hidden states are taken through the blocks beside those of the pruned one."""
-        return self.asymmetric or self.fit is not None
+        return self.fit is not None or any(stage.beside for stages in self.schedule.stages for stage in stages)
 
     @property
     def known(self) -> list[Known]:
@@ -264,9 +264,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
             choice = Choice(linear, method, solver, pattern, after, kept, place, budget is not None and not own)
             if kept is None and choice.needs != "nothing" and linear.name.removeprefix(name) not in called:
                 choice = replace(choice, kept="its inputs cannot be seen: its weight is read without calling it")
-            aims = not writers[number] or linear.name in writers[number]
-            fitted = choice.needs == "gram" and (solver.updates or bool(after.reconstructors))
-            share = recipe.calibration.asymmetric if aims and fitted and linear.expert is None else 0.0
+            aims = choice.fits and linear.expert is None and (not writers[number] or linear.name in writers[number])
+            share = recipe.calibration.asymmetric if aims else 0.0
             choices.append(replace(choice, allocated=choice.allocated and choice.kept is None, asymmetric=share))
         blocks.append(tuple(choices))
     _check_names(checkpoint, recipe, blocks)
@@ -288,8 +287,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
         works.append(_work(number, blocks[number], seen, survey, dense))
     if not any(choice.kept is None for block in blocks for choice in block):
         raise UserError("nothing is left to prune: every linear is ignored, skipped or cannot be pruned")
-    asymmetric = any(choice.asymmetric and choice.kept is None for block in blocks for choice in block)
-    if recipe.calibration.asymmetric and not asymmetric:
+    aiming = any(choice.asymmetric and choice.kept is None for block in blocks for choice in block)
+    if recipe.calibration.asymmetric and not aiming:
         raise UserError(
             "calibration.asymmetric changes what kept weights are fitted to, and nothing fits them here (experts are "
             "never fitted that way): take a method such as sparsegpt or alps, or add --reconstruct cg"
@@ -301,14 +300,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
     text = None if recipe.evaluate.text is None else sequence_length(checkpoint, recipe.evaluate.length)
     samples = -(-recipe.calibration.samples // distributed.size())
     needs = Needs(
-        checkpoint,
-        works,
-        samples if data or look == "norms" else 0,
-        length,
-        text,
-        after.block is not None,
-        look,
-        asymmetric,
+        checkpoint, works, samples if data or look == "norms" else 0, length, text, after.block is not None, look
     )
     schedule = needs.schedule(min(samples, batch_size(checkpoint, length)), had)
     weights = sum(info.numel for info in checkpoint.index.values())
@@ -507,9 +499,9 @@ def _moments(
             if names := tuple(name for name in group if name in pruned):
                 needs = max((pruned[name].needs for name in names), key=LEVELS.index)
                 first = pruned[names[0]].linear
-                stream = first.shape[0] if pruned[first.name].asymmetric and first.name in writers else 0
-                aside = not writers and any(pruned[name].asymmetric for name in names)
-                inputs.append(Input(names, first.shape[1], needs, aside, stream))
+                stream, aims = first.name in writers, any(pruned[name].asymmetric for name in names)
+                beside = first.shape[0 if stream else 1] if aims else 0
+                inputs.append(Input(names, first.shape[1], needs, beside, stream))
         if inputs:
             found.append(tuple(inputs))
     return tuple(found)

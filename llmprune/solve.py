@@ -174,7 +174,7 @@ def _solve(checkpoint: Checkpoint, block: LoadedBlock, task: _Task, stats: Linea
     pruned = dense
     try:
         if like.asymmetric and stats.tokens:
-            dense = stats.target(dense, like.asymmetric, slice(*task.rows))
+            dense = stats.target(dense, like.asymmetric, slice(*task.rows) if task.input.stream else None)
         for pruned in _followed(dense, stats, like.pattern, solver, after):
             for choice, _, rows in parts:
                 losses[choice.linear.name].append(stats.losses(dense[rows], pruned[rows]))

@@ -44,14 +44,13 @@ class LinearStats:
         features: int,
         needs: Needs,
         device: torch.device | str = "cpu",
-        aside: bool = False,
-        stream: int = 0,
+        beside: int = 0,
     ) -> None:
         """Nothing is seen yet.
 
         Args:
-            aside: whether what the dense model gives the linear is taken in beside its inputs; a Gram is needed then.
-            stream: out_features, where what the hidden states will lack is taken in instead; else 0.
+            beside: features of what is taken in of the dense model beside the inputs, see `target`; 0 for nothing. A
+                Gram is needed then.
         """
         self.features = features
         self.needs = needs
@@ -61,31 +60,28 @@ class LinearStats:
         self.damping: float | None = None
         self._lower = torch.zeros(features, features, device=device) if needs == "gram" else None
         self._gram: Tensor | None = None
-        self._aside = torch.zeros(features, features, device=device) if aside else None
-        self._behind = torch.zeros(stream, features, device=device) if stream else None
+        self._cross = torch.zeros(beside, features, device=device) if beside else None
         self._rows: list[Tensor] = []
         self._factor: tuple[object, Any] | None = None
 
-    def add(self, inputs: Tensor, dense: Tensor | None = None, behind: Tensor | None = None) -> None:
+    def add(self, inputs: Tensor, lacking: Tensor | None = None) -> None:
         """Take in a batch.
 
         Args:
             inputs: (..., in), of any float dtype.
-            dense: (..., in) what the dense model gives the linear for the same tokens.
-            behind: (..., out) what the hidden states would lack of the dense model's if the linear stayed dense.
+            lacking: (..., beside) for the same tokens, what the dense model has more; see `target`.
         """
         x = inputs.reshape(-1, self.features)
         if len(x) == 0:
             return
         self.tokens += len(x)
         self.sums += x.sum(0, dtype=torch.float32)
-        for sums, rows in ((self._aside, dense), (self._behind, behind)):
-            if sums is not None:
-                if rows is None:
-                    raise RuntimeError("nothing of the dense model was given")
-                columns = x.float().T.contiguous()
-                further = rows.reshape(len(x), -1).float().T.contiguous()
-                sums += product(further - columns if sums is self._aside else further, columns)
+        if self._cross is not None:
+            if lacking is None:
+                raise RuntimeError("nothing of the dense model was given")
+            more = lacking.reshape(len(x), -1).float().T.contiguous()
+            self._cross += product(more, x.float().T.contiguous())
+            del more
         if self._lower is not None:
             add_gram(self._lower, x)
             return
@@ -98,7 +94,7 @@ class LinearStats:
     def finish(self) -> None:
         """Sum up over the ranks, and make the sums ready for solving; no `add` may follow."""
         count = torch.tensor([self.tokens], device=self.squares.device)
-        further = [sums for sums in (self._aside, self._behind) if sums is not None]
+        further = () if self._cross is None else (self._cross,)
         distributed.total(count, self.sums, self.squares if self._lower is None else self._lower, *further)
         self.tokens = int(count)
         if self._lower is None:
@@ -197,34 +193,35 @@ class LinearStats:
             f"{', '.join(f'{value:g}' for value in tried)} in float32 and float64; give it more calibration samples"
         )
 
-    def target(self, weight: Tensor, share: float, rows: slice = slice(None)) -> Tensor:
+    def target(self, weight: Tensor, share: float, rows: slice | None = None) -> Tensor:
         """T = W + share · E (XᵀX + λI)⁻¹, whose outputs on X are the nearest to those that would be right.
 
-        With X₀ what the dense model gives the linear, E = W (X₀−X)ᵀX makes T X the best guess at W X₀ that a linear can
-        make from X (asymmetric calibration, as of arXiv:2504.02692). Where its output is added to hidden states H, and
-        those of the dense model are H₀, E = (H₀ + X₀Wᵀ − H − XWᵀ)ᵀX: then H + T X is what comes nearest to the dense
-        model's. λ is a hundredth of the mean diagonal.
+        Where X₀ − X was taken in, with X₀ what the dense model gives the linear, E = W (X₀−X)ᵀX, and T X is the best
+        guess at W X₀ that a linear can make from X (asymmetric calibration, as of arXiv:2504.02692). Where the linear's
+        output is added to hidden states H, those of the dense model are H₀, and H₀ + X₀Wᵀ − H − XWᵀ was taken in, E is
+        its product with X: then H + T X is what comes nearest to the dense model's. λ is a hundredth of the mean
+        diagonal.
 
         Args:
             weight: (rows, in) float32 dense weights W; not changed.
             share: of the way, from 0 to 1.
-            rows: which of the linear's rows these are.
+            rows: where outputs were taken in, which of them these are; None where inputs were.
 
         Raises:
             SingularGram: see `inverse_factor`.
         """
+        if self._cross is None:
+            raise RuntimeError("nothing of the dense model was taken in")
         upper = self.inverse_factor(_TARGET_DAMPING)
         lower = upper.T.contiguous()
 
         def moved(part: Tensor, lacking: Tensor) -> Tensor:
             return part + share * product(product(lacking, upper), lower)
 
-        if self._behind is not None:
-            return by_rows(moved, weight, self._behind[rows])
-        if self._aside is None:
-            raise RuntimeError("nothing of the dense model was taken in")
-        aside = self._aside.T.contiguous()
-        return by_rows(lambda part: moved(part, product(part, aside)), weight)
+        if rows is not None:
+            return by_rows(moved, weight, self._cross[rows])
+        cross = self._cross.T.contiguous()
+        return by_rows(lambda part: moved(part, product(part, cross)), weight)
 
     def losses(self, dense: Tensor, pruned: Tensor) -> tuple[float, float] | None:
         """‖(Ŵ−W)X‖² and ‖WX‖² of (out, in) weights, exact from the Gram, else on the kept input rows.

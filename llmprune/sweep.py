@@ -1,7 +1,6 @@
 """The trade-off between sparsity and quality: each method at each sparsity is pruned, measured, and kept as figures.
 
-FOLDER holds sweep.json and sweep.html, `points/NAME.json` for each point that is done, with the report of its run, and,
-while it is at work on a point, FOLDER/NAME with its weights.
+FOLDER holds sweep.json, sweep.html, and what `points` says.
 """
 
 from __future__ import annotations

@@ -354,7 +354,7 @@ def test_a_whole_model(name: str, method: str, model: Path, text: str, tmp_path:
     assert report.seconds["allocate"] > 0
     assert (report.calibration is not None) == (method != "magnitude" or name != "alpha")
     page = (out / "report.html").read_text()
-    assert f"(0.7 asked), allocated by {name}" in page
+    assert f"(70.00% asked), allocated by {name}" in page
 
 
 def test_experts_of_which_some_are_not_reached(text: str, tmp_path: Path) -> None:

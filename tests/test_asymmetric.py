@@ -11,9 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import llmprune
-from llmprune import budget, data, pipeline
-from llmprune.budget import Needs, Schedule
-from llmprune.errors import Interrupted, UserError
+from llmprune import data, pipeline
+from llmprune.errors import UserError
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.source import resolve
 from llmprune.model.writer import REPORT, Writer
@@ -22,7 +21,7 @@ from llmprune.report.card import make_card
 from llmprune.report.verify import verify
 from llmprune.stats import LinearStats
 from tests.families import FAMILIES, make
-from tests.test_resume import digests
+from tests.test_resume import cut_off, digests
 
 SAMPLES, LENGTH = 16, 32
 
@@ -54,24 +53,25 @@ def recipe(asymmetric: float, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("share", [0.4, 1.0])
-@pytest.mark.parametrize("kind", ["aside", "stream"])
+@pytest.mark.parametrize("kind", ["inputs", "stream"])
 def test_the_target_is_the_least_squares_fit_to_what_would_be_right(kind: str, share: float) -> None:
     """With the damping as further rows of X, for which W itself would be right."""
     torch.manual_seed(0)
     weight, x, dense = torch.randn(6, 8), torch.randn(40, 8), torch.randn(40, 8)
     hidden, wanted = torch.randn(40, 6), torch.randn(40, 6)
-    stats = LinearStats(8, "gram", aside=kind == "aside", stream=6 if kind == "stream" else 0)
-    behind = wanted - hidden + (dense - x) @ weight.T
+    stream = kind == "stream"
+    stats = LinearStats(8, "gram", beside=6 if stream else 8)
+    lacking = wanted - hidden + (dense - x) @ weight.T if stream else dense - x
     for part in (slice(0, 15), slice(15, 40)):
-        stats.add(x[part][None], dense[part][None], behind[part][None])
+        stats.add(x[part][None], lacking[part][None])
     stats.finish()
-    right = dense @ weight.T if kind == "aside" else wanted + dense @ weight.T - hidden
+    right = wanted + dense @ weight.T - hidden if stream else dense @ weight.T
     damped = torch.cat([x, (0.01 * x.square().sum(0).mean()).sqrt() * torch.eye(8)]).double()
     best = torch.linalg.lstsq(damped, torch.cat([right, damped[40:].float() @ weight.T]).double()).solution.T
     expected = weight + share * (best - weight)
-    torch.testing.assert_close(stats.target(weight, share).double(), expected, rtol=1e-4, atol=1e-4)
-    some = stats.target(weight[2:5], share, slice(2, 5)).double()
-    torch.testing.assert_close(some, expected[2:5], rtol=1e-4, atol=1e-4)
+    for rows in (slice(0, 6), slice(2, 5)):
+        found = stats.target(weight[rows], share, rows if stream else None).double()
+        torch.testing.assert_close(found, expected[rows], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", sorted(WRITERS))
@@ -163,45 +163,15 @@ def test_the_model_comes_nearer_to_the_dense_one(model: Path, tmp_path: Path) ->
     assert away[1.0] < away[0.0]
 
 
-@pytest.mark.parametrize(
-    ("place", "overlap", "held"), [("host", False, 6), ("disk", True, SAMPLES), ("host", True, 0), ("disk", False, 1)]
-)
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_leaner_schedules_write_the_same_bytes(
-    family: str, place: str, overlap: bool, held: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = make(family, tmp_path / "model")
-    monkeypatch.setitem(budget.BATCH_TOKENS, "cpu", LENGTH)
-    llmprune.prune(source, out=tmp_path / "fast", recipe=recipe(0.5))
-    chosen = Needs.schedule
-
-    def other(self: Needs, *arguments: Any) -> Schedule:
-        return budget.replace(chosen(self, *arguments), place=place, overlap=overlap, held=held)
-
-    monkeypatch.setattr(Needs, "schedule", other)
-    llmprune.prune(source, out=tmp_path / "lean", recipe=recipe(0.5))
-    assert digests(tmp_path / "fast") == digests(tmp_path / "lean")
-
-
 @pytest.mark.parametrize("stop", [0, 1, 2])
 @pytest.mark.parametrize("reconstruct", [["cg"], ["cg", {"name": "block", "steps": 4}]])
 def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(
-    reconstruct: list[Any], stop: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reconstruct: list[Any], stop: int, model: Path, tmp_path: Path
 ) -> None:
     chosen = recipe(0.5, reconstruct=reconstruct)
     llmprune.prune(model, out=tmp_path / "whole", recipe=chosen)
-    commit, left = Writer.commit_block, [stop]
-
-    def cut(self: Writer, *given: Any) -> Any:
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return commit(self, *given)
-
-    monkeypatch.setattr(Writer, "commit_block", cut)
-    with pytest.raises(Interrupted):
+    with cut_off(Writer, "commit_block", stop):
         llmprune.prune(model, out=tmp_path / "out", recipe=chosen)
-    monkeypatch.setattr(Writer, "commit_block", commit)
     report = llmprune.prune(model, out=tmp_path / "out", recipe=chosen)
     assert report.resumed == stop
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")

@@ -131,11 +131,20 @@ def test_leaner_schedules_write_the_same_bytes(
 @pytest.mark.parametrize(
     ("place", "overlap", "held"), [("host", False, 6), ("disk", True, 6), ("host", True, 0), ("disk", False, 1)]
 )
+@pytest.mark.parametrize(("family", "asymmetric"), [("llama", 0.0), ("llama", 0.5), ("gemma3_text", 0.5)])
 def test_each_lean_choice_alone_writes_the_same_bytes(
-    place: str, overlap: bool, held: int, model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    asymmetric: float,
+    place: str,
+    overlap: bool,
+    held: int,
+    text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    model = make(family, tmp_path / "model")
     monkeypatch.setitem(budget.BATCH_TOKENS, "cpu", LENGTH)
-    options = {"sparsity": "2:4", "calibration": text, **OPTIONS}
+    options = {"sparsity": "2:4", "calibration": text, "calibration.asymmetric": asymmetric, **OPTIONS}
     llmprune.prune(model, out=tmp_path / "fast", **options)
     chosen = Needs.schedule
 

@@ -22,7 +22,7 @@ from llmprune.reconstruct.block import Reconstructor
 from llmprune.report.card import make_card
 from llmprune.report.verify import verify
 from tests.families import FAMILIES, make
-from tests.test_resume import digests
+from tests.test_resume import cut_off, digests
 
 FIT = {"name": "block", "steps": 24, "rate": 0.02}
 
@@ -95,23 +95,11 @@ def test_what_does_not_help_is_left_as_it_was(model: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 @pytest.mark.parametrize("stop", [1, 2])
-def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(
-    family: str, stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(family: str, stop: int, tmp_path: Path) -> None:
     source = make(family, tmp_path / "model")
     llmprune.prune(source, out=tmp_path / "whole", recipe=recipe(["cg", FIT]))
-    fit, left = Reconstructor.fit, [stop]
-
-    def cut(self: Reconstructor, *given: Any) -> Any:
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return fit(self, *given)
-
-    monkeypatch.setattr(Reconstructor, "fit", cut)
-    with pytest.raises(llmprune.errors.Interrupted):
+    with cut_off(Reconstructor, "fit", stop):
         llmprune.prune(source, out=tmp_path / "out", recipe=recipe(["cg", FIT]))
-    monkeypatch.undo()
     report = llmprune.prune(source, out=tmp_path / "out", recipe=recipe(["cg", FIT]))
     assert report.resumed == stop
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")

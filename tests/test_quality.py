@@ -80,12 +80,24 @@ def test_forwards_and_grams_are_counted_by_their_shapes(model: Path) -> None:
     tokens, weights = 8 * 32, sum(choice.linear.numel for choice in made.pruned)
     widths = {choice.linear.name: choice.linear.shape[1] for choice in made.pruned}
     shared = sum(width**2 for name, width in widths.items() if not name.endswith(("k_proj", "v_proj", "up_proj")))
-    found = cost(made, recipe)
+    found = cost(checkpoint, made, recipe)
     assert found.forwards == 2 * tokens * weights
     assert found.statistics == tokens * shared
     twice = assemble(recipe, {"calibration.true_sequential": False})
-    assert cost(pipeline.plan(model, recipe=twice)[1], twice).forwards == 2 * found.forwards
+    assert cost(*pipeline.plan(model, recipe=twice), twice).forwards == 2 * found.forwards
+    beside = assemble(recipe, {"calibration.asymmetric": 0.5})
+    assert cost(*pipeline.plan(model, recipe=beside), beside).forwards == 2 * found.forwards
     more = assemble(recipe, {"calibration.samples": 16})
-    assert cost(pipeline.plan(model, recipe=more)[1], more).statistics == 2 * found.statistics
+    assert cost(*pipeline.plan(model, recipe=more), more).statistics == 2 * found.statistics
     assert found.seconds(found.total / 3) == pytest.approx(3)
     assert 1e8 < rate(checkpoint) < 1e16
+
+
+def test_experts_see_the_tokens_that_choose_them(tmp_path: Path) -> None:
+    source = make("mixtral", tmp_path / "model", num_local_experts=8, num_experts_per_tok=2)
+    recipe = assemble(None, {"sparsity": "2:4", "method": "sparsegpt", "calibration": CALIBRATION})
+    checkpoint, made = pipeline.plan(source, recipe=recipe)
+    inside = sum(choice.linear.numel for choice in made.pruned if choice.linear.expert is not None)
+    outside = sum(choice.linear.numel for choice in made.pruned if choice.linear.expert is None)
+    assert inside
+    assert cost(checkpoint, made, recipe).forwards == pytest.approx(2 * 8 * 32 * (outside + inside * 2 / 8))

@@ -191,6 +191,23 @@ class Stopping(Silent):
             yield item
 
 
+@contextlib.contextmanager
+def cut_off(owner: type, name: str, calls: int) -> Iterator[None]:
+    """Inside, a run is interrupted when a method is called once more than so many times."""
+    method, left = getattr(owner, name), [calls]
+
+    def cut(self: Any, *given: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return method(self, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, cut)
+        with pytest.raises(Interrupted):
+            yield
+
+
 def stop_after(blocks: int, model: Path, out: Path, text: str, **changes: Any) -> None:
     with pytest.raises(Interrupted, match=f"{blocks} of {BLOCKS} blocks are finished in .*the same command goes on"):
         llmprune.prune(model, out=out, calibration=text, progress=Stopping(blocks), **{**SETTINGS, **changes})

@@ -14,6 +14,9 @@ from llmprune.allocation import Known, Seen
 
 Needs = Literal["nothing", "weights", "norms"]
 
+PLAN_FILES = (".yaml", ".yml")
+"""What the name of a plan file ends in."""
+
 
 class Allocator(Protocol):
     """It looks at the dense linears, one block after the other, and then decides how sparse each is to be."""
@@ -47,7 +50,7 @@ def load(allocation: str | Mapping[str, Any]) -> Allocator:
     Raises:
         UserError: an unknown allocation or option, or a value that is out of range.
     """
-    if isinstance(allocation, str) and allocation.endswith((".yaml", ".yml")):
+    if isinstance(allocation, str) and allocation.endswith(PLAN_FILES):
         allocation = {"name": "file", "path": allocation}
     allocator: Allocator = named.load(sys.modules[__name__], "Allocator", "allocation", allocation)
     return allocator

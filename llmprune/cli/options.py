@@ -165,6 +165,11 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     """What to do about an earlier run, and how progress is shown."""
     anew = "begin anew: do away with an earlier run in OUT instead of going on with it"
     parser.add_argument("--restart", action="store_true", help=anew)
+    add_log(parser)
+
+
+def add_log(parser: argparse.ArgumentParser) -> None:
+    """How progress is shown."""
     parser.add_argument("--log-json", action="store_true", help="show progress as lines of JSON on standard error")
 
 

@@ -32,7 +32,7 @@ def run(chosen: argparse.Namespace) -> int:
     recipe = recipe_options(chosen)["recipe"]
     checkpoint, made = plan(chosen.model, progress=Bars(), recipe=recipe)
     if chosen.json:
-        print_json({**made.to_dict(), "operations": asdict(cost(made, recipe))})
+        print_json({**made.to_dict(), "operations": asdict(cost(checkpoint, made, recipe))})
         return 0
     console = Console()
     console.print(
@@ -47,7 +47,7 @@ def run(chosen: argparse.Namespace) -> int:
         console.print(f"not covered  {share:.1%}  {name}", highlight=False)
     if rest := sum(made.uncovered.values()) - sum(shown.values()):
         console.print(f"not covered  {rest:.2%}  smaller things, see --json", highlight=False)
-    work = cost(made, recipe)
+    work = cost(checkpoint, made, recipe)
     lines = tables.cost_lines(work, rate(checkpoint))
     for line in [*tables.allocation_lines(made), *tables.memory_lines(made), *lines]:
         console.print(line, highlight=False)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from llmprune.cli.options import (
     MODEL,
     add_json,
+    add_log,
     add_recipe,
     add_tasks,
     listed,
@@ -44,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--confirm", metavar="TEXT", help=second)
     add_recipe(parser, sought=True)
     add_tasks(parser)
-    parser.add_argument("--log-json", action="store_true", help="show progress as lines of JSON on standard error")
+    add_log(parser)
     add_json(parser)
 
 

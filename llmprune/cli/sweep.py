@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from llmprune.cli.options import (
     MODEL,
     add_json,
+    add_log,
     add_recipe,
     add_tasks,
     listed,
@@ -32,7 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep-models", action="store_true", help="keep the weights of each point, in FOLDER/NAME")
     add_recipe(parser, several=True)
     add_tasks(parser)
-    parser.add_argument("--log-json", action="store_true", help="show progress as lines of JSON on standard error")
+    add_log(parser)
     add_json(parser)
 
 

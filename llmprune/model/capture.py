@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -28,57 +30,30 @@ _ASIDE = "the model changes its course by its data; --set calibration.asymmetric
 _COURSE = "the model changes its course by its data; --set calibration.true_sequential=false may help"
 
 
-class Capture(Watch):
-    """All batches on their way through one block.
+class _Way(Watch):
+    """All batches on their way through one block, from stage to stage; `finish` takes a batch the rest of the way."""
 
-    `collect` is called stage by stage, and the linears of each stage are solved before the next call; `finish` takes a
-    batch the rest of the way.
-    """
-
-    def __init__(
-        self,
-        linears: Iterable[Linear],
-        stages: Sequence[Stage],
-        held: int,
-        beside: Beside | None = None,
-        writers: Sequence[str] = (),
-    ) -> None:
-        """Nothing runs yet.
-
-        Args:
-            linears: those of the block that are pruned.
-            stages: what will be collected; none where all linears are solved already.
-            held: how many batches may stand still at a time.
-            beside: the dense model's way through the same block, where some statistics look at it.
-            writers: modules whose outputs are added to the hidden states as they are, where these are of interest.
-        """
+    def __init__(self, linears: Iterable[Linear], stages: Sequence[Stage], held: int, writers: Sequence[str]) -> None:
+        """Nothing runs yet; see `Capture`."""
         entries = [entry for stage in stages for entry in stage.inputs]
         self._leaders = {name: entry.linears[0] for entry in entries for name in entry.linears}
         # Experts are always run one by one, so that a block that is read again from OUT gives the same to the bit.
         super().__init__(linear for linear in linears if linear.name in self._leaders or linear.expert is not None)
-        self._held = held
+        self._held, self._writers = held, writers
         self._dense = any(stage.dense for stage in stages)
         self._waiting = set(self._leaders)
         self._stage = Stage(())
-        self._stats: dict[str, LinearStats] = {}
+        self._open: set[str] = set()  # the linears whose inputs are being collected
         self._steps: dict[int, greenlet] = {}
         self._outputs: dict[int, Tensor] = {}
-        self._beside, self._writers = beside, writers
         self._streams: dict[int, Tensor] = {}
         self._marks: list[dict[str, Mark]] = []
         self._batch = 0
 
     @contextlib.contextmanager
-    def running(
+    def _running(
         self, block: nn.Module, name: str, calls: Sequence[Call], activations: Activations | None
     ) -> Iterator[None]:
-        """Inside, batches can be run through a block; without activations there are none.
-
-        Args:
-            block, name: the block, and its full name.
-            calls: what it is called with, batch by batch.
-        """
-
         def run(batch: int) -> Tensor:
             assert activations is not None
             hidden = activations.read(batch)
@@ -103,26 +78,9 @@ class Capture(Watch):
                     self._give_up(batch)
                 del self._run  # it knows of this object, which would stay until the cycle is found
 
-    def collect(self, stage: Stage, device: torch.device) -> dict[str, LinearStats]:
-        """Take all batches to the inputs of a stage.
-
-        Returns:
-            Their statistics over all ranks' batches, by the names of the linears, which share those of their `Input`.
-        """
-        self._begin(stage, device)
-        ways = [self] if self._beside is None else [self._beside, self]
-        if self._beside is not None:
-            self._beside._begin(stage, device)
-        for batch in range(len(self._marks)):
-            for way in ways:
-                way._advance(batch)
-                if stage.dense or batch >= self._held:
-                    way._give_up(batch)
-        for way in ways:
-            stats, way._stats = way._stats, {}
-        for one in {id(value): value for value in stats.values()}.values():
-            one.finish()
-        return stats
+    @abstractmethod
+    def _take(self, name: str, inputs: Tensor) -> None:
+        """Take what the leader of an input is given, once for all that share it."""
 
     def finish(self, batch: int) -> Tensor:
         """What the block returns for a batch, when the linears of all stages are solved."""
@@ -143,7 +101,7 @@ class Capture(Watch):
         while True:
             marks = self._marks[self._batch]
             for names, tensor in inputs.items():
-                wanted = [name for name in names if name in self._stats or self._solved(name)]
+                wanted = [name for name in names if name in self._open or self._solved(name)]
                 if wanted:
                     self._see(wanted, tensor(), marks)
             if not self._stands(inputs, marks):
@@ -156,7 +114,7 @@ class Capture(Watch):
         mark = Mark(inputs)
         for name in names:
             leader = self._leaders[name]
-            if name in self._stats and name == leader:
+            if name in self._open and name == leader:
                 self._take(name, inputs)
             elif leader not in marks:
                 raise Failure(f"{name} was passed over when its inputs were collected, and is run now: {_COURSE}")
@@ -173,26 +131,12 @@ class Capture(Watch):
         if not self._dense:
             return any(name in self._waiting for names in inputs for name in names)
         # Nothing more is of interest in this run, which will be given up.
-        return bool(self._stats) and not self._stage.again and all(self._leaders[name] in marks for name in self._stats)
+        return bool(self._open) and not self._stage.again and all(self._leaders[name] in marks for name in self._open)
 
-    def _take(self, name: str, inputs: Tensor) -> None:
-        """Take what a linear is given into its statistics."""
-        if self._beside is None or (known := self._beside.given(name)) is None:
-            self._stats[name].add(inputs)
-            return
-        dense, ahead = known
-        if ahead is None:
-            self._stats[name].add(inputs, dense)
-        else:
-            changed = self._beside.changed(name, dense - inputs)
-            self._stats[name].add(inputs, behind=(ahead - self._streams[self._batch]).view_as(changed) + changed)
-
-    def _begin(self, stage: Stage, device: torch.device) -> None:
-        """Go over to a stage, with statistics that have seen nothing."""
+    def _begin(self, stage: Stage) -> None:
+        """Go over to a stage, and collect what its linears are given."""
         self._settle(stage)
-        for entry in stage.inputs:
-            stats = LinearStats(entry.features, entry.needs, device, entry.aside, entry.stream)
-            self._stats.update(dict.fromkeys(entry.linears, stats))
+        self._open = {name for entry in stage.inputs for name in entry.linears}
 
     def _settle(self, stage: Stage) -> None:
         """Go over to a stage; the linears of the one before are solved by now."""
@@ -222,16 +166,96 @@ class Capture(Watch):
             step.throw()
 
 
-class Beside(Capture):
-    """The dense model's way through a block: it stands still where that of the pruned model does, one step ahead."""
+class Capture(_Way):
+    """The way of the pruned model, and beside it that of the dense one where some statistics look at that.
+
+    `collect` is called stage by stage, and the linears of each stage are solved before the next call.
+    """
 
     def __init__(
         self, linears: Iterable[Linear], stages: Sequence[Stage], held: int, writers: Sequence[str] = ()
     ) -> None:
-        """As for `Capture`."""
-        super().__init__(linears, stages, held, None, writers)
-        inputs = [entry for stage in stages for entry in stage.inputs]
-        self._wanted = {entry.linears[0]: bool(entry.stream) for entry in inputs if entry.aside or entry.stream}
+        """Nothing runs yet.
+
+        Args:
+            linears: those of the block that are pruned.
+            stages: what will be collected; none where all linears are solved already.
+            held: how many batches may stand still at a time.
+            writers: linears whose outputs are added to the hidden states as they are.
+        """
+        beside = any(stage.beside for stage in stages)
+        super().__init__(linears, stages, held, writers if beside else ())
+        self._stats: dict[str, LinearStats] = {}
+        self._beside = _Beside(linears, stages, held, writers) if beside else None
+
+    @property
+    def goes_beside(self) -> bool:
+        """Whether the dense model goes through the block beside the pruned one."""
+        return self._beside is not None
+
+    @contextlib.contextmanager
+    def running(
+        self,
+        block: nn.Module,
+        name: str,
+        calls: Sequence[Call],
+        activations: Activations | None,
+        dense: Activations | None = None,
+    ) -> Iterator[None]:
+        """Inside, batches can be run through a block; without activations there are none.
+
+        Args:
+            block, name: the block, as it is before anything of it is pruned, and its full name.
+            calls: what it is called with, batch by batch.
+            dense: the dense model's activations, where it goes beside.
+        """
+        with contextlib.ExitStack() as ways:
+            if self._beside is not None:
+                ways.enter_context(self._beside.running(copy.deepcopy(block), name, calls, dense))
+            ways.enter_context(self._running(block, name, calls, activations))
+            yield
+
+    def collect(self, stage: Stage, device: torch.device) -> dict[str, LinearStats]:
+        """Take all batches to the inputs of a stage.
+
+        Returns:
+            Their statistics over all ranks' batches, by the names of the linears, which share those of their `Input`.
+        """
+        for entry in stage.inputs:
+            stats = LinearStats(entry.features, entry.needs, device, entry.beside)
+            self._stats.update(dict.fromkeys(entry.linears, stats))
+        ways: list[_Way] = [self] if self._beside is None else [self._beside, self]
+        for way in ways:
+            way._begin(stage)
+        for batch in range(len(self._marks)):
+            for way in ways:
+                way._advance(batch)
+                if stage.dense or batch >= self._held:
+                    way._give_up(batch)
+        for way in ways:
+            way._open = set()
+        found, self._stats = self._stats, {}
+        for one in {id(value): value for value in found.values()}.values():
+            one.finish()
+        return found
+
+    def finish_dense(self, batch: int) -> Tensor:
+        """What the dense block returns for a batch of the dense model, where it goes beside."""
+        assert self._beside is not None
+        return self._beside.finish(batch)
+
+    def _take(self, name: str, inputs: Tensor) -> None:
+        lacking = None if self._beside is None else self._beside.lacks(name, inputs, self._streams.get(self._batch))
+        self._stats[name].add(inputs, lacking)
+
+
+class _Beside(_Way):
+    """The dense model's way: it stands still where that of the pruned model does, and goes first."""
+
+    def __init__(self, linears: Iterable[Linear], stages: Sequence[Stage], held: int, writers: Sequence[str]) -> None:
+        super().__init__(linears, stages, held, writers)
+        inputs = [entry for stage in stages for entry in stage.inputs if entry.beside]
+        self._wanted = {entry.linears[0]: entry.stream for entry in inputs}
         self._given: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
         self._weights: dict[str, Tensor] = {}
 
@@ -239,32 +263,34 @@ class Beside(Capture):
     def running(
         self, block: nn.Module, name: str, calls: Sequence[Call], activations: Activations | None
     ) -> Iterator[None]:
-        """As for `Capture`."""
         parameters = dict(block.named_parameters(prefix=name))
         chosen = (linear for linear in self.linears.values() if self._wanted.get(linear.name))
         self._weights = {linear.name: linear.view(parameters[linear.parameter]) for linear in chosen}
-        with super().running(block, name, calls, activations):
+        with self._running(block, name, calls, activations):
             yield
 
-    def changed(self, name: str, change: Tensor) -> Tensor:
-        """By how much the outputs (..., out) of a dense linear change with its inputs (..., in)."""
-        return functional.linear(change, self._weights[name])
+    def lacks(self, name: str, inputs: Tensor, stream: Tensor | None) -> Tensor | None:
+        """What a linear of the pruned model lacks, in this batch; where it is run again, each time in turn.
 
-    def given(self, name: str) -> tuple[Tensor, Tensor | None] | None:
-        """What a linear was given, and the hidden states by then; each time that it was run, in turn.
+        Args:
+            inputs: (..., in) what it is given.
+            stream: the hidden states that its output will be added to.
 
         Returns:
-            None where nobody asked for it. Hidden states are there where its output is added to them.
+            (..., in) of its inputs; or (..., out) of the hidden states with its output, if it stayed dense. None where
+            nobody asked for it.
         """
         if name not in self._wanted:
             return None
         if not self._given.get(name):
             raise Failure(f"{name} is not run as often in the dense model as in the pruned one: {_ASIDE}")
-        return self._given[name].pop(0)
-
-    def _begin(self, stage: Stage, device: torch.device) -> None:
-        self._settle(stage)
-        self._stats = {name: LinearStats(0, "nothing") for entry in stage.inputs for name in entry.linears}
+        dense, ahead = self._given[name].pop(0)
+        apart = dense - inputs
+        if ahead is None:
+            return apart
+        assert stream is not None
+        changed = functional.linear(apart, self._weights[name])
+        return changed + (ahead - stream).view_as(changed)
 
     def _take(self, name: str, inputs: Tensor) -> None:
         if name in self._wanted:

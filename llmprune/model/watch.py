@@ -30,16 +30,16 @@ class Input:
         linears: their names.
         features: its width.
         needs: the most that any solver of these linears asks for.
-        aside: whether what the dense model gives them there is taken in as well.
-        stream: out_features of the one linear, where its output is added to the hidden states as it is, and what these
-            lack of the dense model's is taken in as well; else 0.
+        beside: features of what is taken in of the dense model beside it; 0 where nothing is.
+        stream: whether that is what the hidden states lack of the dense model's, to which the output of the one linear
+            is added as it is; else how far its inputs are from the dense model's.
     """
 
     linears: tuple[str, ...]
     features: int
     needs: Needs
-    aside: bool = False
-    stream: int = 0
+    beside: int = 0
+    stream: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ class Stage:
     inputs: tuple[Input, ...]
     dense: bool = False
     again: bool = False
+
+    @property
+    def beside(self) -> bool:
+        """Whether anything of the dense model is taken in."""
+        return any(entry.beside for entry in self.inputs)
 
 
 class Watch(ABC):

@@ -21,9 +21,11 @@ import plotly.offline
 import yaml
 from markupsafe import Markup
 
+from llmprune.allocate import PLAN_FILES
 from llmprune.allocation import spanned
 from llmprune.model.source import Source
 from llmprune.model.writer import PAGE
+from llmprune.patterns import parse
 from llmprune.report import plots, tables
 from llmprune.report.comparison import Compared, Difference
 from llmprune.report.record import LinearRecord, Perplexity, Report, Score
@@ -453,11 +455,10 @@ def _asked(report: Report) -> str:
     method = method.get("name") if isinstance(method, dict) else method
     if report.allocation == "uniform":
         return f"{method}, {report.recipe.get('sparsity')}"
-    asked = report.recipe.get("sparsity")
-    written = f"{report.sparsity:.2%} of the weights"
-    if isinstance(report.recipe.get("allocation"), str) and not report.allocation.endswith(".yaml"):
-        written += f" ({asked} asked)"  # a plan file says it itself
-    return f"{method}, {written}, allocated by {report.allocation}"
+    told = f"{report.sparsity:.2%} of the weights"
+    if not report.allocation.endswith(PLAN_FILES):  # which says itself how much
+        told += f" ({parse(report.recipe['sparsity']).sparsity:.2%} asked)"
+    return f"{method}, {told}, allocated by {report.allocation}"
 
 
 def _calibrated(report: Report) -> str:

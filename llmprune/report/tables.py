@@ -103,11 +103,11 @@ def cost_lines(work: Cost, rate: float) -> list[str]:
     if not work.total:
         return []
     parts = ", ".join(f"{name} {value / work.total:.0%}" for name, value in vars(work).items() if value)
-    at = f"{work.total:.2g} operations ({parts})"
-    return [f"work         about {duration(work.seconds(rate))} or more: {at}, at {rate:.2g} a second as measured here"]
+    told = f"{work.total:.2g} operations ({parts}), at {rate:.2g} a second as measured here"
+    return [f"work         about {_duration(work.seconds(rate))} or more: {told}"]
 
 
-def duration(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     """A time that is known roughly."""
     for unit, size_ in (("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size_:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmprune.parts import some_rows
+from llmprune.parts import by_rows
 from llmprune.patterns import Pattern, Scope, keep_more
 from llmprune.solvers import Buffers
 from llmprune.stats import LinearStats, Needs, product
@@ -57,11 +57,11 @@ class Solver:
     def solve(self, weight: Tensor, stats: LinearStats, pattern: Pattern) -> Tensor:
         inverse = stats.scaled_inverse(self.damping, self.rho)
         norms, inverse_norms = stats.norms, stats.inverse_norms
-        solved = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        parts, places = ((weight,), (solved,)) if not pattern.row_independent else map(some_rows, (weight, solved))
-        for part, place in zip(parts, places, strict=True):
-            torch.mul(self._split(part * norms, inverse, pattern), inverse_norms, out=place)
-        return solved
+
+        def solved(part: Tensor) -> Tensor:
+            return self._split(part * norms, inverse, pattern).mul_(inverse_norms)
+
+        return by_rows(solved, weight) if pattern.row_independent else solved(weight)
 
     def _split(self, dense: Tensor, inverse: Tensor, pattern: Pattern) -> Tensor:
         """(rows, in) Z in the end.
