@@ -211,6 +211,7 @@ def prune_blocks(
         calls = activations.calls[number] if activations is not None else []
         stages = schedule.stages[number] if number >= finished else ()
         pruned = [choice.linear for choice in choices if choice.kept is None]
+        fit = plan.fit if pruned else None
         runs = Capture(pruned, stages, schedule.held, plan.writers[number])
         if wanted is not None and not runs.goes_beside:
             with clock("dense"):
@@ -233,12 +234,12 @@ def prune_blocks(
             if runs.goes_beside and wanted is not None:
                 with clock("dense"):
                     blocks.pass_through(checkpoint, number, calls, wanted, runs.finish_dense)
-            if plan.fit is None:
+            if fit is None:
                 _propagate(checkpoint, number, activations, runs, clock)
-        if plan.fit is not None:
+        if fit is not None:
             if number >= finished and activations is not None and wanted is not None:
                 with clock("fit"):
-                    away = plan.fit.fit(block, pruned, calls, activations, wanted)
+                    away = fit.fit(block, pruned, calls, activations, wanted)
                     done = renewed(block, choices, done)
                     memory.give_back()
             runs = Capture(pruned, (), schedule.held)  # what went through the block before is of weights that were

@@ -54,6 +54,16 @@ def test_every_block_comes_nearer_to_the_dense_one(family: str, tmp_path: Path) 
         assert linear.sparsity == pytest.approx(0.5, abs=0.01)
 
 
+def test_a_block_of_which_nothing_is_pruned_stays_as_it_is(model: Path, tmp_path: Path) -> None:
+    report = llmprune.prune(model, out=tmp_path / "out", recipe=recipe(["cg", FIT], ignore=["model.layers.0.*"]))
+    assert report.blocks[0].away is None
+    assert report.blocks[1].away is not None
+    dense, fitted = (
+        dict(AutoModelForCausalLM.from_pretrained(path).state_dict()) for path in (model, tmp_path / "out")
+    )
+    assert all(torch.equal(fitted[name], value) for name, value in dense.items() if ".layers.0." in name)
+
+
 def test_what_is_told_is_what_plain_transformers_finds(model: Path, tmp_path: Path) -> None:
     """And the mask is the method's own, and nothing but the pruned weights has changed."""
     report = llmprune.prune(model, out=tmp_path / "out", recipe=recipe(["cg", FIT]))
