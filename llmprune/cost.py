@@ -11,6 +11,7 @@ import torch
 from llmprune import distributed
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.linears import Linear
+from llmprune.permute import TOKENS
 from llmprune.plan import Plan
 from llmprune.recipe import Recipe
 from llmprune.stats import product
@@ -55,13 +56,14 @@ def cost(checkpoint: Checkpoint, plan: Plan, recipe: Recipe) -> Cost:
         return Cost()
     tokens = float(recipe.calibration.samples * plan.schedule.length)
     forwards = statistics = solving = fitting = 0.0
-    for choices, stages in zip(plan.blocks, plan.schedule.stages, strict=True):
+    for number, (choices, stages) in enumerate(zip(plan.blocks, plan.schedule.stages, strict=True)):
         chosen = {choice.linear.name: choice for choice in choices}
         reach = _reach(checkpoint, [choice.linear for choice in choices])
         through = sum(2 * tokens * reach[choice.linear.name] * choice.linear.numel for choice in choices)
         runs = 1 + any(stage.dense for stage in stages)
         beside = runs if any(stage.beside for stage in stages) else plan.fit is not None
-        forwards += through * (runs + beside + (plan.fit is not None))
+        look = min(1.0, TOKENS / tokens) if plan.permuted(number) else 0
+        forwards += through * (runs + beside + (plan.fit is not None) + look)
         for entry in (entry for stage in stages for entry in stage.inputs):
             width, gram = entry.features, entry.needs == "gram"
             taken = gram * width + 2 * entry.beside * (2 if entry.stream else 1)

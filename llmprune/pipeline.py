@@ -25,6 +25,7 @@ from llmprune.model.checkpoint import Checkpoint, LoadedBlock
 from llmprune.model.cpu import quick
 from llmprune.model.source import Source, resolve
 from llmprune.model.writer import INDEX, Writer, check_out, fingerprint_files, writing
+from llmprune.permute import rearrange
 from llmprune.plan import Choice, Plan, allocated, make_plan
 from llmprune.progress import Clock, Progress, of_first
 from llmprune.recipe import Recipe, assemble, parse_size
@@ -212,6 +213,10 @@ def prune_blocks(
         stages = schedule.stages[number] if number >= finished else ()
         pruned = [choice.linear for choice in choices if choice.kept is None]
         fit = plan.fit if pruned else None
+        changed = _changed(plan, number, block)
+        if plan.permuted(number) and (number >= finished or wanted is not None):
+            with clock("permute"):  # finished blocks too: what the dense model makes of them stays the same to the bit
+                rearrange(block, plan.permuted(number), calls, activations, checkpoint.device)
         runs = Capture(pruned, stages, schedule.held, plan.writers[number])
         if wanted is not None and not runs.goes_beside:
             with clock("dense"):
@@ -219,7 +224,7 @@ def prune_blocks(
         if number < finished:
             with clock("read"):
                 block = block if wanted is None else checkpoint.load_block(number)
-                _as_written(block, choices)
+                _as_written(block, changed)
         done: dict[str, LinearRecord] = {}
         away: tuple[float, float] | tuple[None, None] = (None, None)
         with runs.running(block.module, block.name, calls, activations, wanted):
@@ -248,8 +253,9 @@ def prune_blocks(
         if number >= finished:
             held = memory.peak(), _peak_device_memory(checkpoint.device)
             spent = BlockRecord(block.name, clock.lap(), *held, *away)
-            changed = {choice.linear.parameter for choice in choices if choice.kept is None}
-            records = [vars(done.get(choice.linear.name) or _left_dense(choice)) for choice in choices]
+            moved = {channels.linear for channels, _ in plan.permuted(number)}
+            found = [done.get(choice.linear.name) or _left_dense(choice) for choice in choices]
+            records = [vars(replace(record, permuted=record.name in moved)) for record in found]
             with clock("write"):
                 writer.commit_block(number, block, changed, {**vars(spent), "linears": records}, progress.block)
                 if not schedule.overlap:
@@ -291,12 +297,18 @@ def _predicted(checkpoint: Checkpoint, plan: Plan, text: perplexity.Text | None)
     return max(peak, plan.schedule.memory["evaluate"].host + more * checkpoint.hidden_size * checkpoint.dtype.itemsize)
 
 
-def _as_written(block: LoadedBlock, choices: tuple[Choice, ...]) -> None:
+def _changed(plan: Plan, number: int, block: LoadedBlock) -> set[str]:
+    """The names of the parameters of a block that are written as they are in memory."""
+    linears = {choice.linear.name: choice.linear for choice in plan.blocks[number]}
+    moved = (channels.parameters(linears, block.state) for channels, _ in plan.permuted(number))
+    return {choice.linear.parameter for choice in plan.blocks[number] if choice.kept is None}.union(*moved)
+
+
+def _as_written(block: LoadedBlock, changed: set[str]) -> None:
     """Take over a finished block from the first rank, which reads it from OUT; others may not see that folder."""
-    for choice in choices:
-        if choice.kept is None:
-            distributed.broadcast(choice.linear.view(block.state[choice.linear.parameter]), 0)
-    block.refresh(choice.linear.parameter for choice in choices if choice.kept is None)
+    for name in sorted(changed):
+        distributed.broadcast(block.state[name], 0)
+    block.refresh(changed)
 
 
 def plan(

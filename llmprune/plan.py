@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import functools
 import operator
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +16,8 @@ from llmprune.allocate import Allocator
 from llmprune.allocation import LEFT_DENSE, Known, target
 from llmprune.budget import Needs, Room, Schedule, Work, batch_size
 from llmprune.errors import UserError, unknown
-from llmprune.model.blocks import Chain, kinds, probe, probe_length
+from llmprune.model.blocks import Chain, hidden_of, kinds, probe, probe_length
+from llmprune.model.channels import Channels, find_channels
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.linears import Linear, find_linears
 from llmprune.model.skeleton import decoder_prefix
@@ -115,6 +115,7 @@ class Plan:
         room: the memory that it was laid out for.
         budget: how the sparsity is divided; None where every linear gets the recipe's.
         writers: per block, the modules whose outputs are added to the hidden states as they are.
+        channels: per block, the input channels that may change places for the sake of N:M groups.
     """
 
     blocks: tuple[tuple[Choice, ...], ...]
@@ -125,6 +126,7 @@ class Plan:
     room: Room
     budget: Budget | None = None
     writers: tuple[tuple[str, ...], ...] = ()
+    channels: tuple[tuple[Channels, ...], ...] = ()
 
     @property
     def choices(self) -> list[Choice]:
@@ -183,12 +185,28 @@ class Plan:
             left[kind] = count / self.weights
         return dict(sorted(left.items(), key=lambda item: -item[1]))
 
+    def permuted(self, number: int) -> list[tuple[Channels, NM]]:
+        """What of a block changes places, with the pattern of its linear."""
+        patterns = {
+            choice.linear.name: choice.pattern
+            for choice in self.blocks[number]
+            if choice.kept is None and isinstance(choice.pattern, NM)
+        }
+        here = self.channels[number] if self.channels else ()
+        return [(channels, patterns[channels.linear]) for channels in here if channels.linear in patterns]
+
+    @property
+    def moved(self) -> set[str]:
+        """The names of linears whose input channels change places."""
+        return {channels.linear for number in range(len(self.blocks)) for channels, _ in self.permuted(number)}
+
     def open(self, choice: Choice) -> bool:
         """Whether a linear's sparsity is still to be found out."""
         return choice.allocated and self.budget is not None and self.budget.targets is None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
+        moved = self.moved
         return {
             "weights": self.weights,
             "covered": self.covered,
@@ -211,6 +229,7 @@ class Plan:
                     "shape": list(choice.linear.shape),
                     "method": choice.method if choice.kept is None else None,
                     "pattern": str(choice.pattern) if choice.kept is None and not self.open(choice) else None,
+                    "permuted": choice.linear.name in moved,
                     "kept": choice.kept,
                     "rule": choice.rule,
                 }
@@ -233,23 +252,29 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
     rules = [_resolve(recipe, number, budget) for number in range(len(recipe.rules))]
     after = read_after(recipe, {name: solver for name, solver, _ in (default, *rules)})
     surveys: dict[int, Survey] = {}
+    movable: dict[int, list[Channels]] = {}
 
-    @contextlib.contextmanager
-    def watch(number: int) -> Iterator[None]:
+    def study(number: int, run: Callable[[], Any]) -> Any:
         name = checkpoint.blocks[number]
-        surveys[number] = Survey(find_linears(checkpoint.block(name), name), probe_length(checkpoint))
-        with surveys[number].watching(checkpoint.block(name), name):
-            yield
+        block = checkpoint.block(name)
+        linears = find_linears(block, name)
+        surveys[number] = Survey(linears, probe_length(checkpoint))
+        if recipe.permute:
+            movable[number] = find_channels(block, name, linears, lambda: hidden_of(run()))
+        with surveys[number].watching(block, name):
+            return run()
 
-    chain = probe(checkpoint, watch)
+    chain = probe(checkpoint, study)
     blocks: list[tuple[Choice, ...]] = []
     writers: list[tuple[str, ...]] = []
+    channels: list[tuple[Channels, ...]] = []
     for number, kind in enumerate(kinds(checkpoint)):
         survey, like = surveys[kind], checkpoint.blocks[kind]
         called = {name.removeprefix(like) for moment in survey.moments for group in moment for name in group}
         checkpoint.check_revertible(number)
         name = checkpoint.blocks[number]
         writers.append(tuple(name + known.removeprefix(like) for known in survey.writers))
+        channels.append(tuple(one.renamed(like, name) for one in movable.get(kind, ())))
         choices = []
         for linear in find_linears(checkpoint.block(name), name):
             rule = next((place for place, entry in enumerate(recipe.rules) if matches(entry.match, linear.name)), None)
@@ -305,7 +330,22 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
     schedule = needs.schedule(min(samples, batch_size(checkpoint, length)), had)
     weights = sum(info.numel for info in checkpoint.index.values())
     others = _others(checkpoint, blocks)
-    return Plan(tuple(blocks), chain, weights, others, schedule, had, budget, tuple(writers))
+    made = Plan(tuple(blocks), chain, weights, others, schedule, had, budget, tuple(writers), tuple(channels))
+    _check_permuted(made, recipe)
+    return made
+
+
+def _check_permuted(plan: Plan, recipe: Recipe) -> None:
+    """See that a permutation that was asked for finds something to permute."""
+    if not recipe.permute or any(map(plan.permuted, range(len(plan.blocks)))):
+        return
+    groups = any(isinstance(choice.pattern, NM) for choice in plan.pruned)
+    why = (
+        "no channels of this model's pruned linears can change places without changing what its blocks return"
+        if groups
+        else "only N:M patterns such as 2:4 have groups that it could make better, and no linear gets one"
+    )
+    raise UserError(f"permute has nothing to do: {why}; leave it out")
 
 
 def allocated(plan: Plan, targets: Mapping[str, str]) -> Plan:

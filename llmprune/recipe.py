@@ -115,6 +115,7 @@ class Recipe:
         sparsity: `2:4`, `4:8`, any N:M (at most N of every M kept), `0.5`, or `50%`.
         method: a method's name, or a mapping of its `name` and options.
         scope: what an unstructured sparsity is counted over, `row` or `matrix`; by default the method's own.
+        permute: let channels change places before N:M groups are made of them, where a block returns the same then.
         refine: what makes the method's mask better, one after the other: names, or mappings of `name` and options.
         reconstruct: what then chooses the kept weights anew, likewise.
         allocation: how sparse each linear is to be for that sparsity of all of them: the name of an allocation, or a
@@ -135,6 +136,7 @@ class Recipe:
     sparsity: str | float = "50%"
     method: Named = "sparsegpt"
     scope: str | None = None
+    permute: bool = False
     refine: tuple[Named, ...] = ()
     reconstruct: tuple[Named, ...] = ()
     allocation: Named = "uniform"

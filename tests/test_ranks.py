@@ -218,6 +218,24 @@ def test_only_the_first_rank_needs_to_see_out(models: dict[str, Path], text: str
     assert many["sparse"]["value"] == pytest.approx(one["sparse"]["value"], rel=1e-3)
 
 
+def test_channels_change_places_alike_on_all_ranks(models: dict[str, Path], text: str, tmp_path: Path) -> None:
+    """Also what is left dense and has moved: ranks that don't see OUT are sent it when a run goes on."""
+    options = {"method": "sparsegpt", "sparsity": "2:4", "permute": True, "ignore": ["*.gate_proj"]}
+    given = (models["llama"], tmp_path / "out", text, options)
+    with Ranks(tmp_path, 2, prune_and_die, *given, 1, 2, **QUICK) as ranks:
+        assert ranks.wait(0)[0] == 1
+    (tmp_path / "again").mkdir()
+    with Ranks(tmp_path / "again", 2, far_away, *given) as ranks:
+        ranks.all_well()
+    prune(models["llama"], tmp_path / "one", text, options)
+    assert llmprune.verify(tmp_path / "out").ok
+    one, many = (json.loads((tmp_path / name / REPORT).read_text())["linears"] for name in ("one", "out"))
+    for mine, theirs in zip(one, many, strict=True):
+        assert theirs["permuted"] == mine["permuted"] == mine["name"].endswith(("o_proj", "down_proj"))
+        if "kept" not in mine:  # orders that keep the same but for rounding may be others
+            assert theirs["relative_error"] == pytest.approx(mine["relative_error"], rel=0.05)
+
+
 def test_torchrun(models: dict[str, Path], text: str, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone",

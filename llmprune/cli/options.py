@@ -37,6 +37,8 @@ def add_recipe(parser: argparse.ArgumentParser, several: bool = False, sought: b
             "fast, balanced or best: a method and what follows it; `plan` shows what it takes, options below it win"
         )
         add("--quality", metavar="NAME", help=qualities)
+        permute = "let channels change places before N:M groups are made of them, where the model stays the same"
+        add("--permute", action="store_true", default=None, help=permute)
         add("--refine", metavar="NAME,...", help="then make the mask better: swaps, dsnot")
         add("--reconstruct", metavar="NAME,...", help="then choose the kept weights anew: cg, block")
     add("--scope", choices=("row", "matrix"), help="what an unstructured sparsity is counted over [the method's own]")
@@ -80,6 +82,7 @@ def recipe_options(chosen: argparse.Namespace, default: Mapping[str, Any] | None
     names = ("sparsity", "method", "scope", "allocation", "calibration", "samples", "length", "seed", "device", "dtype")
     options = {name: getattr(chosen, name) for name in (*names, "shard_size", "max_memory", "evaluate")}
     options["quality"] = getattr(chosen, "quality", None)
+    options["permute"] = getattr(chosen, "permute", None)
     for name in ("refine", "reconstruct"):
         if (named := getattr(chosen, name, None)) is not None:
             options[name] = listed(named)

@@ -8,6 +8,7 @@ architecture has to be known by name.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -59,26 +60,26 @@ def replaced(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]
             del block.forward
 
 
-Watch = Callable[[int], contextlib.AbstractContextManager[None]]
+Study = Callable[[int, Callable[[], Any]], Any]
 
 
-def _unwatched(number: int) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext()
+def _unstudied(number: int, run: Callable[[], Any]) -> Any:
+    return run()
 
 
-def probe(checkpoint: Checkpoint, watch: Watch = _unwatched) -> Chain:
+def probe(checkpoint: Checkpoint, study: Study = _unstudied) -> Chain:
     """Run a few tokens through the first block of each kind, and see that the blocks form a plain chain.
 
     Args:
         checkpoint: nothing of it is loaded before or after.
-        watch: entered around the run of each block with its number.
+        study: runs a block, given its number and what does so, and returns what that returns.
 
     Raises:
         UserError: the model cannot be walked block by block; the message says why.
     """
     kind = type(checkpoint.model).__name__
     try:
-        return _probe(checkpoint, watch)
+        return _probe(checkpoint, study)
     except LLMPruneError:
         raise
     except Exception as error:
@@ -104,7 +105,7 @@ def kinds(checkpoint: Checkpoint) -> list[int]:
     return numbers
 
 
-def _probe(checkpoint: Checkpoint, watch: Watch) -> Chain:
+def _probe(checkpoint: Checkpoint, study: Study) -> Chain:
     model, kind = checkpoint.model, type(checkpoint.model).__name__
     blocks = [checkpoint.block(name) for name in checkpoint.blocks]
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -113,10 +114,10 @@ def _probe(checkpoint: Checkpoint, watch: Watch) -> Chain:
 
     def first(*args: Any, **kwargs: Any) -> Any:
         seen.append((args, kwargs))
-        with torch.no_grad(), watch(0):
-            output = type(blocks[0]).forward(blocks[0], *args, **kwargs)
+        with torch.no_grad():
+            output = study(0, lambda: type(blocks[0]).forward(blocks[0], *args, **kwargs))
         lengths.append(_form(output, kind))
-        return passed(_hidden(output))
+        return passed(hidden_of(output))
 
     def later(*args: Any, **kwargs: Any) -> Any:
         seen.append((args, kwargs))
@@ -165,9 +166,9 @@ def _probe(checkpoint: Checkpoint, watch: Watch) -> Chain:
     for number in sorted(set(kinds(checkpoint)) - {0}):
         checkpoint.load_block(number)
         args, kwargs = seen[number]
-        with torch.no_grad(), watch(number):
-            output = blocks[number](*args, **kwargs)
-        if _form(output, kind) != chain.length or _hidden(output).shape != returned[0].shape:
+        with torch.no_grad():
+            output = study(number, functools.partial(blocks[number], *args, **kwargs))
+        if _form(output, kind) != chain.length or hidden_of(output).shape != returned[0].shape:
             raise UserError(f"{kind} is not a plain chain of blocks: {checkpoint.blocks[number]} returns another form")
         checkpoint.unload_block(number)
     return chain
@@ -227,9 +228,9 @@ def run(block: nn.Module, call: Call, hidden: Tensor, weights: dict[str, Tensor]
     args = tuple(hidden if value is HIDDEN else value for value in call.args)
     kwargs = {name: hidden if value is HIDDEN else value for name, value in call.kwargs.items()}
     if weights is not None:
-        return _hidden(torch.func.functional_call(block, weights, args, kwargs))
+        return hidden_of(torch.func.functional_call(block, weights, args, kwargs))
     with torch.no_grad():
-        return _hidden(block(*args, **kwargs))
+        return hidden_of(block(*args, **kwargs))
 
 
 def advance(
@@ -338,7 +339,8 @@ def _form(output: Any, kind: str) -> int:
     raise UserError(f"{kind} is not a plain chain of blocks: a block returns a {type(output).__name__}")
 
 
-def _hidden(output: Any) -> Tensor:
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in what a block returns."""
     value: Tensor = output if isinstance(output, Tensor) else output[0]
     return value
 

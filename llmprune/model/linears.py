@@ -6,7 +6,7 @@ parameters of a mixture of experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,18 @@ class Linear:
         matrix = parameter if self.expert is None else parameter[self.expert]
         matrix = matrix.T if self.transposed else matrix
         return matrix if self.rows is None else matrix[self.rows[0] : self.rows[1]]
+
+    @property
+    def bias_parameter(self) -> str:
+        """Full name of the parameter that holds its bias, where it has one."""
+        return self.parameter.removesuffix(".weight") + (".bias" if self.expert is None else "_bias")
+
+    def bias(self, state: Mapping[str, Tensor]) -> Tensor | None:
+        """The (out,) bias among parameters by their full names, None where there is none; a view, as `view` is."""
+        stored = state.get(self.bias_parameter)
+        if stored is None or self.expert is None:
+            return stored
+        return stored[self.expert] if self.rows is None else stored[self.expert][self.rows[0] : self.rows[1]]
 
     @property
     def numel(self) -> int:

@@ -231,6 +231,11 @@ def _what(
 
 def _how(report: Mapping[str, Any], pruned: list[dict[str, Any]], methods: list[str]) -> str:
     lines = [f"- **Method**: {_method(solvers, name)}" for name in methods]
+    if moved := sum(record.get("permuted", False) for record in pruned):
+        lines.append(
+            f"- **Channel permutation**: for N:M groups that lose less, the inputs of {moved:,} linears have changed "
+            "places, with the rows of the linears that make them: weights stand elsewhere than in the dense model"
+        )
     for key, room, heading in (("refine", refine, "Mask refined by"), ("reconstruct", reconstruct, "Reconstructed by")):
         names = map(named.name_of, report["recipe"].get(key) or ())
         lines += [f"- **{heading}**: {_method(room, name)}" for name in names]

@@ -37,6 +37,7 @@ class LinearRecord:
         damping: the relative damping that the factorisation took.
         note: anything out of the ordinary.
         mask_sha256: of the mask, packed to bits row by row.
+        permuted: its input channels have changed places, with the rows of the linears that make them.
         course: where anything followed the method, the relative error after each step, by name.
     """
 
@@ -53,6 +54,7 @@ class LinearRecord:
     damping: float | None = None
     note: str | None = None
     mask_sha256: str | None = None
+    permuted: bool = False
     course: dict[str, float] | None = None
 
     @classmethod
@@ -67,8 +69,8 @@ class BlockRecord:
 
     Attributes:
         name: the block.
-        seconds: for `read`, `capture`, `solve`, `propagate` and `write`, and where blocks are fitted `dense` and `fit`;
-            writing goes on beside the next block.
+        seconds: for `read`, `capture`, `solve`, `propagate` and `write`, where channels change places `permute`, and
+            where blocks are fitted `dense` and `fit`; writing goes on beside the next block.
         peak_memory: the most that the process had held when the block was solved, in bytes.
         peak_device_memory: the same for a GPU.
         away_before, away: ‖f(x; Ŵ) − f(x₀; W)‖² / ‖f(x₀; W)‖² over the calibration, of what the pruned block returns

@@ -48,10 +48,12 @@ def plan_table(plan: Plan, every: bool) -> Table:
     for heading in ("linear", "in x out", "count", "method", "pattern", "weights"):
         table.add_column(heading, justify="left" if heading in ("linear", "method", "pattern") else "right")
 
+    moved = plan.moved
+
     def key(choice: Choice) -> tuple[object, ...]:
         name = choice.linear.name if every else kind(choice.linear.name)
         pattern = choice.pattern.scope if choice.allocated and not every else str(choice.pattern)
-        return name, choice.linear.shape, choice.kept, choice.method, pattern
+        return name, choice.linear.shape, choice.kept, choice.method, pattern, choice.linear.name in moved
 
     for group in _grouped(plan.choices, key):
         first = group[0]
@@ -62,6 +64,8 @@ def plan_table(plan: Plan, every: bool) -> Table:
         pattern = f"{spanned(str(choice.pattern) for choice in group)}{scope}" if first.kept is None else ""
         if plan.open(first) and plan.budget is not None:
             pattern = f"by {plan.budget.name}"
+        if first.linear.name in moved:
+            pattern += ", permuted"
         name = first.linear.name if every else kind(first.linear.name)
         rows, columns = first.linear.shape
         table.add_row(name, f"{columns:,} x {rows:,}", f"{len(group):,}", method, pattern, f"{share:.1%}")

@@ -1,0 +1,367 @@
+"""Finds input channels of linears that may change places, with the rows of other linears that make them.
+
+What an MLP's last linear is given, channel by channel, comes from the same row of the linears before it; what an
+attention's output is given comes from a row of its values. Where such rows and channels change places together, the
+block returns what it did, and N:M groups come out of other channels.
+
+No architecture is known by name: every linear's output is replaced by numbers of ours while the block runs, and the
+inputs of the others tell what became of them.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.model.blocks import replaced
+from llmprune.model.linears import Linear, first_projection, is_fused
+
+_PARTS = (1, 2, 3)
+"""A linear may stand for so many side by side: gate and up; queries, keys and values."""
+
+_MOST_ORBITS = 1024
+
+_NONE, _MIXED = -1, -2
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Input channels of a linear that may change places.
+
+    Attributes:
+        linear: its name.
+        units: (units, each) channels; those of one unit are made by one row of each maker, and go together.
+        orbits: (units,) numbers; units of the same number may change places.
+        makers: names of linears, and the row (units,) of each that makes a unit.
+    """
+
+    linear: str
+    units: Tensor = field(repr=False)
+    orbits: Tensor = field(repr=False)
+    makers: tuple[tuple[str, Tensor], ...]
+
+    def renamed(self, old: str, new: str) -> Channels:
+        """The same of another block."""
+        makers = tuple((new + name.removeprefix(old), rows) for name, rows in self.makers)
+        return replace(self, linear=new + self.linear.removeprefix(old), makers=makers)
+
+    def parameters(self, linears: Mapping[str, Linear], state: Mapping[str, Tensor]) -> set[str]:
+        """The names of the parameters that `rearrange` changes."""
+        makers = [linears[name] for name, _ in self.makers]
+        biases = {linear.bias_parameter for linear in makers if linear.bias(state) is not None}
+        return {linears[self.linear].parameter, *(linear.parameter for linear in makers), *biases}
+
+    def rearrange(self, order: Tensor, linears: Mapping[str, Linear], state: Mapping[str, Tensor]) -> None:
+        """Let units change places in a block's weights and biases.
+
+        Args:
+            order: (units,) which unit comes to the place of each.
+            linears: those of the block by name.
+            state: its parameters by their full names; changed in place.
+        """
+        weight = linears[self.linear].view(state[linears[self.linear].parameter])
+        weight[:, self.units.flatten()] = weight[:, self.units[order].flatten()]
+        for name, rows in self.makers:
+            linear = linears[name]
+            weight = linear.view(state[linear.parameter])
+            weight[rows] = weight[rows[order]]
+            if (bias := linear.bias(state)) is not None:
+                bias[rows] = bias[rows[order]]
+
+
+def find_channels(block: nn.Module, name: str, linears: Sequence[Linear], run: Callable[[], Tensor]) -> list[Channels]:
+    """The input channels of a block's linears that may change places.
+
+    Args:
+        block, name: the block, which is loaded, and its full name.
+        linears: those of the block.
+        run: runs the block on some tokens, and returns the hidden states.
+    """
+    modules = dict(block.named_modules(prefix=name))
+    plain = [linear for linear in linears if linear.expert is None and _is_plain(modules[linear.module])]
+    bench = _Bench({linear.name: (linear, modules[linear.module]) for linear in plain}, run)
+    found = list(_of_experts(modules, linears))
+    if bench.base is not None:
+        found += [one for linear in plain if (one := _of(bench, linear.name)) is not None]
+    return found
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a linear has nothing but a weight and a bias."""
+    return {key for key, _ in module.named_parameters()} <= {"weight", "bias"} and not any(module.buffers())
+
+
+def _of_experts(modules: Mapping[str, nn.Module], linears: Sequence[Linear]) -> Iterator[Channels]:
+    """Those of fused experts: their layout is known, and what their gate does to its channels is tried."""
+    parts: dict[tuple[str, int], dict[str, Linear]] = {}
+    for linear in linears:
+        if linear.expert is not None and is_fused(modules[linear.module]):
+            parts.setdefault((linear.module, linear.expert), {})[linear.name.rsplit(".", 1)[-1]] = linear
+    for (path, _), named in parts.items():
+        module: Any = modules[path]
+        width = named["down_proj"].shape[1]
+        channels = torch.arange(width)
+        if {"gate_proj", "up_proj"} <= named.keys():
+            makers = [("gate_proj", channels), ("up_proj", channels)]
+            at = [channels, channels + width]
+        elif "gate_up_proj" in named:
+            makers = [("gate_up_proj", 2 * channels), ("gate_up_proj", 2 * channels + 1)]
+            at = [rows for _, rows in makers]
+        else:
+            makers, at = [("up_proj", channels)], [channels]
+        made = _values(path, 0, (19, len(at) * width), torch.float32)
+        apply = module._apply_gate if first_projection(module) == "gate_up_proj" else module.act_fn
+        order = torch.randperm(width, generator=torch.Generator().manual_seed(0))
+        moved = made.clone()
+        for rows in at:
+            moved[:, rows] = made[:, rows[order]]
+        if torch.equal(apply(moved), apply(made)[:, order]):
+            whole = tuple((named[part].name, rows) for part, rows in makers)
+            yield Channels(named["down_proj"].name, channels[:, None], torch.zeros(width, dtype=torch.long), whole)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some rows of a linear, and what they are made to return."""
+
+    name: str
+    start: int
+    end: int
+
+
+@dataclass
+class _Seen:
+    """What linears are given while their outputs are ours, by name (tokens, in), and what the block returns."""
+
+    inputs: dict[str, Tensor]
+    output: Tensor
+
+
+class _Bench:
+    """Runs a block of which the linears return what they are told to.
+
+    Attributes:
+        base: what is seen when all return numbers by chance; None where a linear is run more than once.
+    """
+
+    def __init__(self, linears: Mapping[str, tuple[Linear, nn.Module]], run: Callable[[], Tensor]) -> None:
+        self.linears = {name: linear for name, (linear, _) in linears.items()}
+        self._modules = {name: module for name, (_, module) in linears.items()}
+        self._run = run
+        self._told: dict[_Part, dict[str, Tensor]] = {}
+        self._values: dict[Any, Tensor] = {}
+        self.base = self.see({})
+
+    def see(self, changes: Mapping[str, Callable[[Tensor, Tensor], Tensor]]) -> _Seen | None:
+        """Run the block once.
+
+        Args:
+            changes: for some linears what to make of the numbers by chance (..., out), and of others like them.
+        """
+        inputs: dict[str, Tensor] = {}
+        twice = False
+
+        def stand_in(name: str) -> Callable[[Tensor], Tensor]:
+            def forward(given: Tensor) -> Tensor:
+                nonlocal twice
+                twice |= name in inputs
+                inputs[name] = given.detach().flatten(0, -2).clone()
+                shape = (*given.shape[:-1], self.linears[name].shape[0])
+                made, others = (self._numbers(name, kind, shape, given) for kind in (0, 1))
+                return changes[name](made, others) if name in changes else made.clone()  # a block may add to it
+
+            return forward
+
+        with torch.no_grad(), replaced(list(self._modules.values()), [stand_in(name) for name in self._modules]):
+            output = self._run().clone()
+        return None if twice else _Seen(inputs, output)
+
+    def _numbers(self, name: str, kind: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        key = (name, kind, shape, like.dtype)
+        if key not in self._values:
+            self._values[key] = _values(name, kind, shape, like.dtype).to(like.device)
+        return self._values[key]
+
+    def sources(self, part: _Part) -> dict[str, Tensor]:
+        """For each linear and each of its input channels, which row of the part makes it.
+
+        Returns:
+            (in,) rows, _NONE where no row has to do with the channel, or _MIXED where several have; all _MIXED for
+            what the block returns under "", where that changes.
+        """
+        if part not in self._told:
+            self._told[part] = self._trace(part)
+        return self._told[part]
+
+    def _trace(self, part: _Part) -> dict[str, Tensor]:
+        assert self.base is not None
+        count = part.end - part.start
+        rows = torch.arange(count)
+        found = {name: torch.zeros(given.shape[1], dtype=torch.long) for name, given in self.base.inputs.items()}
+        clear = {name: torch.ones_like(value, dtype=torch.bool) for name, value in found.items()}
+        touched = {name: torch.zeros_like(value) for name, value in clear.items()}
+        returned = False
+        for bit in range(max(1, (count - 1).bit_length())):
+            ones = (rows >> bit) & 1 == 1
+            changed = [self._changed(part, ones), self._changed(part, ~ones)]
+            for name in found:
+                one, other = (each[name] for each in changed)
+                clear[name] &= one ^ other
+                touched[name] |= one | other
+                found[name] += one.long() << bit
+            returned |= any(bool(each[""]) for each in changed)
+            if not any(bool(each.any()) for each in clear.values()):
+                break  # all rows have been tried, and none makes anything by itself
+        told = {
+            name: torch.where(clear[name], value + part.start, torch.where(touched[name], _MIXED, _NONE))
+            for name, value in found.items()
+        }
+        told[""] = torch.tensor([_MIXED if returned else _NONE])
+        return told
+
+    def _changed(self, part: _Part, chosen: Tensor) -> dict[str, Tensor]:
+        """For each linear which input channels change when the chosen rows of a part return something else."""
+        assert self.base is not None
+
+        def change(made: Tensor, others: Tensor) -> Tensor:
+            made = made.clone()
+            made[..., part.start : part.end][..., chosen] = others[..., part.start : part.end][..., chosen]
+            return made
+
+        seen = self.see({part.name: change})
+        assert seen is not None
+        changed = {"": torch.tensor(not torch.equal(seen.output, self.base.output))}
+        for name, before in self.base.inputs.items():
+            after = seen.inputs.get(name)
+            if after is None or after.shape != before.shape:  # other tokens: the way through the block is another
+                changed[name] = torch.ones(before.shape[1], dtype=torch.bool)
+            else:
+                changed[name] = (after != before).any(0).cpu()
+        return changed
+
+
+def _of(bench: _Bench, name: str) -> Channels | None:
+    """Those of one linear."""
+    assert bench.base is not None
+    if name not in bench.base.inputs:
+        return None  # an expert that no token was sent to
+    makers: list[_Part] = []
+    for other in bench.base.inputs:
+        parts = [] if other == name else _parts(bench, other, name)
+        if parts is None:
+            return None
+        makers += parts
+    if not makers:
+        return None
+    for part in makers:
+        if any(bool((told != _NONE).any()) for reader, told in bench.sources(part).items() if reader != name):
+            return None
+    made = torch.stack([bench.sources(part)[name] for part in makers], 1)
+    rows, unit = torch.unique(made, dim=0, return_inverse=True)
+    for part, each in zip(makers, rows.T, strict=True):
+        if len(rows) != part.end - part.start or len(torch.unique(each)) != len(rows):
+            return None
+    alike = _alike(bench, name, makers)
+    if alike is None or bool((unit.bincount() != len(unit) // len(rows)).any()):
+        return None
+    order = (unit * _MOST_ORBITS + alike).argsort(stable=True)
+    units = order.view(len(rows), -1)
+    orbits = torch.unique(alike[units], dim=0, return_inverse=True)[1]
+    found = Channels(name, units, orbits, tuple((part.name, each) for part, each in zip(makers, rows.T, strict=True)))
+    return found if len(torch.unique(orbits)) < len(orbits) and _holds(bench, found) else None
+
+
+def _parts(bench: _Bench, source: str, reader: str) -> list[_Part] | None:
+    """The parts of a linear that make a reader's input channels one by one, in as few as can be; None: only some."""
+    count, width = bench.linears[source].shape[0], bench.linears[reader].shape[1]
+    for number in _PARTS:
+        size = count // number
+        if size * number != count or width % size:
+            continue
+        parts = [_Part(source, place * size, (place + 1) * size) for place in range(number)]
+        told = [bench.sources(part)[reader] >= 0 for part in parts]
+        if all(bool(each.all()) or not bool(each.any()) for each in told) and any(map(bool, map(torch.any, told))):
+            return [part for part, each in zip(parts, told, strict=True) if bool(each.any())]
+    return None if bool((bench.sources(_Part(source, 0, count))[reader] >= 0).any()) else []
+
+
+def _alike(bench: _Bench, name: str, makers: Sequence[_Part]) -> Tensor | None:
+    """(in,) numbers of the input channels, the same where what is made of the makers' rows is the same.
+
+    All rows of a maker return the same numbers for it.
+    """
+    spans: dict[str, list[_Part]] = {}
+    for part in makers:
+        spans.setdefault(part.name, []).append(part)
+
+    def even(parts: Sequence[_Part]) -> Callable[[Tensor, Tensor], Tensor]:
+        def change(made: Tensor, others: Tensor) -> Tensor:
+            made = made.clone()
+            for part in parts:
+                made[..., part.start : part.end] = made[..., part.start : part.start + 1]
+            return made
+
+        return change
+
+    seen = bench.see({source: even(parts) for source, parts in spans.items()})
+    assert seen is not None
+    assert bench.base is not None
+    given = seen.inputs[name].float().cpu()
+    numbers = torch.full((given.shape[1],), -1)
+    for number in range(_MOST_ORBITS):
+        left = (numbers < 0).nonzero()
+        if not len(left):
+            return numbers
+        same = _near(given, given[:, left[0]], bench.base.inputs[name].dtype).all(0)
+        numbers[same & (numbers < 0)] = number
+    return None
+
+
+def _holds(bench: _Bench, channels: Channels) -> bool:
+    """Whether channels come out as they should when rows change places by chance."""
+    assert bench.base is not None
+    order = by_chance(channels)
+    moves: dict[str, Tensor] = {}
+    for maker, rows in channels.makers:
+        places = moves.setdefault(maker, torch.arange(bench.linears[maker].shape[0]))
+        places[rows] = rows[order]
+
+    def move(places: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda made, others: made[..., places]
+
+    seen = bench.see({maker: move(places) for maker, places in moves.items()})
+    assert seen is not None
+    before, after = bench.base.inputs[channels.linear], seen.inputs[channels.linear]
+    if before.shape != after.shape:
+        return False
+    wanted = before.clone()
+    wanted[:, channels.units.flatten()] = before[:, channels.units[order].flatten()]
+    return bool(_near(after, wanted, before.dtype).all())
+
+
+def by_chance(channels: Channels, seed: int = 0) -> Tensor:
+    """(units,) an order by chance in which only units that may do so change places."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.arange(len(channels.orbits))
+    for orbit in torch.unique(channels.orbits):
+        places = (channels.orbits == orbit).nonzero()[:, 0]
+        order[places] = places[torch.randperm(len(places), generator=generator)]
+    return order
+
+
+def _near(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
+    """Equal but for what the order of sums makes of it."""
+    apart = (one.float() - other.float()).abs()
+    size = torch.maximum(one.float().abs(), other.float().abs())
+    return apart <= 8 * torch.finfo(dtype).eps * size.clamp(min=float(size.mean()))
+
+
+def _values(name: str, kind: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Numbers by chance, the same for the same name, kind and shape."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{kind} {name}".encode()))
+    return torch.randn(tuple(shape), generator=generator).to(dtype)

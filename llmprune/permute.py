@@ -1,0 +1,178 @@
+"""Channel permutation: lets the inputs of linears change places so that N:M groups lose less, folded into the weights.
+
+Which may change places is found by `model/channels.py`. It is done to a block before anything else is: its weights are
+put in another order, and it returns what it did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from llmprune import distributed
+from llmprune.model.activations import Activations, Call
+from llmprune.model.capture import Capture
+from llmprune.model.channels import Channels
+from llmprune.model.checkpoint import LoadedBlock
+from llmprune.model.linears import Linear, find_linears
+from llmprune.model.watch import Input, Stage
+from llmprune.patterns import NM
+from llmprune.stats import LinearStats
+
+TOKENS = 8192
+"""Calibration tokens that tell how large the inputs are."""
+
+_ROWS = 1024
+"""Rows of a weight that are looked at."""
+
+_GROUPS = 512
+"""Groups among which channels are dealt out at once."""
+
+_ROUNDS = 3
+
+
+def rearrange(
+    block: LoadedBlock,
+    chosen: Sequence[tuple[Channels, NM]],
+    calls: Sequence[Call],
+    activations: Activations | None,
+    device: torch.device,
+) -> None:
+    """Put the channels of a dense block in an order in which its N:M groups lose little.
+
+    Args:
+        chosen: what may change places, and the pattern that its linear will get.
+        calls, activations: what this rank's batches of the calibration are; without them weights alone decide.
+    """
+    linears = {linear.name: linear for linear in find_linears(block.module, block.name)}
+    stats = _look(block, linears, [channels for channels, _ in chosen], calls, activations, device)
+    changed: set[str] = set()
+    for channels, pattern in chosen:
+        order = None
+        if distributed.is_first():
+            linear = linears[channels.linear]
+            weight = linear.view(block.state[linear.parameter])
+            order = best_order(weight, stats.get(channels.linear), channels, pattern, device)
+        order = distributed.share(order)
+        assert order is not None
+        channels.rearrange(order, linears, block.state)
+        changed |= channels.parameters(linears, block.state)
+    block.refresh(changed)
+
+
+def _look(
+    block: LoadedBlock,
+    linears: Mapping[str, Linear],
+    chosen: Sequence[Channels],
+    calls: Sequence[Call],
+    activations: Activations | None,
+    device: torch.device,
+) -> dict[str, LinearStats]:
+    """Norms of what the linears are given, from some batches; none without activations."""
+    if activations is None:
+        return {}
+    inputs = tuple(Input((one.linear,), linears[one.linear].shape[1], "norms") for one in chosen)
+    stage = Stage(inputs, dense=True)
+    runs = Capture([linears[one.linear] for one in chosen], [stage], 0)
+    few = list(_few(calls, activations))
+    with runs.running(block.module, block.name, few, activations):
+        return runs.collect(stage, device)
+
+
+def _few(calls: Sequence[Call], activations: Activations) -> Iterator[Call]:
+    """The calls of the first batches, until there are tokens enough from all ranks."""
+    tokens = 0
+    for batch, call in enumerate(calls):
+        if tokens * distributed.size() >= TOKENS:
+            return
+        tokens += activations.read(batch).shape[:-1].numel()
+        yield call
+
+
+def best_order(
+    weight: Tensor, stats: LinearStats | None, channels: Channels, pattern: NM, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The order of units in which the groups of a pattern keep the most.
+
+    What is kept is W_ij² ‖X_j‖², summed over the N largest of each group; a part of the rows stands for all.
+
+    Args:
+        weight: (out, in).
+        stats: of the inputs; None for weights alone.
+        device: where it is worked out.
+
+    Returns:
+        (units,) which unit comes to the place of each; only those of one orbit change places.
+    """
+    step = -(-len(weight) // _ROWS)
+    scores = weight[::step].to(device, torch.float32).square()
+    if stats is not None and stats.tokens:
+        scores = scores * stats.squares.to(device)
+    order = torch.arange(len(channels.units))
+    for orbit in torch.unique(channels.orbits):
+        units = (channels.orbits == orbit).nonzero()[:, 0]
+        units = units[channels.units[units, 0].argsort()]
+        places = channels.units[units]
+        if _whole(places, pattern.m):
+            stacked = torch.cat([scores[:, lane] for lane in places.T])
+            order[units] = units[deal(stacked, pattern.n, pattern.m)]
+    return order
+
+
+def _whole(places: Tensor, m: int) -> bool:
+    """Whether the channels (units, each), unit by unit, fill whole groups, the same units in each."""
+    if len(places) % m:
+        return False
+    groups = places.view(-1, m, places.shape[1])
+    firsts = groups[:, :1]
+    return bool((firsts % m == 0).all()) and torch.equal(groups, firsts + torch.arange(m)[None, :, None])
+
+
+def deal(scores: Tensor, n: int, m: int, rounds: int = _ROUNDS) -> Tensor:
+    """An order of channels in which groups of m keep much in their n largest scores, summed over rows.
+
+    Channels are first dealt out by their sums, back and forth. Then, again and again, one of each group is taken out
+    by chance, and these are dealt out anew in the best way there is (a linear sum assignment, as for RIA, ICLR 2024):
+    a group keeps the n − 1 largest of its others, and the larger of their n-th and the new one.
+
+    Args:
+        scores: (rows, channels), not negative; the channels divide by m.
+
+    Returns:
+        (channels,) which channel comes to each place; never one that keeps less than the order as it is.
+    """
+    width = scores.shape[1]
+    groups = width // m
+    plain = torch.arange(width)
+    if groups < 2 or n >= m:
+        return plain
+    ranked = scores.sum(0).argsort(descending=True, stable=True).view(m, groups)
+    ranked[1::2] = ranked[1::2].flip(1)
+    dealt = ranked.T
+    found = dealt if kept(scores, dealt.flatten(), n, m) > kept(scores, plain, n, m) else plain.view(groups, m)
+    chance = torch.Generator().manual_seed(0)
+    for _ in range(rounds * m):
+        found = found.gather(1, torch.rand(groups, m, generator=chance).argsort(1))  # another one of each stands first
+        for some in torch.split(torch.randperm(groups, generator=chance), _GROUPS):
+            _deal_again(scores, found, some, n)
+    order = found.flatten()
+    return order if kept(scores, order, n, m) > kept(scores, plain, n, m) else plain
+
+
+def _deal_again(scores: Tensor, found: Tensor, some: Tensor, n: int) -> None:
+    """Deal out the first ones of some groups anew; `found` (groups, m) is changed in place."""
+    firsts = found[some, 0]
+    edge = scores[:, found[some, 1:]].topk(n, dim=-1).values[..., -1]
+    candidates = scores[:, firsts]
+    # Σ max(a, b) = (Σ a + Σ b + Σ |a − b|) / 2, where the sums of a and of b alone change nothing.
+    gain = torch.cdist(candidates.T.contiguous(), edge.T.contiguous(), p=1)
+    rows, columns = linear_sum_assignment(gain.double().cpu().numpy(), maximize=True)
+    found[some[torch.from_numpy(columns)], 0] = firsts[torch.from_numpy(rows)]
+
+
+def kept(scores: Tensor, order: Tensor, n: int, m: int) -> float:
+    """What groups of m keep in their n largest scores, of channels in this order."""
+    return float(scores[:, order].view(len(scores), -1, m).topk(n, dim=-1).values.sum(dtype=torch.float64))
