@@ -14,16 +14,18 @@ from llmprune.model.activations import Activations, Call
 from llmprune.model.checkpoint import LoadedBlock
 from llmprune.model.cpu import widens
 from llmprune.model.linears import Linear
-from llmprune.stats import Needs, ratio
+from llmprune.stats import Needs
 
 
 @dataclass(frozen=True)
 class Reconstructor:
-    """Adam on ‖f(x; Ŵ) − f(x₀; W)‖² with the mask frozen (in the manner of arXiv:2510.14444, on whole blocks).
+    """Adam on ‖f(x; Ŵ) − f(x₀; W)‖² / ‖f(x₀; W)‖² of each token, mask frozen (as arXiv:2510.14444, on whole blocks).
 
     x are the hidden states that come out of the pruned blocks before this one, x₀ those of the dense model, so that
-    what earlier blocks lost is made up for. A step takes one batch of the calibration; its size falls to nothing in a
-    half cosine. A block that it does not bring nearer to the dense one is left as it was.
+    what earlier blocks lost is made up for. Each token counts as much as any other, however large its states are: a
+    few with massive activations would else be nearly all there is from some block on. A step takes one batch of the
+    calibration; its size falls to nothing in a half cosine. A block that it does not bring nearer to the dense one is
+    left as it was.
 
     Args:
         steps: of Adam for each block.
@@ -58,7 +60,7 @@ class Reconstructor:
             wanted: f(x₀; W), likewise.
 
         Returns:
-            ‖f(x; Ŵ) − f(x₀; W)‖² / ‖f(x₀; W)‖² over all batches, before and after.
+            The mean over all tokens of ‖f(x; Ŵ) − f(x₀; W)‖² / ‖f(x₀; W)‖², before and after.
         """
         weights = _Weights(block, linears)
         before = weights.error(calls, given, wanted)
@@ -118,18 +120,20 @@ class _Weights:
             value.grad.mul_(self._keep[name])
 
     def loss(self, call: Call, given: Tensor, wanted: Tensor) -> Tensor:
-        """Of one batch, as a fraction of what is wanted."""
+        """Of one batch: the mean over its tokens of how far each is from what is wanted, as a fraction of that."""
         target = wanted.float()
-        return (self._run(call, given).float() - target).square().sum() / target.square().sum()
+        lost = (self._run(call, given).float() - target).square().sum(-1)
+        size = target.square().sum(-1)
+        return (lost / size.masked_fill_(size == 0, torch.inf)).mean()  # a padding token's states may be zero
 
     def error(self, calls: Sequence[Call], given: Activations, wanted: Activations) -> float:
         """Of all batches."""
-        lost = total = 0.0
+        lost, tokens = 0.0, 0
         for batch, call in enumerate(calls):
-            target = wanted.read(batch).float()
-            lost += float((self._run(call, given.read(batch)).float() - target).square().sum())
-            total += float(target.square().sum())
-        return ratio(lost, total)
+            count = wanted.read(batch).shape[:-1].numel()
+            lost += count * float(self.loss(call, given.read(batch), wanted.read(batch)))
+            tokens += count
+        return lost / tokens
 
     def round(self) -> None:
         """Take the weights as they will be stored."""

@@ -312,7 +312,7 @@ def _error_plots(report: Report, cells: plots.Grid) -> list[Plot]:
         return []
     heads, rows = _grid_rows(cells, lambda cell: "" if cell.error is None else f"{cell.error:.4g}")
     sampled = any(record.error_from == "sample" for record in seen)
-    fitted = [block for block in report.blocks if block.away is not None]
+    fitted = any(block.away is not None for block in report.blocks)
     made = [
         Plot(
             "error-map",
@@ -340,10 +340,10 @@ def _error_plots(report: Report, cells: plots.Grid) -> list[Plot]:
     ]
     if fitted:
         caption = (
-            "‖x − x₀‖² / ‖x₀‖² over the calibration text, of the states x that leave a pruned block and x₀ that leave "
-            "it in the dense model: all that was lost up to there."
+            "‖x − x₀‖² / ‖x₀‖², the mean over the tokens of the calibration text, of the states x that leave a pruned "
+            "block and x₀ that leave it in the dense model: all that was lost up to there."
         )
-        made.append(Plot("away", "Distance from the dense model over depth", plots.away(fitted), caption))
+        made.append(Plot("away", "Distance from the dense model over depth", plots.away(report.blocks), caption))
     return made
 
 

@@ -207,7 +207,7 @@ def depth(linears: Sequence[LinearRecord]) -> Figure:
 
 
 def away(blocks: Sequence[BlockRecord]) -> Figure:
-    """How far the output of each block is from the dense model's, before and after it was fitted."""
+    """How far the output of each block is from the dense model's, before and after it was fitted, if it was."""
     figure = go.Figure()
     for name, values in (
         ("before the fit", [block.away_before for block in blocks]),

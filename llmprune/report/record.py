@@ -73,9 +73,9 @@ class BlockRecord:
             where blocks are fitted `dense` and `fit`; writing goes on beside the next block.
         peak_memory: the most that the process had held when the block was solved, in bytes.
         peak_device_memory: the same for a GPU.
-        away_before, away: ‖f(x; Ŵ) − f(x₀; W)‖² / ‖f(x₀; W)‖² over the calibration, of what the pruned block returns
-            behind the pruned blocks before it and the dense block behind the dense ones, before and after its weights
-            were fitted; None where blocks are not.
+        away_before, away: the mean over the calibration's tokens of ‖f(x; Ŵ) − f(x₀; W)‖² / ‖f(x₀; W)‖², of what the
+            pruned block returns behind the pruned blocks before it and the dense block behind the dense ones, before
+            and after its weights were fitted; None where blocks are not.
     """
 
     name: str
