@@ -337,7 +337,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
 
 def _check_permuted(plan: Plan, recipe: Recipe) -> None:
     """See that a permutation that was asked for finds something to permute."""
-    if not recipe.permute or any(map(plan.permuted, range(len(plan.blocks)))):
+    if recipe.permute is not True or any(map(plan.permuted, range(len(plan.blocks)))):
         return
     groups = any(isinstance(choice.pattern, NM) for choice in plan.pruned)
     why = (

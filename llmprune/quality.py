@@ -8,7 +8,9 @@ from typing import Any
 
 from llmprune.errors import unknown
 
-_NONE: Mapping[str, Any] = MappingProxyType({"refine": [], "reconstruct": [], "calibration.asymmetric": 0.0})
+_NONE: Mapping[str, Any] = MappingProxyType(
+    {"permute": False, "refine": [], "reconstruct": [], "calibration.asymmetric": 0.0}
+)
 
 QUALITIES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -17,7 +19,13 @@ QUALITIES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             {"method": "wanda", **_NONE, "reconstruct": [{"name": "cg", "steps": 12}], "calibration.asymmetric": 0.5}
         ),
         "best": MappingProxyType(
-            {"method": "wanda", **_NONE, "reconstruct": ["cg", "block"], "calibration.asymmetric": 0.5}
+            {
+                "method": "wanda",
+                **_NONE,
+                "permute": "auto",
+                "reconstruct": ["cg", "block"],
+                "calibration.asymmetric": 0.5,
+            }
         ),
     }
 )

@@ -115,7 +115,8 @@ class Recipe:
         sparsity: `2:4`, `4:8`, any N:M (at most N of every M kept), `0.5`, or `50%`.
         method: a method's name, or a mapping of its `name` and options.
         scope: what an unstructured sparsity is counted over, `row` or `matrix`; by default the method's own.
-        permute: let channels change places before N:M groups are made of them, where a block returns the same then.
+        permute: let channels change places before N:M groups are made of them, where a block returns the same then;
+            `auto` does so where there are any, and true also sees that there are.
         refine: what makes the method's mask better, one after the other: names, or mappings of `name` and options.
         reconstruct: what then chooses the kept weights anew, likewise.
         allocation: how sparse each linear is to be for that sparsity of all of them: the name of an allocation, or a
@@ -136,7 +137,7 @@ class Recipe:
     sparsity: str | float = "50%"
     method: Named = "sparsegpt"
     scope: str | None = None
-    permute: bool = False
+    permute: bool | str = False
     refine: tuple[Named, ...] = ()
     reconstruct: tuple[Named, ...] = ()
     allocation: Named = "uniform"
@@ -153,6 +154,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UserError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if isinstance(self.permute, str) and self.permute != "auto":
+            raise UserError(f"permute must be true, false or auto, not {self.permute!r}")
         parse_size(self.shard_size)
         if self.max_memory is not None:
             parse_size(self.max_memory)

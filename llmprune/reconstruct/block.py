@@ -34,8 +34,8 @@ class Reconstructor:
 
     needs: ClassVar[Needs] = "norms"
 
-    steps: int = 64
-    rate: float = 0.01
+    steps: int = 128
+    rate: float = 0.02
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -65,7 +65,7 @@ class Reconstructor:
         weights = _Weights(block, linears)
         before = weights.error(calls, given, wanted)
         optimizer = torch.optim.Adam(
-            [{"params": [value], "lr": self.rate * size} for value, size in weights.trained()], betas=(0.9, 0.99)
+            [{"params": [value], "lr": self.rate * size} for value, size in weights.trained()], betas=(0.9, 0.95)
         )
         pace = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         order = torch.Generator().manual_seed(0)
