@@ -133,11 +133,11 @@ class Fitted:
             low, high = (middle, high) if reached < sparsity else (low, middle)
         if self.patterns:
             return _patterned(linears, sparsity, wish(high), self.patterns)
-        return _counted(linears, sparsity, numpy.clip(wish(high), least, most))
+        return counted(linears, sparsity, numpy.clip(wish(high), least, most))
 
 
-def _counted(linears: Sequence[Known], sparsity: float, wished: Sparsities) -> dict[str, str]:
-    """Whole numbers of zeros: all are rounded down, then those with the largest remainder get one step more."""
+def counted(linears: Sequence[Known], sparsity: float, wished: Sparsities) -> dict[str, str]:
+    """Targets for sparsities (linears,) in whole zeros: rounded down, then those with the largest rest get one more."""
     counts = [int(share * linear.steps + 1e-9) for share, linear in zip(wished, linears, strict=True)]
     step = [linear.numel / linear.steps for linear in linears]
     missing = sparsity * sum(linear.numel for linear in linears)

@@ -220,6 +220,7 @@ class Needs:
         text: int | None,
         fitted: bool = False,
         look: Literal["nothing", "weights", "norms"] = "nothing",
+        together: tuple[int, int] = (0, 0),
     ) -> None:
         """Take in the work.
 
@@ -229,7 +230,9 @@ class Needs:
             text: context length of an evaluation, None without.
             fitted: whether the weights of whole blocks are fitted to the dense model's states.
             look: what an allocation is shown of the dense blocks.
+            together: how many sequences an allocation measures on, and the most that go through the model at a time.
         """
+        self._together = together
         self._checkpoint, self._blocks, self._samples, self._length = checkpoint, blocks, samples, length
         self._text, self._fitted, self._look = text, fitted, look
         self._beside = any(stage.beside for work in blocks for stage in work.stages)  # the dense model's way
@@ -344,7 +347,7 @@ class Needs:
             embedded = option.batch * option.length * self._width
             found["embed"] = kept + self._placed(self._outer) + self._near(4 * embedded)
         if self._look != "nothing":
-            found["allocate"] = self._looking(option)
+            found["allocate"] = self._looking(option) | self._answering(option)
         if self._text is not None:
             found["evaluate"] = self._evaluation(self._text)
         return {phase: self._base + peak for phase, peak in found.items()}
@@ -408,6 +411,21 @@ class Needs:
             return most
         known = EVIDENCE * sum(len(entry.linears) for work in self._blocks for entry in work.inputs)
         return most + self._kept(option) + Peak(known)
+
+    def _answering(self, option: Schedule) -> Peak:
+        """One block after the other in many versions, one at a time, and the states that pass through them."""
+        sequences, together = self._together
+        if not sequences:
+            return Peak()
+        scores = LOSS_TOKENS * self._vocabulary * (2 * self._checkpoint.dtype.itemsize + 4 * 4)
+        most = self._placed(self._whole) + self._near(scores)
+        norms = 0
+        for work in self._blocks:
+            norms += 4 * sum(entry.features * len(entry.linears) for entry in work.inputs)
+            size = max(4 * 4 * work.largest, self._flow(replace(work, moments=()), 1, option.length))
+            most |= self._loaded(work) + Peak(self._sizes[work.number].stored) + self._near(size)
+        states = (2 * together + 2 * sequences) * option.length * self._width
+        return most + self._near(states) + Peak(norms)
 
     def _evaluation(self, length: int) -> Peak:
         """One batch of windows that goes through the largest block, or comes out at the end."""

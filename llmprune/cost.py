@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from llmprune import distributed
+from llmprune.allocate import Improver
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.linears import Linear
 from llmprune.permute import TOKENS
@@ -73,6 +74,8 @@ def cost(checkpoint: Checkpoint, plan: Plan, recipe: Recipe) -> Cost:
         if plan.fit is not None:
             step = plan.schedule.batch / recipe.calibration.samples  # the part of the text that it sees
             fitting += through * (3 * step * plan.fit.steps + 2)
+    if plan.budget is not None and plan.budget.targets is None and isinstance(plan.budget.allocator, Improver):
+        forwards += 2 * plan.weights * plan.budget.allocator.looked_at * min(tokens, plan.budget.allocator.tokens)
     return Cost(forwards, statistics, solving, fitting)
 
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from llmprune import data, distributed, memory
+from llmprune.allocate import Improver
 from llmprune.allocation import Seen
+from llmprune.answers import Answers
 from llmprune.model import blocks
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.watch import Input, Shown, Watch
@@ -44,6 +46,7 @@ def look(
             activations = blocks.start(checkpoint, plan.chain, batches, schedule.place, folder)
     mine = range(len(plan.blocks)) if activations is not None else distributed.share_of(len(plan.blocks))
     evidence: dict[str, Any] = {}
+    known_norms: dict[str, Tensor] = {}
     for number in progress.over(mine, "looking at the dense blocks"):
         shared = [choice for choice in plan.blocks[number] if choice.allocated]
         block = checkpoint.load_block(number)
@@ -55,6 +58,8 @@ def look(
             with sums.watching(block.module, block.name):
                 blocks.advance(checkpoint, number, activations)
             norms = sums.finish()
+            if isinstance(budget.allocator, Improver):
+                known_norms.update(norms)
             memory.give_back()
         if shared and (activations is None or distributed.is_first()):
             weights = [choice.linear.view(block.state[choice.linear.parameter]) for choice in shared]
@@ -73,7 +78,14 @@ def look(
         if distributed.is_first():
             known = [replace(linear, evidence=evidence[linear.name]) for linear in plan.known]
             targets = dict(budget.allocator.allocate(known, budget.sparsity or 0.0))
-    return distributed.share(targets)
+    targets = distributed.share(targets)
+    if isinstance(budget.allocator, Improver) and tokens is not None:
+        del activations
+        answers = Answers(checkpoint, plan, tokens, budget.allocator.tokens, known_norms)
+        share, sequences = budget.sparsity or 0.0, answers.sequences
+        better = budget.allocator.improve(plan.known, share, targets, answers.measure, sequences, progress)
+        targets = distributed.share(dict(better))
+    return targets
 
 
 class _Sums(Watch):

@@ -12,7 +12,7 @@ from typing import Any
 
 from llmprune import allocate, distributed, named, solvers
 from llmprune.after import After, read_after
-from llmprune.allocate import Allocator
+from llmprune.allocate import Allocator, Improver
 from llmprune.allocation import LEFT_DENSE, Known, target
 from llmprune.budget import Needs, Room, Schedule, Work, batch_size
 from llmprune.errors import UserError, unknown
@@ -324,9 +324,12 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
     data = any(choice.kept is None and choice.needs != "nothing" for block in blocks for choice in block)
     text = None if recipe.evaluate.text is None else sequence_length(checkpoint, recipe.evaluate.length)
     samples = -(-recipe.calibration.samples // distributed.size())
-    needs = Needs(
-        checkpoint, works, samples if data or look == "norms" else 0, length, text, after.block is not None, look
-    )
+    together = (0, 0)
+    if budget is not None and isinstance(budget.allocator, Improver):
+        sequences = min(samples, -(-budget.allocator.tokens // (length * distributed.size())))
+        together = sequences, budget.allocator.together(sequences)
+    drawn = samples if data or look == "norms" else 0
+    needs = Needs(checkpoint, works, drawn, length, text, after.block is not None, look, together)
     schedule = needs.schedule(min(samples, batch_size(checkpoint, length)), had)
     weights = sum(info.numel for info in checkpoint.index.values())
     others = _others(checkpoint, blocks)

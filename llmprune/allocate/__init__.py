@@ -6,11 +6,15 @@ A file defines a frozen dataclass `Allocator` whose fields are the allocation's 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from llmprune import named
 from llmprune.allocation import Known, Seen
+from llmprune.progress import Progress
+
+Measure = Callable[[Sequence[Mapping[str, str]], Sequence[int]], list[float]]
+"""How far the model is from the dense one with each of some targets, on the sequences of these numbers."""
 
 Needs = Literal["nothing", "weights", "norms"]
 
@@ -36,6 +40,36 @@ class Allocator(Protocol):
 
         Raises:
             UserError: that cannot be.
+        """
+
+
+@runtime_checkable
+class Improver(Allocator, Protocol):
+    """It then betters what it has decided, by how the model answers."""
+
+    tokens: int
+    """Calibration tokens that are measured on."""
+
+    def together(self, sequences: int) -> int:
+        """The most of so many sequences, all targets together, that go through the model at a time."""
+
+    @property
+    def looked_at(self) -> float:
+        """How often so many tokens go through the model, about."""
+
+    def improve(
+        self,
+        linears: Sequence[Known],
+        sparsity: float,
+        targets: Mapping[str, str],
+        measure: Measure,
+        sequences: int,
+        progress: Progress,
+    ) -> Mapping[str, str]:
+        """Better targets, the same on every rank.
+
+        Args:
+            sequences: how many there are to measure on.
         """
 
 

@@ -45,7 +45,7 @@ def add_recipe(parser: argparse.ArgumentParser, several: bool = False, sought: b
     add(
         "--allocation",
         metavar="NAME",
-        help="how the sparsity is divided: uniform, owl, alpha, global, or a plan file (.yaml) [uniform]",
+        help="how the sparsity is divided: uniform, owl, alpha, global, evolve, or a plan file (.yaml) [uniform]",
     )
     add("--calibration", metavar="TEXT", help="c4, wikitext2, builtin, owner/name on the Hub, or a local file [c4]")
     add("--samples", type=int, metavar="N", help="calibration sequences [128]")
