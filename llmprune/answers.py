@@ -51,7 +51,7 @@ class Answers:
         self._dense = self._through([{}], range(len(self._mine)), dense=True)[0]
 
     def measure(self, candidates: Sequence[Mapping[str, str]], part: Sequence[int]) -> list[float]:
-        """The mean divergence of each candidate, in nats a token, the same on all ranks.
+        """The mean divergence of each candidate, in nats a token, the same on all ranks; infinite where it is none.
 
         Args:
             candidates: targets by the names of the linears that share the budget.
@@ -75,7 +75,7 @@ class Answers:
         count = torch.tensor([float(sum(len(self._dense[place]) for place in chosen))], dtype=torch.float64)
         sums = torch.stack([sums[known.get(id(end), number)] for number, end in enumerate(ends)])
         distributed.total(sums, count)
-        return [float(value) for value in sums / count]
+        return (sums / count).nan_to_num_(torch.inf, torch.inf).tolist()
 
     def _logs(self, states: Tensor) -> Tensor:
         """(tokens, vocabulary) logarithms of what the model holds likely next."""

@@ -46,6 +46,9 @@ LOOKED_AT = 96 * 2**20
 EVIDENCE = 2 * 4096
 """Bytes that an allocation remembers of a linear, and once more while it decides."""
 
+_DEALT = 6 * 4 * 1024
+"""Bytes for each channel that is dealt to N:M groups: scores of 1,024 rows, copies of them, and their sums by pairs."""
+
 TOKEN_BYTES = 128
 """What the text takes from which one calibration token is drawn."""
 
@@ -221,6 +224,7 @@ class Needs:
         fitted: bool = False,
         look: Literal["nothing", "weights", "norms"] = "nothing",
         together: tuple[int, int] = (0, 0),
+        permuted: bool = False,
     ) -> None:
         """Take in the work.
 
@@ -231,8 +235,9 @@ class Needs:
             fitted: whether the weights of whole blocks are fitted to the dense model's states.
             look: what an allocation is shown of the dense blocks.
             together: how many sequences an allocation measures on, and the most that go through the model at a time.
+            permuted: whether channels change places.
         """
-        self._together = together
+        self._together, self._permuted = together, permuted
         self._checkpoint, self._blocks, self._samples, self._length = checkpoint, blocks, samples, length
         self._text, self._fitted, self._look = text, fitted, look
         self._beside = any(stage.beside for work in blocks for stage in work.stages)  # the dense model's way
@@ -337,6 +342,9 @@ class Needs:
                 capture |= behind + loaded + self._near(still + held + flow)
                 solve |= loaded + self._near(still + solving)
             write |= loaded + Peak(size.converted)
+            if self._permuted:
+                dealt = _DEALT * work.widest
+                capture |= behind + loaded + self._near(max(flow + 4 * work.widest, dealt))
             if self._fitted:
                 solve |= loaded + self._near(self._fitting(work, option))
             behind = Peak(size.stored) if option.overlap else Peak()

@@ -12,7 +12,6 @@ from llmprune import distributed
 from llmprune.allocate import Improver
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.linears import Linear
-from llmprune.permute import TOKENS
 from llmprune.plan import Plan
 from llmprune.recipe import Recipe
 from llmprune.stats import product
@@ -56,15 +55,15 @@ def cost(checkpoint: Checkpoint, plan: Plan, recipe: Recipe) -> Cost:
     if not plan.needs_data:
         return Cost()
     tokens = float(recipe.calibration.samples * plan.schedule.length)
-    forwards = statistics = solving = fitting = 0.0
+    forwards = statistics = solving = fitting = passing = 0.0
     for number, (choices, stages) in enumerate(zip(plan.blocks, plan.schedule.stages, strict=True)):
         chosen = {choice.linear.name: choice for choice in choices}
         reach = _reach(checkpoint, [choice.linear for choice in choices])
         through = sum(2 * tokens * reach[choice.linear.name] * choice.linear.numel for choice in choices)
         runs = 1 + any(stage.dense for stage in stages)
         beside = runs if any(stage.beside for stage in stages) else plan.fit is not None
-        look = min(1.0, TOKENS / tokens) if plan.permuted(number) else 0
-        forwards += through * (runs + beside + (plan.fit is not None) + look)
+        forwards += through * (runs + beside + (plan.fit is not None) + bool(plan.permuted(number)))
+        passing += through / tokens
         for entry in (entry for stage in stages for entry in stage.inputs):
             width, gram = entry.features, entry.needs == "gram"
             taken = gram * width + 2 * entry.beside * (2 if entry.stream else 1)
@@ -75,7 +74,7 @@ def cost(checkpoint: Checkpoint, plan: Plan, recipe: Recipe) -> Cost:
             step = plan.schedule.batch / recipe.calibration.samples  # the part of the text that it sees
             fitting += through * (3 * step * plan.fit.steps + 2)
     if plan.budget is not None and plan.budget.targets is None and isinstance(plan.budget.allocator, Improver):
-        forwards += 2 * plan.weights * plan.budget.allocator.looked_at * min(tokens, plan.budget.allocator.tokens)
+        forwards += passing * plan.budget.allocator.looked_at * min(tokens, plan.budget.allocator.tokens)
     return Cost(forwards, statistics, solving, fitting)
 
 

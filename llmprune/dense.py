@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llmprune import data, distributed, memory
@@ -16,8 +14,8 @@ from llmprune.allocation import Seen
 from llmprune.answers import Answers
 from llmprune.model import blocks
 from llmprune.model.checkpoint import Checkpoint
-from llmprune.model.watch import Input, Shown, Watch
-from llmprune.plan import Choice, Plan
+from llmprune.norms import Norms
+from llmprune.plan import Plan
 from llmprune.progress import Progress
 
 
@@ -47,6 +45,7 @@ def look(
     mine = range(len(plan.blocks)) if activations is not None else distributed.share_of(len(plan.blocks))
     evidence: dict[str, Any] = {}
     known_norms: dict[str, Tensor] = {}
+    improves = isinstance(budget.allocator, Improver)
     for number in progress.over(mine, "looking at the dense blocks"):
         shared = [choice for choice in plan.blocks[number] if choice.allocated]
         block = checkpoint.load_block(number)
@@ -54,11 +53,16 @@ def look(
         if activations is not None:
             checkpoint.prefetch(number + 1)
             inputs = [entry for stage in schedule.stages[number] for entry in stage.inputs]
-            sums = _Sums(shared, inputs, checkpoint.device)
+            watched = [
+                choice.linear
+                for choice in plan.blocks[number]
+                if choice.allocated or (improves and choice.kept is None)
+            ]
+            sums = Norms(watched, [entry.linears for entry in inputs], checkpoint.device)
             with sums.watching(block.module, block.name):
                 blocks.advance(checkpoint, number, activations)
             norms = sums.finish()
-            if isinstance(budget.allocator, Improver):
+            if improves:
                 known_norms.update(norms)
             memory.give_back()
         if shared and (activations is None or distributed.is_first()):
@@ -86,42 +90,3 @@ def look(
         better = budget.allocator.improve(plan.known, share, targets, answers.measure, sequences, progress)
         targets = distributed.share(dict(better))
     return targets
-
-
-class _Sums(Watch):
-    """Adds up the squares of what linears are given, over all batches of all ranks."""
-
-    def __init__(self, choices: Sequence[Choice], inputs: Sequence[Input], device: torch.device) -> None:
-        """Nothing is seen yet.
-
-        Args:
-            choices: the linears that are of interest.
-            inputs: which of them are given the same tensor, of which one sum is kept.
-        """
-        super().__init__(choice.linear for choice in choices)
-        self._groups = [
-            names for entry in inputs if (names := [name for name in entry.linears if name in self.linears])
-        ]
-        self._squares = {
-            names[0]: torch.zeros(self.linears[names[0]].shape[1], device=device) for names in self._groups
-        }
-        self._tokens = dict.fromkeys(self._squares, 0)
-
-    def ready(self, inputs: Shown) -> None:
-        """Take in the inputs of linears."""
-        for names, tensor in inputs.items():
-            for name in self._squares.keys() & names:
-                x = tensor().reshape(-1, len(self._squares[name]))
-                self._squares[name] += x.float().square().sum(0)
-                self._tokens[name] += len(x)
-
-    def finish(self) -> dict[str, Tensor]:
-        """By the names of the linears the root mean square (in,) of each input; none where no token was seen."""
-        norms = {}
-        for names in self._groups:
-            squares = self._squares[names[0]]
-            count = torch.tensor([self._tokens[names[0]]], device=squares.device)
-            distributed.total(count, squares)
-            if int(count):
-                norms.update(dict.fromkeys(names, (squares / count).sqrt()))
-        return norms

@@ -6,24 +6,21 @@ put in another order, and it returns what it did.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from llmprune import distributed
+from llmprune.errors import Failure
+from llmprune.model import blocks
 from llmprune.model.activations import Activations, Call
-from llmprune.model.capture import Capture
 from llmprune.model.channels import Channels
 from llmprune.model.checkpoint import LoadedBlock
 from llmprune.model.linears import Linear, find_linears
-from llmprune.model.watch import Input, Stage
+from llmprune.norms import Norms
 from llmprune.patterns import NM
-from llmprune.stats import LinearStats
-
-TOKENS = 8192
-"""Calibration tokens that tell how large the inputs are."""
 
 _ROWS = 1024
 """Rows of a weight that are looked at."""
@@ -48,14 +45,14 @@ def rearrange(
         calls, activations: what this rank's batches of the calibration are; without them weights alone decide.
     """
     linears = {linear.name: linear for linear in find_linears(block.module, block.name)}
-    stats = _look(block, linears, [channels for channels, _ in chosen], calls, activations, device)
+    norms = _look(block, [linears[channels.linear] for channels, _ in chosen], calls, activations, device)
     changed: set[str] = set()
     for channels, pattern in chosen:
         order = None
         if distributed.is_first():
             linear = linears[channels.linear]
             weight = linear.view(block.state[linear.parameter])
-            order = best_order(weight, stats.get(channels.linear), channels, pattern, device)
+            order = best_order(weight, norms.get(channels.linear), channels, pattern, device)
         order = distributed.share(order)
         assert order is not None
         channels.rearrange(order, linears, block.state)
@@ -65,35 +62,27 @@ def rearrange(
 
 def _look(
     block: LoadedBlock,
-    linears: Mapping[str, Linear],
-    chosen: Sequence[Channels],
+    linears: Sequence[Linear],
     calls: Sequence[Call],
     activations: Activations | None,
     device: torch.device,
-) -> dict[str, LinearStats]:
-    """Norms of what the linears are given, from some batches; none without activations."""
+) -> dict[str, Tensor]:
+    """Norms of what the linears are given, over all batches of all ranks; none without activations."""
     if activations is None:
         return {}
-    inputs = tuple(Input((one.linear,), linears[one.linear].shape[1], "norms") for one in chosen)
-    stage = Stage(inputs, dense=True)
-    runs = Capture([linears[one.linear] for one in chosen], [stage], 0)
-    few = list(_few(calls, activations))
-    with runs.running(block.module, block.name, few, activations):
-        return runs.collect(stage, device)
-
-
-def _few(calls: Sequence[Call], activations: Activations) -> Iterator[Call]:
-    """The calls of the first batches, until there are tokens enough from all ranks."""
-    tokens = 0
-    for batch, call in enumerate(calls):
-        if tokens * distributed.size() >= TOKENS:
-            return
-        tokens += activations.read(batch).shape[:-1].numel()
-        yield call
+    norms = Norms(linears, [[linear.name] for linear in linears], device)
+    with norms.watching(block.module, block.name):
+        for batch, call in enumerate(calls):
+            blocks.run(block.module, call, activations.read(batch))
+    found = norms.finish()
+    for name, norm in found.items():
+        if not bool(torch.isfinite(norm).all()):
+            raise Failure(f"the calibration inputs of {name} hold NaN or infinite values; try --dtype float32")
+    return found
 
 
 def best_order(
-    weight: Tensor, stats: LinearStats | None, channels: Channels, pattern: NM, device: torch.device | str = "cpu"
+    weight: Tensor, norms: Tensor | None, channels: Channels, pattern: NM, device: torch.device | str = "cpu"
 ) -> Tensor:
     """The order of units in which the groups of a pattern keep the most.
 
@@ -101,7 +90,7 @@ def best_order(
 
     Args:
         weight: (out, in).
-        stats: of the inputs; None for weights alone.
+        norms: (in,) of the inputs; None for weights alone.
         device: where it is worked out.
 
     Returns:
@@ -109,17 +98,27 @@ def best_order(
     """
     step = -(-len(weight) // _ROWS)
     scores = weight[::step].to(device, torch.float32).square()
-    if stats is not None and stats.tokens:
-        scores = scores * stats.squares.to(device)
+    if norms is not None:
+        scores = scores * norms.to(device).square()
     order = torch.arange(len(channels.units))
+    for units in _orbits(channels, pattern.m):
+        stacked = torch.cat([scores[:, lane] for lane in channels.units[units].T])
+        order[units] = units[deal(stacked, pattern.n, pattern.m)]
+    return order
+
+
+def moves(channels: Channels, pattern: NM) -> bool:
+    """Whether any of the channels can come into other groups of a pattern."""
+    return any(len(units) > pattern.m for units in _orbits(channels, pattern.m))
+
+
+def _orbits(channels: Channels, m: int) -> Iterator[Tensor]:
+    """The units of each orbit whose channels fill whole groups, in the order of their channels."""
     for orbit in torch.unique(channels.orbits):
         units = (channels.orbits == orbit).nonzero()[:, 0]
         units = units[channels.units[units, 0].argsort()]
-        places = channels.units[units]
-        if _whole(places, pattern.m):
-            stacked = torch.cat([scores[:, lane] for lane in places.T])
-            order[units] = units[deal(stacked, pattern.n, pattern.m)]
-    return order
+        if _whole(channels.units[units], m):
+            yield units
 
 
 def _whole(places: Tensor, m: int) -> bool:
@@ -149,7 +148,7 @@ def deal(scores: Tensor, n: int, m: int, rounds: int = _ROUNDS) -> Tensor:
     plain = torch.arange(width)
     if groups < 2 or n >= m:
         return plain
-    ranked = scores.sum(0).argsort(descending=True, stable=True).view(m, groups)
+    ranked = scores.sum(0).argsort(descending=True, stable=True).cpu().view(m, groups)
     ranked[1::2] = ranked[1::2].flip(1)
     dealt = ranked.T
     found = dealt if kept(scores, dealt.flatten(), n, m) > kept(scores, plain, n, m) else plain.view(groups, m)

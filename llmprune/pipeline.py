@@ -352,12 +352,15 @@ def _plan(source: Source, recipe: Recipe) -> tuple[Checkpoint, Plan]:
     had = room(checkpoint, parse_size(recipe.max_memory) if recipe.max_memory is not None else None)
     with distributed.first():
         made = make_plan(checkpoint, recipe, had)
-    return checkpoint, replace(made, schedule=distributed.share(made.schedule))
+    schedule, channels = distributed.share(
+        (made.schedule, made.channels)
+    )  # ranks may find others: all take the first's
+    return checkpoint, replace(made, schedule=schedule, channels=channels)
 
 
 @contextmanager
 def _interruptible(writer: Writer, plan: Plan) -> Iterator[None]:
-    """Every moment is a safe one to stop at; tell what there is by then."""
+    """Every moment is a safe one to stop at; tell what there is by then. An allocation is there when it is whole."""
 
     def onward() -> str:
         done = f"{len(writer.records)} of {len(plan.blocks)} blocks are finished in {writer.out}: "

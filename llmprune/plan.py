@@ -24,6 +24,7 @@ from llmprune.model.skeleton import decoder_prefix
 from llmprune.model.survey import Survey
 from llmprune.model.watch import Input, Stage
 from llmprune.patterns import NM, Unstructured, parse
+from llmprune.permute import moves
 from llmprune.recipe import Recipe
 from llmprune.reconstruct.block import Reconstructor as BlockReconstructor
 from llmprune.solvers import Solver
@@ -193,7 +194,8 @@ class Plan:
             if choice.kept is None and isinstance(choice.pattern, NM)
         }
         here = self.channels[number] if self.channels else ()
-        return [(channels, patterns[channels.linear]) for channels in here if channels.linear in patterns]
+        found = [(channels, patterns[channels.linear]) for channels in here if channels.linear in patterns]
+        return [(channels, pattern) for channels, pattern in found if moves(channels, pattern)]
 
     @property
     def moved(self) -> set[str]:
@@ -254,13 +256,22 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
     surveys: dict[int, Survey] = {}
     movable: dict[int, list[Channels]] = {}
 
+    by_file = budget is not None and budget.allocator.needs == "nothing"  # which may ask for anything
+    permutes = recipe.permute and (by_file or any(isinstance(entry[2], NM) for entry in (default, *rules)))
+
     def study(number: int, run: Callable[[], Any]) -> Any:
         name = checkpoint.blocks[number]
         block = checkpoint.block(name)
         linears = find_linears(block, name)
         surveys[number] = Survey(linears, probe_length(checkpoint))
-        if recipe.permute:
-            movable[number] = find_channels(block, name, linears, lambda: hidden_of(run()))
+        if permutes:
+            try:
+                movable[number] = find_channels(block, name, linears, lambda: hidden_of(run()))
+            except Exception as error:
+                raise UserError(
+                    f"permute: a trial of {name} to see which channels may change places failed with "
+                    f"{type(error).__name__}: {error}; leave it out (--set permute=false)"
+                ) from error
         with surveys[number].watching(block, name):
             return run()
 
@@ -326,10 +337,11 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
     samples = -(-recipe.calibration.samples // distributed.size())
     together = (0, 0)
     if budget is not None and isinstance(budget.allocator, Improver):
-        sequences = min(samples, -(-budget.allocator.tokens // (length * distributed.size())))
-        together = sequences, budget.allocator.together(sequences)
+        sequences = min(recipe.calibration.samples, -(-budget.allocator.tokens // length))
+        mine = -(-sequences // distributed.size())
+        together = mine, budget.allocator.together(mine, sequences)
     drawn = samples if data or look == "norms" else 0
-    needs = Needs(checkpoint, works, drawn, length, text, after.block is not None, look, together)
+    needs = Needs(checkpoint, works, drawn, length, text, after.block is not None, look, together, bool(permutes))
     schedule = needs.schedule(min(samples, batch_size(checkpoint, length)), had)
     weights = sum(info.numel for info in checkpoint.index.values())
     others = _others(checkpoint, blocks)

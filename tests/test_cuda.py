@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +48,26 @@ def test_masks_agree_with_the_cpu(family: str, method: str, tmp_path: Path) -> N
     same = sum(int((mask == found["cuda"][name]).sum()) for name, mask in found["cpu"].items())
     total = sum(mask.numel() for mask in found["cpu"].values())
     assert same / total > (0.999 if method == "wanda" else 0.98)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"sparsity": "2:4", "permute": "auto", "reconstruct": ["cg", {"name": "block", "steps": 4}]},
+        {"sparsity": "50%", "allocation": {"name": "evolve", "generations": 2, "offspring": 4}},
+    ],
+)
+def test_what_else_there_is_loses_as_much_as_on_the_cpu(family: str, chosen: dict[str, Any], tmp_path: Path) -> None:
+    source = make(family, tmp_path / "model")
+    calibration = {"source": "builtin", "samples": 16, "length": 32}
+    lost = []
+    for device in ("cpu", "cuda"):
+        out = tmp_path / device
+        report = llmprune.prune(source, out=out, method="wanda", device=device, calibration=calibration, **chosen)
+        assert llmprune.verify(out).ok
+        lost.append(sum(linear.relative_error or 0.0 for linear in report.pruned))
+    assert lost[1] == pytest.approx(lost[0], rel=0.05)
 
 
 def test_perplexity_agrees_with_the_cpu(tmp_path: Path) -> None:

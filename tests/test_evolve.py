@@ -125,6 +125,25 @@ def test_linears_with_a_sparsity_of_their_own_have_it(model: Path) -> None:
     assert measure.measure([shared], range(6)) == [pytest.approx(divergence(model, whole, ids, norms), rel=1e-3)]
 
 
+def test_all_that_is_pruned_is_masked_by_norms(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    make_answers = answers.Answers.__init__
+
+    def noted(self: Any, checkpoint: Any, plan: Any, tokens: Any, count: int, norms: dict[str, Tensor]) -> None:
+        seen.update(norms)
+        make_answers(self, checkpoint, plan, tokens, count, norms)
+
+    monkeypatch.setattr(answers.Answers, "__init__", noted)
+    report = run(model, tmp_path / "out", rules=[{"match": "*.up_proj", "sparsity": "2:4"}], ignore=["*.k_proj"])
+    assert seen.keys() == {linear.name for linear in report.pruned}
+
+
+def test_what_is_no_number_is_infinite(model: Path) -> None:
+    measure, plan, _, _ = measuring(model)
+    measure._dense[0].fill_(torch.nan)
+    assert measure.measure([{linear.name: "50%" for linear in plan.known}], range(6)) == [torch.inf]
+
+
 class Hidden:
     """Measures how far shares are from some that are not told."""
 

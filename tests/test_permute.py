@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import llmprune
 from llmprune import pipeline
-from llmprune.errors import UserError
+from llmprune.errors import Failure, UserError
 from llmprune.model import blocks
 from llmprune.model.channels import Channels, by_chance, find_channels
 from llmprune.model.checkpoint import Checkpoint
@@ -29,7 +30,6 @@ from llmprune.permute import _deal_again, best_order, deal, kept
 from llmprune.report.card import make_card
 from llmprune.report.tables import plan_table
 from llmprune.report.verify import verify
-from llmprune.stats import LinearStats
 from tests.families import FAMILIES, make
 from tests.test_resume import cut_off, digests
 
@@ -125,13 +125,16 @@ def test_heads_stay_where_they_are(model: Path) -> None:
 
 
 class _Gated(nn.Module):
-    """A block whose last linear is given more than channels that may change places."""
+    """A block whose last linear is given more than channels that may change places.
+
+    The scale of each channel is the same in this block, which says nothing of the next.
+    """
 
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
         self.up, self.down, self.other = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 16)
-        self.scale = nn.Parameter(torch.rand(16) + 0.5)
+        self.scale = nn.Parameter(torch.ones(16))
 
     def forward(self, hidden: Tensor) -> Tensor:
         made = self.up(hidden).relu()
@@ -153,7 +156,45 @@ class _Gated(nn.Module):
 def test_what_cannot_be_folded_is_left_alone(kind: str, movable: bool) -> None:
     torch.manual_seed(0)
     block, hidden = _Gated(kind), torch.randn(1, 19, 8)
+    before = {key: value.clone() for key, value in block.state_dict().items()}
     assert bool(find_channels(block, "block", find_linears(block, "block"), lambda: block(hidden))) == movable
+    assert all(torch.equal(value, before[key]) for key, value in block.state_dict().items())
+
+
+def test_a_trial_that_fails_is_told(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmprune.plan.find_channels", lambda *_: [][0])
+    with pytest.raises(UserError, match=r"permute: a trial of model.layers.0 .* IndexError: .*--set permute=false"):
+        pipeline.plan(model, recipe=recipe(permute="auto"))
+
+
+def test_auto_moves_what_it_can(model: Path, tmp_path: Path) -> None:
+    assert pipeline.plan(model, recipe=recipe(permute="auto"))[1].moved
+    assert not pipeline.plan(model, recipe=recipe(permute="auto", sparsity="50%"))[1].channels[0]
+    with pytest.raises(UserError, match="permute must be true, false or auto, not 'some'"):
+        pipeline.plan(model, recipe=recipe(permute="some"))
+
+
+def test_only_what_can_come_into_other_groups_is_said_to_move(model: Path) -> None:
+    """Heads of eight channels hold one group of eight, and none of sixteen."""
+    for pattern, heads in (("2:4", True), ("4:8", False), ("8:16", False)):
+        moved = pipeline.plan(model, recipe=recipe(sparsity=pattern))[1].moved
+        assert any(name.endswith("o_proj") for name in moved) == heads
+        assert any(name.endswith("down_proj") for name in moved)
+    with pytest.raises(UserError, match="permute has nothing to do"):
+        pipeline.plan(model, recipe=recipe(sparsity="8:16", ignore=["*.mlp.*"]))
+
+
+def test_inputs_that_are_not_finite_are_told(model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        for linear in (loaded.model.layers[1].mlp.gate_proj, loaded.model.layers[1].mlp.up_proj):
+            linear.weight.mul_(1e25)
+        loaded.model.layers[1].mlp.down_proj.weight.zero_()
+    loaded.save_pretrained(broken)
+    with pytest.raises(Failure, match=r"inputs of model.layers.1.mlp.down_proj hold NaN or infinite values; try"):
+        llmprune.prune(broken, out=tmp_path / "out", recipe=recipe())
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (3, 4), (2, 8)])
@@ -204,10 +245,7 @@ def test_only_whole_groups_change_places() -> None:
 def test_the_size_of_inputs_counts() -> None:
     channels = Channels("x", torch.arange(8)[:, None], torch.zeros(8, dtype=torch.long), ())
     weight = torch.ones(3, 8)
-    stats = LinearStats(8, "norms")
-    stats.add(torch.tensor([[9.0, 8.0, 7.0, 6.0, 1.0, 1.0, 1.0, 1.0]]))
-    stats.finish()
-    order = best_order(weight, stats, channels, NM(2, 4))
+    order = best_order(weight, torch.tensor([9.0, 8.0, 7.0, 6.0, 1.0, 1.0, 1.0, 1.0]), channels, NM(2, 4))
     assert (order[:4] < 4).sum() == 2  # two of the large ones in each group
 
 

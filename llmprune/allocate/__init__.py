@@ -50,8 +50,12 @@ class Improver(Allocator, Protocol):
     tokens: int
     """Calibration tokens that are measured on."""
 
-    def together(self, sequences: int) -> int:
-        """The most of so many sequences, all targets together, that go through the model at a time."""
+    def together(self, mine: int, sequences: int) -> int:
+        """The most sequences that go through the model at a time on one rank, those of all targets together.
+
+        Args:
+            mine, sequences: how many that rank has, and all have.
+        """
 
     @property
     def looked_at(self) -> float:

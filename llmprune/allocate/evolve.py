@@ -90,9 +90,8 @@ class Allocator(Fitted):
                     best, least = one, value
         return best
 
-    def together(self, sequences: int) -> int:
-        finalists = -(-self.offspring // _PART)
-        return max(1, finalists) * sequences + self.offspring * -(-sequences // _PART)
+    def together(self, mine: int, sequences: int) -> int:
+        return max(-(-self.offspring // _PART) * mine, self.offspring * min(mine, -(-sequences // _PART)))
 
     @property
     def looked_at(self) -> float:
