@@ -25,7 +25,8 @@ class Reconstructor:
     what earlier blocks lost is made up for. Each token counts as much as any other, however large its states are: a
     few with massive activations would else be nearly all there is from some block on. A step takes one batch of the
     calibration; its size falls to nothing in a half cosine. A block that it does not bring nearer to the dense one is
-    left as it was.
+    left as it was. More and longer steps come nearer on the calibration, and on 32 x 1,024 tokens of it they are worse
+    elsewhere.
 
     Args:
         steps: of Adam for each block.
@@ -34,8 +35,8 @@ class Reconstructor:
 
     needs: ClassVar[Needs] = "norms"
 
-    steps: int = 128
-    rate: float = 0.02
+    steps: int = 64
+    rate: float = 0.01
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -65,7 +66,7 @@ class Reconstructor:
         weights = _Weights(block, linears)
         before = weights.error(calls, given, wanted)
         optimizer = torch.optim.Adam(
-            [{"params": [value], "lr": self.rate * size} for value, size in weights.trained()], betas=(0.9, 0.95)
+            [{"params": [value], "lr": self.rate * size} for value, size in weights.trained()], betas=(0.9, 0.99)
         )
         pace = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         order = torch.Generator().manual_seed(0)
