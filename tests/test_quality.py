@@ -29,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("quality", QUALITIES)
 def test_a_preset_is_the_recipe_that_it_stands_for(quality: str, model: Path, tmp_path: Path) -> None:
     calibration = {**CALIBRATION, "asymmetric": QUALITIES[quality]["calibration.asymmetric"]}
-    spelled = {name: QUALITIES[quality][name] for name in ("method", "refine", "reconstruct")}
+    spelled = {name: QUALITIES[quality][name] for name in ("method", "permute", "refine", "reconstruct")}
     llmprune.prune(model, out=tmp_path / "long", sparsity="2:4", calibration=calibration, **spelled)
     llmprune.prune(model, out=tmp_path / "short", sparsity="2:4", calibration=CALIBRATION, quality=quality)
     assert digests(tmp_path / "short") == digests(tmp_path / "long")
