@@ -48,7 +48,7 @@ class Answers:
         self.sequences = min(len(tokens.ids), -(-count // tokens.ids.shape[1]))
         self._mine = distributed.mine(range(self.sequences))
         self._start = blocks.start(checkpoint, plan.chain, [tokens.ids[place, None] for place in self._mine])
-        self._dense = self._through([{}], range(len(self._mine)), dense=True)[0]
+        self._dense = self._through([{}], range(len(self._mine)), dense=True)[0][0]
 
     def measure(self, candidates: Sequence[Mapping[str, str]], part: Sequence[int]) -> list[float]:
         """The mean divergence of each candidate, in nats a token, the same on all ranks; infinite where it is none.
@@ -58,24 +58,20 @@ class Answers:
             part: the numbers of the sequences that are looked at.
         """
         chosen = [place for place, number in enumerate(self._mine) if number in part]
-        ends = self._through(candidates, chosen)
-        sums = torch.zeros(len(candidates), dtype=torch.float64)
-        known: dict[int, int] = {}
+        ways, which = self._through(candidates, chosen)
+        sums = torch.zeros(len(ways), dtype=torch.float64)
         self._checkpoint.load_outer(head=True)
         for turn, place in enumerate(chosen):
             for start in range(0, len(self._dense[place]), LOSS_TOKENS):
                 rows = slice(start, start + LOSS_TOKENS)
                 right = self._logs(self._dense[place][rows])
-                for number, end in enumerate(ends):
-                    twin = known.setdefault(id(end), number)
-                    if twin == number:
-                        logs = self._logs(end[turn][rows])
-                        sums[number] += float((right.exp() * (right - logs)).sum(dtype=torch.float64))
+                for way, states in enumerate(ways):
+                    logs = self._logs(states[turn][rows])
+                    sums[way] += float((right.exp() * (right - logs)).sum(dtype=torch.float64))
         self._checkpoint.unload()
-        count = torch.tensor([float(sum(len(self._dense[place]) for place in chosen))], dtype=torch.float64)
-        sums = torch.stack([sums[known.get(id(end), number)] for number, end in enumerate(ends)])
+        count = torch.tensor(float(sum(len(self._dense[place]) for place in chosen)), dtype=torch.float64)
         distributed.total(sums, count)
-        return (sums / count).nan_to_num_(torch.inf, torch.inf).tolist()
+        return (sums / count).nan_to_num_(torch.inf, torch.inf)[which].tolist()
 
     def _logs(self, states: Tensor) -> Tensor:
         """(tokens, vocabulary) logarithms of what the model holds likely next."""
@@ -83,39 +79,40 @@ class Answers:
 
     def _through(
         self, candidates: Sequence[Mapping[str, str]], chosen: Sequence[int], dense: bool = False
-    ) -> list[list[Tensor]]:
-        """What leaves the last block, for each candidate and each of the chosen batches (tokens, hidden).
+    ) -> tuple[list[list[Tensor]], list[int]]:
+        """Take some batches through the model as the candidates prune it.
 
-        Candidates that are alike are given one and the same list.
+        Args:
+            chosen: the batches.
+            dense: nothing is pruned.
+
+        Returns:
+            What leaves the last block on each way that some candidates have in common, (tokens, hidden) of each batch;
+            and for each candidate which way is its own.
         """
         checkpoint = self._checkpoint
-        ways = [[self._start.read(place) for place in chosen]] * len(candidates)
+        ways = [[self._start.read(place) for place in chosen]]
+        which = [0] * len(candidates)
         for number, choices in enumerate(self._plan.blocks):
             block = checkpoint.load_block(number)
             checkpoint.prefetch((number + 1) % len(self._plan.blocks))
             pruned = [choice for choice in choices if choice.kept is None] if not dense else []
-            versions: dict[Pruned, list[int]] = {}
-            for place, candidate in enumerate(candidates):
-                versions.setdefault(tuple(_pattern(choice, candidate) for choice in pruned), []).append(place)
+            versions = [tuple(_pattern(choice, candidate) for choice in pruned) for candidate in candidates]
+            calls = [self._start.calls[number][place] for place in chosen]
             masks = _Masks(block, pruned, self._norms, checkpoint.device)
-            after: dict[int, list[Tensor]] = {}
-            for version, places in versions.items():
+            after: dict[tuple[Pruned, int], list[Tensor]] = {}
+            for version in dict.fromkeys(versions):
                 masks.put(version)
-                passed: dict[int, list[Tensor]] = {}
-                for place in places:
-                    if id(ways[place]) not in passed:
-                        passed[id(ways[place])] = self._run(block, number, chosen, ways[place])
-                    after[place] = passed[id(ways[place])]
-            ways = [after[place] for place in range(len(candidates))]
-            del block, masks, after
+                for way in {way for other, way in zip(versions, which, strict=True) if other == version}:
+                    steps = zip(calls, ways[way], strict=True)
+                    after[version, way] = [blocks.run(block.module, call, states) for call, states in steps]
+            places = {key: place for place, key in enumerate(after)}
+            which = [places[key] for key in zip(versions, which, strict=True)]
+            ways = list(after.values())
+            del block, masks
             checkpoint.unload_block(number)
             memory.give_back()
-        ends = {id(way): [state.flatten(0, -2) for state in way] for way in ways}
-        return [ends[id(way)] for way in ways]
-
-    def _run(self, block: LoadedBlock, number: int, chosen: Sequence[int], states: Sequence[Tensor]) -> list[Tensor]:
-        calls = self._start.calls[number]
-        return [blocks.run(block.module, calls[place], state) for place, state in zip(chosen, states, strict=True)]
+        return [[states.flatten(0, -2) for states in way] for way in ways], which
 
 
 def _pattern(choice: Choice, candidate: Mapping[str, str]) -> Unstructured | NM | None:

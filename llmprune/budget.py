@@ -418,7 +418,7 @@ class Needs:
         if self._look == "weights":
             return most
         known = EVIDENCE * sum(len(entry.linears) for work in self._blocks for entry in work.inputs)
-        return most + self._kept(option) + Peak(known)
+        return most + self._kept(option) + Peak(known) + self._norms
 
     def _answering(self, option: Schedule) -> Peak:
         """One block after the other in many versions, one at a time, and the states that pass through them."""
@@ -427,13 +427,16 @@ class Needs:
             return Peak()
         scores = LOSS_TOKENS * self._vocabulary * (2 * self._checkpoint.dtype.itemsize + 4 * 4)
         most = self._placed(self._whole) + self._near(scores)
-        norms = 0
         for work in self._blocks:
-            norms += 4 * sum(entry.features * len(entry.linears) for entry in work.inputs)
             size = max(4 * 4 * work.largest, self._flow(replace(work, moments=()), 1, option.length))
             most |= self._loaded(work) + Peak(self._sizes[work.number].stored) + self._near(size)
         states = (2 * together + 2 * sequences) * option.length * self._width
-        return most + self._near(states) + Peak(norms)
+        return most + self._near(states) + self._norms
+
+    @property
+    def _norms(self) -> Peak:
+        """Those of the inputs of all linears."""
+        return self._near(4 * sum(entry.features for work in self._blocks for entry in work.inputs))
 
     def _evaluation(self, length: int) -> Peak:
         """One batch of windows that goes through the largest block, or comes out at the end."""

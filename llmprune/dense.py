@@ -44,26 +44,18 @@ def look(
             activations = blocks.start(checkpoint, plan.chain, batches, schedule.place, folder)
     mine = range(len(plan.blocks)) if activations is not None else distributed.share_of(len(plan.blocks))
     evidence: dict[str, Any] = {}
-    known_norms: dict[str, Tensor] = {}
-    improves = isinstance(budget.allocator, Improver)
+    norms: dict[str, Tensor] = {}
     for number in progress.over(mine, "looking at the dense blocks"):
         shared = [choice for choice in plan.blocks[number] if choice.allocated]
         block = checkpoint.load_block(number)
-        norms: dict[str, Tensor] = {}
         if activations is not None:
             checkpoint.prefetch(number + 1)
             inputs = [entry for stage in schedule.stages[number] for entry in stage.inputs]
-            watched = [
-                choice.linear
-                for choice in plan.blocks[number]
-                if choice.allocated or (improves and choice.kept is None)
-            ]
-            sums = Norms(watched, [entry.linears for entry in inputs], checkpoint.device)
+            pruned = [choice.linear for choice in plan.blocks[number] if choice.kept is None]
+            sums = Norms(pruned, [entry.linears for entry in inputs], checkpoint.device)
             with sums.watching(block.module, block.name):
                 blocks.advance(checkpoint, number, activations)
-            norms = sums.finish()
-            if improves:
-                known_norms.update(norms)
+            norms.update(sums.finish())
             memory.give_back()
         if shared and (activations is None or distributed.is_first()):
             weights = [choice.linear.view(block.state[choice.linear.parameter]) for choice in shared]
@@ -85,7 +77,7 @@ def look(
     targets = distributed.share(targets)
     if isinstance(budget.allocator, Improver) and tokens is not None:
         del activations
-        answers = Answers(checkpoint, plan, tokens, budget.allocator.tokens, known_norms)
+        answers = Answers(checkpoint, plan, tokens, budget.allocator.tokens, norms)
         share, sequences = budget.sparsity or 0.0, answers.sequences
         better = budget.allocator.improve(plan.known, share, targets, answers.measure, sequences, progress)
         targets = distributed.share(dict(better))

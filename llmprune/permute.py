@@ -6,7 +6,7 @@ put in another order, and it returns what it did.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -18,7 +18,7 @@ from llmprune.model import blocks
 from llmprune.model.activations import Activations, Call
 from llmprune.model.channels import Channels
 from llmprune.model.checkpoint import LoadedBlock
-from llmprune.model.linears import Linear, find_linears
+from llmprune.model.linears import Linear
 from llmprune.norms import Norms
 from llmprune.patterns import NM
 
@@ -28,11 +28,13 @@ _ROWS = 1024
 _GROUPS = 512
 """Groups among which channels are dealt out at once."""
 
-_ROUNDS = 3
+_ROUNDS, _FEW = 3, 64
+"""About how often each place of the groups is dealt out; more often where there are few groups to exchange with."""
 
 
 def rearrange(
     block: LoadedBlock,
+    linears: Mapping[str, Linear],
     chosen: Sequence[tuple[Channels, NM]],
     calls: Sequence[Call],
     activations: Activations | None,
@@ -41,10 +43,10 @@ def rearrange(
     """Put the channels of a dense block in an order in which its N:M groups lose little.
 
     Args:
+        linears: those of the block by name.
         chosen: what may change places, and the pattern that its linear will get.
         calls, activations: what this rank's batches of the calibration are; without them weights alone decide.
     """
-    linears = {linear.name: linear for linear in find_linears(block.module, block.name)}
     norms = _look(block, [linears[channels.linear] for channels, _ in chosen], calls, activations, device)
     changed: set[str] = set()
     for channels, pattern in chosen:
@@ -86,7 +88,8 @@ def best_order(
 ) -> Tensor:
     """The order of units in which the groups of a pattern keep the most.
 
-    What is kept is W_ij² ‖X_j‖², summed over the N largest of each group; a part of the rows stands for all.
+    What is kept is W_ij² ‖X_j‖², summed over the N largest of each group; a part of the rows stands for all. Norms are
+    rounded to bfloat16, so that their last bits, which other ranks or batches change, lead to no other order.
 
     Args:
         weight: (out, in).
@@ -99,7 +102,7 @@ def best_order(
     step = -(-len(weight) // _ROWS)
     scores = weight[::step].to(device, torch.float32).square()
     if norms is not None:
-        scores = scores * norms.to(device).square()
+        scores = scores * norms.to(device, torch.bfloat16).float().square()
     order = torch.arange(len(channels.units))
     for units in _orbits(channels, pattern.m):
         stacked = torch.cat([scores[:, lane] for lane in channels.units[units].T])
@@ -114,11 +117,7 @@ def moves(channels: Channels, pattern: NM) -> bool:
 
 def _orbits(channels: Channels, m: int) -> Iterator[Tensor]:
     """The units of each orbit whose channels fill whole groups, in the order of their channels."""
-    for orbit in torch.unique(channels.orbits):
-        units = (channels.orbits == orbit).nonzero()[:, 0]
-        units = units[channels.units[units, 0].argsort()]
-        if _whole(channels.units[units], m):
-            yield units
+    return (units for units in channels.in_orbits() if _whole(channels.units[units], m))
 
 
 def _whole(places: Tensor, m: int) -> bool:
@@ -130,7 +129,7 @@ def _whole(places: Tensor, m: int) -> bool:
     return bool((firsts % m == 0).all()) and torch.equal(groups, firsts + torch.arange(m)[None, :, None])
 
 
-def deal(scores: Tensor, n: int, m: int, rounds: int = _ROUNDS) -> Tensor:
+def deal(scores: Tensor, n: int, m: int) -> Tensor:
     """An order of channels in which groups of m keep much in their n largest scores, summed over rows.
 
     Channels are first dealt out by their sums, back and forth. Then, again and again, one of each group is taken out
@@ -150,15 +149,17 @@ def deal(scores: Tensor, n: int, m: int, rounds: int = _ROUNDS) -> Tensor:
         return plain
     ranked = scores.sum(0).argsort(descending=True, stable=True).cpu().view(m, groups)
     ranked[1::2] = ranked[1::2].flip(1)
-    dealt = ranked.T
-    found = dealt if kept(scores, dealt.flatten(), n, m) > kept(scores, plain, n, m) else plain.view(groups, m)
+
+    def value(order: Tensor) -> float:
+        return kept(scores, order, n, m)
+
+    found = max(plain, ranked.T.flatten(), key=value).view(groups, m)
     chance = torch.Generator().manual_seed(0)
-    for _ in range(rounds * m):
+    for _ in range(m * max(_ROUNDS, _FEW // groups)):
         found = found.gather(1, torch.rand(groups, m, generator=chance).argsort(1))  # another one of each stands first
         for some in torch.split(torch.randperm(groups, generator=chance), _GROUPS):
             _deal_again(scores, found, some, n)
-    order = found.flatten()
-    return order if kept(scores, order, n, m) > kept(scores, plain, n, m) else plain
+    return max(plain, found.flatten(), key=value)
 
 
 def _deal_again(scores: Tensor, found: Tensor, some: Tensor, n: int) -> None:

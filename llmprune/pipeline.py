@@ -26,7 +26,8 @@ from llmprune.model.cpu import quick
 from llmprune.model.source import Source, resolve
 from llmprune.model.writer import INDEX, Writer, check_out, fingerprint_files, writing
 from llmprune.permute import rearrange
-from llmprune.plan import Choice, Plan, allocated, make_plan
+from llmprune.plan import Choice, Plan, allocated
+from llmprune.planning import make_plan
 from llmprune.progress import Clock, Progress, of_first
 from llmprune.recipe import Recipe, assemble, parse_size
 from llmprune.report.record import BlockRecord, LinearRecord, Perplexity, Report, versions
@@ -213,10 +214,13 @@ def prune_blocks(
         stages = schedule.stages[number] if number >= finished else ()
         pruned = [choice.linear for choice in choices if choice.kept is None]
         fit = plan.fit if pruned else None
-        changed = _changed(plan, number, block)
-        if plan.permuted(number) and (number >= finished or wanted is not None):
+        linears = {choice.linear.name: choice.linear for choice in choices}
+        permuted = plan.permuted(number)
+        changed = {linear.parameter for linear in pruned}
+        changed = changed.union(*(channels.parameters(linears, block.state) for channels, _ in permuted))
+        if permuted and (number >= finished or wanted is not None):
             with clock("permute"):  # finished blocks too: what the dense model makes of them stays the same to the bit
-                rearrange(block, plan.permuted(number), calls, activations, checkpoint.device)
+                rearrange(block, linears, permuted, calls, activations, checkpoint.device)
         runs = Capture(pruned, stages, schedule.held, plan.writers[number])
         if wanted is not None and not runs.goes_beside:
             with clock("dense"):
@@ -253,7 +257,7 @@ def prune_blocks(
         if number >= finished:
             held = memory.peak(), _peak_device_memory(checkpoint.device)
             spent = BlockRecord(block.name, clock.lap(), *held, *away)
-            moved = {channels.linear for channels, _ in plan.permuted(number)}
+            moved = {channels.linear for channels, _ in permuted}
             found = [done.get(choice.linear.name) or _left_dense(choice) for choice in choices]
             records = [vars(replace(record, permuted=record.name in moved)) for record in found]
             with clock("write"):
@@ -297,15 +301,12 @@ def _predicted(checkpoint: Checkpoint, plan: Plan, text: perplexity.Text | None)
     return max(peak, plan.schedule.memory["evaluate"].host + more * checkpoint.hidden_size * checkpoint.dtype.itemsize)
 
 
-def _changed(plan: Plan, number: int, block: LoadedBlock) -> set[str]:
-    """The names of the parameters of a block that are written as they are in memory."""
-    linears = {choice.linear.name: choice.linear for choice in plan.blocks[number]}
-    moved = (channels.parameters(linears, block.state) for channels, _ in plan.permuted(number))
-    return {choice.linear.parameter for choice in plan.blocks[number] if choice.kept is None}.union(*moved)
-
-
 def _as_written(block: LoadedBlock, changed: set[str]) -> None:
-    """Take over a finished block from the first rank, which reads it from OUT; others may not see that folder."""
+    """Take over a finished block from the first rank, which reads it from OUT; others may not see that folder.
+
+    Args:
+        changed: names of the parameters that are not the source's.
+    """
     for name in sorted(changed):
         distributed.broadcast(block.state[name], 0)
     block.refresh(changed)
@@ -352,9 +353,7 @@ def _plan(source: Source, recipe: Recipe) -> tuple[Checkpoint, Plan]:
     had = room(checkpoint, parse_size(recipe.max_memory) if recipe.max_memory is not None else None)
     with distributed.first():
         made = make_plan(checkpoint, recipe, had)
-    schedule, channels = distributed.share(
-        (made.schedule, made.channels)
-    )  # ranks may find others: all take the first's
+    schedule, channels = distributed.share((made.schedule, made.channels))  # each rank may find others
     return checkpoint, replace(made, schedule=schedule, channels=channels)
 
 

@@ -21,7 +21,7 @@ from llmprune.evaluate import perplexity
 from llmprune.evaluate.compare import Asked, Measured, Reference
 from llmprune.evaluate.pieces import holding, write_json, writing
 from llmprune.model.writer import INDEX, JOURNAL, REPORT, clear, difference
-from llmprune.plan import make_plan
+from llmprune.planning import make_plan
 from llmprune.progress import Progress
 from llmprune.recipe import Evaluation, Recipe
 

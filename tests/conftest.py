@@ -1,6 +1,25 @@
-"""Several workers share the cores: each computes with its part of them, and so do the processes that it starts."""
+"""What several tests need. Each of several workers computes with its part of the cores, as do processes of its own."""
+
+from __future__ import annotations
 
 import os
+from pathlib import Path
+
+import pytest
 
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
+
+@pytest.fixture
+def no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw no report.html, which is most of the time of a tiny one."""
+    monkeypatch.setattr("llmprune.pipeline.draw_page", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama; many files have a model of their own instead."""
+    from tests.families import make  # torch is imported when the threads are known
+
+    return make("llama", tmp_path_factory.mktemp("llama") / "model")

@@ -69,6 +69,11 @@ def dense_norms(folder: Path, text: str) -> dict[str, Tensor]:
     """The root mean square of each linear's inputs in the dense model, by plain transformers."""
     checkpoint = Checkpoint(resolve(folder), "cpu")
     tokens = data.draw(data.documents(text), checkpoint.tokenizer, SETTINGS["samples"], SETTINGS["length"], 0, text)
+    return norms_on(folder, tokens.ids)
+
+
+def norms_on(folder: Path, ids: Tensor) -> dict[str, Tensor]:
+    """The same on some tokens."""
     loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
     found: dict[str, Tensor] = {}
     for name, module in loaded.named_modules():
@@ -79,7 +84,7 @@ def dense_norms(folder: Path, text: str) -> dict[str, Tensor]:
 
             module.register_forward_pre_hook(hook)
     with torch.no_grad():
-        loaded(input_ids=tokens.ids)
+        loaded(input_ids=ids)
     return found
 
 

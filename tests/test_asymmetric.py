@@ -25,6 +25,8 @@ from tests.test_resume import cut_off, digests
 
 SAMPLES, LENGTH = 16, 32
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 WRITERS = {
     "llama": {"self_attn.o_proj", "mlp.down_proj"},
     "qwen3": {"self_attn.o_proj", "mlp.down_proj"},
@@ -34,16 +36,6 @@ WRITERS = {
     "gemma3_text": set(),  # norms stand between its linears and the hidden states
 }
 """Linears whose outputs are added to the hidden states as they are, by the families' own papers."""
-
-
-@pytest.fixture(autouse=True)
-def _no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmprune.pipeline.draw_page", lambda *_: None)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make("llama", tmp_path_factory.mktemp("llama") / "model")
 
 
 def recipe(asymmetric: float, **changes: Any) -> dict[str, Any]:

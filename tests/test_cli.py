@@ -12,12 +12,6 @@ import pytest
 
 import llmprune.cli
 from llmprune.errors import Failure
-from tests.families import make
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make("llama", tmp_path_factory.mktemp("llama") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,8 @@ from llmprune.patterns import parse
 from tests.families import make
 from tests.test_pipeline import weights
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 METHODS = solvers.names()
 REFINERS = ["", *named.names(refine)]
 RECONSTRUCTORS = ["", *named.names(reconstruct)]
@@ -24,11 +26,6 @@ PATTERNS = [("50%", "row"), ("50%", "matrix"), ("2:4", "row")]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make("llama", tmp_path_factory.mktemp("llama") / "model", num_hidden_layers=2)
-
-
-@pytest.fixture(autouse=True)
-def _no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmprune.pipeline.draw_page", lambda *_: None)  # most of the time of a tiny run
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -57,7 +57,7 @@ class Ranks:
 
     def wait(self, rank: int) -> tuple[int | None, str]:
         """The exit code of a rank, and what it wrote to standard error."""
-        self.processes[rank].join(60)
+        self.processes[rank].join(30)
         return self.processes[rank].exitcode, self.errors[rank].read_text()
 
     def all_well(self) -> None:

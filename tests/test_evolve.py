@@ -26,16 +26,14 @@ from llmprune.model.source import resolve
 from llmprune.progress import Silent
 from llmprune.recipe import assemble
 from tests.families import make
+from tests.test_allocate import norms_on
 from tests.test_distributed import Ranks
 from tests.test_resume import digests
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 FEW: dict[str, Any] = {"name": "evolve", "generations": 3, "offspring": 4, "tokens": 256}
 SETTINGS: dict[str, Any] = {"method": "wanda", "samples": 12, "length": 32, "calibration": "builtin"}
-
-
-@pytest.fixture(autouse=True)
-def _no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmprune.pipeline.draw_page", lambda *_: None)
 
 
 def uneven(folder: Path, family: str = "llama", **changes: Any) -> Path:
@@ -62,17 +60,8 @@ def measuring(model: Path, **changes: Any) -> tuple[answers.Answers, pipeline.Pl
     chosen = {"sparsity": "50%", "allocation": "evolve", "method": "wanda", "calibration": "builtin", **changes}
     checkpoint, plan = pipeline.plan(model, samples=6, length=32, **chosen)
     tokens = data.draw(data.documents("builtin"), checkpoint.tokenizer, 6, 32, 0, "builtin")
-    loaded = AutoModelForCausalLM.from_pretrained(model).eval()
-    norms: dict[str, Tensor] = {}
-    for name, module in loaded.named_modules():
-        if name.endswith("_proj"):
-
-            def hook(_: Any, given: tuple[Tensor, ...], name: str = name) -> None:
-                norms[name] = given[0].flatten(0, -2).square().mean(0).sqrt()
-
-            module.register_forward_pre_hook(hook)
+    norms = norms_on(model, tokens.ids)
     with torch.no_grad():
-        loaded(input_ids=tokens.ids)
         return answers.Answers(checkpoint, plan, tokens, 6 * 32, norms), plan, tokens.ids, norms
 
 

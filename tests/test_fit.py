@@ -25,17 +25,9 @@ from llmprune.report.verify import verify
 from tests.families import FAMILIES, make
 from tests.test_resume import cut_off, digests
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 FIT = {"name": "block", "steps": 24, "rate": 0.02}
-
-
-@pytest.fixture(autouse=True)
-def _no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmprune.pipeline.draw_page", lambda *_: None)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make("llama", tmp_path_factory.mktemp("llama") / "model")
 
 
 def recipe(reconstruct: list[Any], **changes: Any) -> dict[str, Any]:

@@ -36,6 +36,8 @@ from tests.test_resume import cut_off, digests
 MLP, HEADS = {"mlp.down_proj"}, {"self_attn.o_proj"}
 EXPERTS = {f"mlp.experts.{number}.down_proj" for number in range(4)}
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 KNOWN: dict[str, set[str]] = {
     "llama": MLP | HEADS,
     "qwen3": MLP | HEADS,
@@ -52,16 +54,6 @@ KNOWN: dict[str, set[str]] = {
     "mamba": set(),  # a convolution with weights of its own for each channel stands between
 }
 """Which linears' inputs may change places in the first block, by the families' own papers."""
-
-
-@pytest.fixture(autouse=True)
-def _no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmprune.pipeline.draw_page", lambda *_: None)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make("llama", tmp_path_factory.mktemp("llama") / "model")
 
 
 def recipe(**changes: Any) -> dict[str, Any]:
@@ -162,7 +154,7 @@ def test_what_cannot_be_folded_is_left_alone(kind: str, movable: bool) -> None:
 
 
 def test_a_trial_that_fails_is_told(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmprune.plan.find_channels", lambda *_: [][0])
+    monkeypatch.setattr("llmprune.planning.find_channels", lambda *_: [][0])
     with pytest.raises(UserError, match=r"permute: a trial of model.layers.0 .* IndexError: .*--set permute=false"):
         pipeline.plan(model, recipe=recipe(permute="auto"))
 
@@ -202,7 +194,7 @@ def test_an_order_keeps_no_less_and_near_the_most(n: int, m: int) -> None:
     """Against all ways to divide two groups' channels."""
     for seed in range(8):
         scores = torch.rand(5, 2 * m, generator=torch.Generator().manual_seed(seed)).pow(4)
-        order = deal(scores, n, m, rounds=20)
+        order = deal(scores, n, m)
         assert sorted(order.tolist()) == list(range(2 * m))
         assert kept(scores, order, n, m) >= kept(scores, torch.arange(2 * m), n, m)
         most = 0.0

@@ -203,15 +203,19 @@ def far_away(model: Path, out: Path, text: str, options: dict[str, Any]) -> None
     assert os.environ["RANK"] == "0" or not here.exists()
 
 
+def stop_and_go_on(folder: Path, *given: Any) -> None:
+    """A rank dies when two blocks are done, and all go on without seeing OUT but the first."""
+    with Ranks(folder, 2, prune_and_die, *given, 1, 2, **QUICK) as ranks:
+        assert ranks.wait(0)[0] == 1
+    (folder / "again").mkdir()
+    with Ranks(folder / "again", 2, far_away, *given) as ranks:
+        ranks.all_well()
+
+
 def test_only_the_first_rank_needs_to_see_out(models: dict[str, Path], text: str, tmp_path: Path) -> None:
     evaluate = {"text": text, "length": 64, "max_perplexity": None}
     options = {"method": "sparsegpt", "sparsity": "2:4", "evaluate": evaluate}
-    given = (models["llama"], tmp_path / "out", text, options)
-    with Ranks(tmp_path, 2, prune_and_die, *given, 1, 2, **QUICK) as ranks:
-        assert ranks.wait(0)[0] == 1
-    (tmp_path / "again").mkdir()
-    with Ranks(tmp_path / "again", 2, far_away, *given) as ranks:
-        ranks.all_well()
+    stop_and_go_on(tmp_path, models["llama"], tmp_path / "out", text, options)
     prune(models["llama"], tmp_path / "one", text, options)
     assert masks_that_agree(tmp_path / "one", tmp_path / "out") >= 0.999
     one, many = (json.loads((tmp_path / name / REPORT).read_text()) for name in ("one", "out"))
@@ -221,19 +225,14 @@ def test_only_the_first_rank_needs_to_see_out(models: dict[str, Path], text: str
 def test_channels_change_places_alike_on_all_ranks(models: dict[str, Path], text: str, tmp_path: Path) -> None:
     """Also what is left dense and has moved: ranks that don't see OUT are sent it when a run goes on."""
     options = {"method": "sparsegpt", "sparsity": "2:4", "permute": True, "ignore": ["*.gate_proj"]}
-    given = (models["llama"], tmp_path / "out", text, options)
-    with Ranks(tmp_path, 2, prune_and_die, *given, 1, 2, **QUICK) as ranks:
-        assert ranks.wait(0)[0] == 1
-    (tmp_path / "again").mkdir()
-    with Ranks(tmp_path / "again", 2, far_away, *given) as ranks:
-        ranks.all_well()
+    stop_and_go_on(tmp_path, models["llama"], tmp_path / "out", text, options)
     prune(models["llama"], tmp_path / "one", text, options)
     assert llmprune.verify(tmp_path / "out").ok
     one, many = (json.loads((tmp_path / name / REPORT).read_text())["linears"] for name in ("one", "out"))
     for mine, theirs in zip(one, many, strict=True):
         assert theirs["permuted"] == mine["permuted"] == mine["name"].endswith(("o_proj", "down_proj"))
-        if "kept" not in mine:  # orders that keep the same but for rounding may be others
-            assert theirs["relative_error"] == pytest.approx(mine["relative_error"], rel=0.05)
+        if "kept" not in mine:
+            assert theirs["relative_error"] == pytest.approx(mine["relative_error"], rel=0.01)
 
 
 def test_torchrun(models: dict[str, Path], text: str, tmp_path: Path) -> None:

@@ -74,11 +74,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make("llama", tmp_path_factory.mktemp("llama") / "model")
-
-
-@pytest.fixture(scope="module")
 def run(model: Path, text: str, tmp_path_factory: pytest.TempPathFactory) -> Report:
     out = tmp_path_factory.mktemp("run") / "out"
     changes = {"evaluate": {"text": text, "length": 32, "max_perplexity": 1e9}, "ignore": ["*.1.*.o_proj"]}

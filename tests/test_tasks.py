@@ -93,11 +93,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make("llama", tmp_path_factory.mktemp("llama") / "model")
-
-
 def by_lm_eval(model: Path, folder: Path, names: tuple[str, ...], **options: Any) -> dict[str, Any]:
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     runner = HFLM(pretrained=str(model), dtype="float32", device="cpu", batch_size=4)

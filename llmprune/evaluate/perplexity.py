@@ -23,7 +23,7 @@ from llmprune.evaluate.stream import answered, final_states, in_batches
 from llmprune.model import blocks
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.source import resolve
-from llmprune.plan import sequence_length
+from llmprune.planning import sequence_length
 from llmprune.progress import Progress, of_first
 from llmprune.recipe import Evaluation
 from llmprune.report.record import Perplexity

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmprune.model.blocks import replaced
+from llmprune.model.blocks import PROBE_TOKENS, replaced
 from llmprune.model.linears import Linear, first_projection, is_fused
 
 _PARTS = (1, 2, 3)
@@ -45,6 +45,12 @@ class Channels:
     units: Tensor = field(repr=False)
     orbits: Tensor = field(repr=False)
     makers: tuple[tuple[str, Tensor], ...]
+
+    def in_orbits(self) -> Iterator[Tensor]:
+        """The units of each orbit, in the order of their channels."""
+        for orbit in torch.unique(self.orbits):
+            units = (self.orbits == orbit).nonzero()[:, 0]
+            yield units[self.units[units, 0].argsort()]
 
     def renamed(self, old: str, new: str) -> Channels:
         """The same of another block."""
@@ -91,11 +97,14 @@ def find_channels(block: nn.Module, name: str, linears: Sequence[Linear], run: C
     }
     fused = [module for module in modules.values() if is_fused(module)]
     found = list(_of_experts(modules, linears))
-    with _disturbed(block, [*(module for _, module in plain.values()), *fused]):
+    with _disturbed(block, [*(module for _, module in plain.values()), *fused]), contextlib.suppress(_RunAgainError):
         bench = _Bench(plain, fused, run)
-        if bench.base is not None:
-            found += [one for reader in plain if (one := _of(bench, reader)) is not None]
+        found += [one for reader in plain if (one := _of(bench, reader)) is not None]
     return found
+
+
+class _RunAgainError(Exception):
+    """A linear is run more than once in a block, so that its inputs are no channels of one tensor."""
 
 
 @contextlib.contextmanager
@@ -124,31 +133,34 @@ def _is_plain(module: nn.Module) -> bool:
 
 def _of_experts(modules: Mapping[str, nn.Module], linears: Sequence[Linear]) -> Iterator[Channels]:
     """Those of fused experts: their layout is known, and what their gate does to its channels is tried."""
-    parts: dict[tuple[str, int], dict[str, Linear]] = {}
+    parts: dict[str, dict[int, dict[str, Linear]]] = {}
     for linear in linears:
         if linear.expert is not None and is_fused(modules[linear.module]):
-            parts.setdefault((linear.module, linear.expert), {})[linear.name.rsplit(".", 1)[-1]] = linear
-    for (path, _), named in parts.items():
+            experts = parts.setdefault(linear.module, {})
+            experts.setdefault(linear.expert, {})[linear.name.rsplit(".", 1)[-1]] = linear
+    for path, experts in parts.items():
         module: Any = modules[path]
-        width = named["down_proj"].shape[1]
+        known = experts[min(experts)]
+        width = known["down_proj"].shape[1]
         channels = torch.arange(width)
-        if {"gate_proj", "up_proj"} <= named.keys():
+        if {"gate_proj", "up_proj"} <= known.keys():
             makers = [("gate_proj", channels), ("up_proj", channels)]
-            at = [channels, channels + width]
-        elif "gate_up_proj" in named:
+            columns = [channels, channels + width]
+        elif "gate_up_proj" in known:
             makers = [("gate_up_proj", 2 * channels), ("gate_up_proj", 2 * channels + 1)]
-            at = [rows for _, rows in makers]
+            columns = [rows for _, rows in makers]
         else:
-            makers, at = [("up_proj", channels)], [channels]
-        made = _values(path, 0, (19, len(at) * width), torch.float32)
+            makers, columns = [("up_proj", channels)], [channels]
+        made = _values(path, 0, (PROBE_TOKENS, len(columns) * width), torch.float32)
         apply = module._apply_gate if first_projection(module) == "gate_up_proj" else module.act_fn
         order = torch.randperm(width, generator=torch.Generator().manual_seed(0))
         moved = made.clone()
-        for rows in at:
-            moved[:, rows] = made[:, rows[order]]
-        if bool(_near(apply(moved), apply(made)[:, order], made.dtype).all()):
-            whole = tuple((named[part].name, rows) for part, rows in makers)
-            yield Channels(named["down_proj"].name, channels[:, None], torch.zeros(width, dtype=torch.long), whole)
+        for each in columns:
+            moved[:, each] = made[:, each[order]]
+        if bool(_near(apply(moved), apply(made)[:, order]).all()):
+            for named in experts.values():
+                whole = tuple((named[part].name, rows) for part, rows in makers)
+                yield Channels(named["down_proj"].name, channels[:, None], torch.zeros(width, dtype=torch.long), whole)
 
 
 @dataclass(frozen=True)
@@ -160,46 +172,49 @@ class _Part:
     end: int
 
 
-@dataclass
-class _Seen:
-    """What linears are given while their outputs are ours, by name (tokens, in), and what the block returns."""
+_RETURNED = ""
+"""Stands for what the block returns where linears stand for what they are given."""
 
-    inputs: dict[str, Tensor]
-    output: Tensor
+_Change = Callable[[Tensor, Tensor], Tensor]
 
 
 class _Bench:
     """Runs a block of which the linears return what they are told to.
 
     Attributes:
-        base: what is seen when all return numbers by chance; None where a linear is run more than once.
+        linears: those linears by name.
+        base: what is seen when all return numbers by chance.
     """
 
     def __init__(
         self, linears: Mapping[str, tuple[Linear, nn.Module]], fused: Sequence[nn.Module], run: Callable[[], Tensor]
     ) -> None:
-        self._fused = list(fused)
         self.linears = {name: linear for name, (linear, _) in linears.items()}
-        self._modules = {name: module for name, (_, module) in linears.items()}
+        self._modules = [*(module for _, module in linears.values()), *fused]
         self._run = run
         self._told: dict[_Part, dict[str, Tensor]] = {}
         self._values: dict[Any, Tensor] = {}
         self.base = self.see({})
 
-    def see(self, changes: Mapping[str, Callable[[Tensor, Tensor], Tensor]]) -> _Seen | None:
+    def see(self, changes: Mapping[str, _Change]) -> dict[str, Tensor]:
         """Run the block once.
 
         Args:
             changes: for some linears what to make of the numbers by chance (..., out), and of others like them.
+
+        Returns:
+            (tokens, in) what each linear that was run was given, by name, and (tokens, hidden) what the block returned.
+
+        Raises:
+            _RunAgainError: a linear is run more than once.
         """
-        inputs: dict[str, Tensor] = {}
-        twice = False
+        seen: dict[str, Tensor] = {}
 
         def stand_in(name: str) -> Callable[[Tensor], Tensor]:
             def forward(given: Tensor) -> Tensor:
-                nonlocal twice
-                twice |= name in inputs
-                inputs[name] = given.detach().flatten(0, -2).clone()
+                if name in seen:
+                    raise _RunAgainError
+                seen[name] = given.detach().flatten(0, -2).clone()
                 shape = (*given.shape[:-1], self.linears[name].shape[0])
                 made, others = (self._numbers(name, kind, shape, given) for kind in (0, 1))
                 return changes[name](made, others) if name in changes else made.clone()  # a block may add to it
@@ -209,11 +224,11 @@ class _Bench:
         def experts(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
             return hidden.sin()  # which shows what becomes of the hidden states, and takes no time
 
-        modules = [*self._modules.values(), *self._fused]
-        forwards = [*map(stand_in, self._modules), *[experts] * len(self._fused)]
-        with torch.no_grad(), replaced(modules, forwards):
-            output = self._run().clone()
-        return None if twice else _Seen(inputs, output)
+        stand_ins = [*map(stand_in, self.linears)]
+        stand_ins += [experts] * (len(self._modules) - len(stand_ins))
+        with torch.no_grad(), replaced(self._modules, stand_ins):
+            seen[_RETURNED] = self._run().flatten(0, -2).clone()
+        return seen
 
     def _numbers(self, name: str, kind: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
         key = (name, kind, shape, like.dtype)
@@ -222,24 +237,21 @@ class _Bench:
         return self._values[key]
 
     def sources(self, part: _Part) -> dict[str, Tensor]:
-        """For each linear and each of its input channels, which row of the part makes it.
+        """Which row of a part makes each channel of what is seen, by name.
 
         Returns:
-            (in,) rows, _NONE where no row has to do with the channel, or _MIXED where several have; all _MIXED for
-            what the block returns under "", where that changes.
+            (channels,) rows, _NONE where no row has to do with the channel, or _MIXED where several have.
         """
         if part not in self._told:
             self._told[part] = self._trace(part)
         return self._told[part]
 
     def _trace(self, part: _Part) -> dict[str, Tensor]:
-        assert self.base is not None
         count = part.end - part.start
         rows = torch.arange(count)
-        found = {name: torch.zeros(given.shape[1], dtype=torch.long) for name, given in self.base.inputs.items()}
+        found = {name: torch.zeros(value.shape[1], dtype=torch.long) for name, value in self.base.items()}
         clear = {name: torch.ones_like(value, dtype=torch.bool) for name, value in found.items()}
         touched = {name: torch.zeros_like(value) for name, value in clear.items()}
-        returned = False
         for bit in range(max(1, (count - 1).bit_length())):
             ones = (rows >> bit) & 1 == 1
             changed = [self._changed(part, ones), self._changed(part, ~ones)]
@@ -248,19 +260,15 @@ class _Bench:
                 clear[name] &= one ^ other
                 touched[name] |= one | other
                 found[name] += one.long() << bit
-            returned |= any(bool(each[""]) for each in changed)
             if not any(bool(each.any()) for each in clear.values()):
                 break  # all rows have been tried, and none makes anything by itself
-        told = {
+        return {
             name: torch.where(clear[name], value + part.start, torch.where(touched[name], _MIXED, _NONE))
             for name, value in found.items()
         }
-        told[""] = torch.tensor([_MIXED if returned else _NONE])
-        return told
 
     def _changed(self, part: _Part, chosen: Tensor) -> dict[str, Tensor]:
-        """For each linear which input channels change when the chosen rows of a part return something else."""
-        assert self.base is not None
+        """Which channels of what is seen change when the chosen rows of a part return something else, by name."""
 
         def change(made: Tensor, others: Tensor) -> Tensor:
             made = made.clone()
@@ -268,10 +276,9 @@ class _Bench:
             return made
 
         seen = self.see({part.name: change})
-        assert seen is not None
-        changed = {"": torch.tensor(not torch.equal(seen.output, self.base.output))}
-        for name, before in self.base.inputs.items():
-            after = seen.inputs.get(name)
+        changed = {}
+        for name, before in self.base.items():
+            after = seen.get(name)
             if after is None or after.shape != before.shape:  # other tokens: the way through the block is another
                 changed[name] = torch.ones(before.shape[1], dtype=torch.bool)
             else:
@@ -281,12 +288,11 @@ class _Bench:
 
 def _of(bench: _Bench, name: str) -> Channels | None:
     """Those of one linear."""
-    assert bench.base is not None
-    if name not in bench.base.inputs:
+    if name not in bench.base:
         return None  # an expert that no token was sent to
     makers: list[_Part] = []
-    for other in bench.base.inputs:
-        parts = [] if other == name else _parts(bench, other, name)
+    for other in [known for known in bench.base if known not in (name, _RETURNED)]:
+        parts = _parts(bench, other, name)
         if parts is None:
             return None
         makers += parts
@@ -333,7 +339,7 @@ def _alike(bench: _Bench, name: str, makers: Sequence[_Part]) -> Tensor | None:
     for part in makers:
         spans.setdefault(part.name, []).append(part)
 
-    def even(parts: Sequence[_Part]) -> Callable[[Tensor, Tensor], Tensor]:
+    def even(parts: Sequence[_Part]) -> _Change:
         def change(made: Tensor, others: Tensor) -> Tensor:
             made = made.clone()
             for part in parts:
@@ -342,57 +348,51 @@ def _alike(bench: _Bench, name: str, makers: Sequence[_Part]) -> Tensor | None:
 
         return change
 
-    seen = bench.see({source: even(parts) for source, parts in spans.items()})
-    assert seen is not None
-    assert bench.base is not None
-    given = seen.inputs[name].float().cpu()
+    given = bench.see({source: even(parts) for source, parts in spans.items()})[name].cpu()
     numbers = torch.full((given.shape[1],), -1)
     for number in range(_MOST_ORBITS):
         left = (numbers < 0).nonzero()
         if not len(left):
             return numbers
-        same = _near(given, given[:, left[0]], bench.base.inputs[name].dtype).all(0)
+        same = _near(given, given[:, left[0]]).all(0)
         numbers[same & (numbers < 0)] = number
     return None
 
 
 def _holds(bench: _Bench, channels: Channels) -> bool:
     """Whether channels come out as they should when rows change places by chance."""
-    assert bench.base is not None
     order = by_chance(channels)
     moves: dict[str, Tensor] = {}
     for maker, rows in channels.makers:
         places = moves.setdefault(maker, torch.arange(bench.linears[maker].shape[0]))
         places[rows] = rows[order]
 
-    def move(places: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    def move(places: Tensor) -> _Change:
         return lambda made, others: made[..., places]
 
-    seen = bench.see({maker: move(places) for maker, places in moves.items()})
-    assert seen is not None
-    before, after = bench.base.inputs[channels.linear], seen.inputs[channels.linear]
+    before = bench.base[channels.linear]
+    after = bench.see({maker: move(places) for maker, places in moves.items()})[channels.linear]
     if before.shape != after.shape:
         return False
     wanted = before.clone()
     wanted[:, channels.units.flatten()] = before[:, channels.units[order].flatten()]
-    return bool(_near(after, wanted, before.dtype).all())
+    return bool(_near(after, wanted).all())
 
 
 def by_chance(channels: Channels, seed: int = 0) -> Tensor:
     """(units,) an order by chance in which only units that may do so change places."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.arange(len(channels.orbits))
-    for orbit in torch.unique(channels.orbits):
-        places = (channels.orbits == orbit).nonzero()[:, 0]
-        order[places] = places[torch.randperm(len(places), generator=generator)]
+    for units in channels.in_orbits():
+        order[units] = units[torch.randperm(len(units), generator=generator)]
     return order
 
 
-def _near(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
-    """Equal but for what the order of sums makes of it."""
+def _near(one: Tensor, other: Tensor) -> Tensor:
+    """Equal but for what the order of sums makes of it in their dtype."""
     apart = (one.float() - other.float()).abs()
     size = torch.maximum(one.float().abs(), other.float().abs())
-    return apart <= 4 * torch.finfo(dtype).eps * size.clamp(min=float(size.mean()))
+    return apart <= 4 * torch.finfo(one.dtype).eps * size.clamp(min=float(size.mean()))
 
 
 def _values(name: str, kind: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.linears import Linear, find_linears
 from llmprune.model.source import Source
 from llmprune.parts import some_rows
-from llmprune.plan import matches
+from llmprune.planning import matches
 from llmprune.report.record import LinearRecord
 from llmprune.report.tables import kind
 
