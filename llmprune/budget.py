@@ -221,7 +221,7 @@ class Needs:
         samples: int,
         length: int,
         text: int | None,
-        fitted: bool = False,
+        fitted: int = 0,
         look: Literal["nothing", "weights", "norms"] = "nothing",
         together: tuple[int, int] = (0, 0),
         permuted: bool = False,
@@ -232,7 +232,7 @@ class Needs:
             samples: calibration sequences of this process; 0 where no data is needed.
             length: tokens of each.
             text: context length of an evaluation, None without.
-            fitted: whether the weights of whole blocks are fitted to the dense model's states.
+            fitted: how many blocks are run at once while one is fitted to the dense model's states; 0 where none is.
             look: what an allocation is shown of the dense blocks.
             together: how many sequences an allocation measures on, and the most that go through the model at a time.
             permuted: whether channels change places.
@@ -329,7 +329,7 @@ class Needs:
 
     def _phases(self, option: Schedule) -> dict[str, Peak]:
         capture = solve = write = behind = Peak()
-        for work, stages in zip(self._blocks, option.stages, strict=True):
+        for number, (work, stages) in enumerate(zip(self._blocks, option.stages, strict=True)):
             size = self._sizes[work.number]
             loaded = self._loaded(work)
             flow = self._flow(work, option.batch, option.length) if self._samples else 0
@@ -346,7 +346,7 @@ class Needs:
                 dealt = _DEALT * work.widest
                 capture |= behind + loaded + self._near(max(flow + 4 * work.widest, dealt))
             if self._fitted:
-                solve |= loaded + self._near(self._fitting(work, option))
+                solve |= loaded + self._fitting(number, option)
             behind = Peak(size.stored) if option.overlap else Peak()
         kept = self._kept(option)
         found = {"capture": kept + capture, "solve": kept + solve, "write": kept + write, "copy": Peak(self._largest)}
@@ -397,12 +397,23 @@ class Needs:
             size += 4 * (2 * tokens * work.widest + min(AT_ONCE, work.largest))
         return size
 
-    def _fitting(self, work: Work, option: Schedule) -> int:
+    def _fitting(self, number: int, option: Schedule) -> Peak:
         """Weights with their gradients and both moments, and what a batch leaves behind for its way back."""
-        weights = self._sizes[work.number].stored // self._checkpoint.dtype.itemsize
+        first, *others = self._blocks[number : number + self._fitted]
+        dtype = self._checkpoint.dtype
+        most = self._near(24 * self._sizes[first.number].stored // dtype.itemsize + self._behind(first, option))
+        for work in others:
+            size = self._sizes[work.number]
+            copy = 4 * size.stored // dtype.itemsize if widens(self._checkpoint.device, dtype) else 0
+            passing = self._near(copy + self._behind(work, option))
+            most += self._placed(size) + (passing | Peak(size.reading))
+        return most
+
+    def _behind(self, work: Work, option: Schedule) -> int:
+        """What a batch that runs through a block leaves behind for its way back."""
         tokens = option.batch * option.length
-        behind = tokens * 4 * (_BEHIND_WIDEST * work.widest + _BEHIND_WIDTH * self._checkpoint.hidden_size)
-        return 24 * weights + behind + int(4 * option.length * tokens * work.held.pair)
+        flat = tokens * 4 * (_BEHIND_WIDEST * work.widest + _BEHIND_WIDTH * self._checkpoint.hidden_size)
+        return flat + int(4 * option.length * tokens * work.held.pair)
 
     def _looking(self, option: Schedule) -> Peak:
         """One dense block after the other: its weights, and where they are asked for the norms of its inputs."""

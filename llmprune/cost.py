@@ -32,7 +32,7 @@ class Cost:
         forwards: taking the calibration text through the blocks, the pruned ones and where needed the dense ones.
         statistics: Grams, and what the dense model is compared by.
         solving: the methods and what follows them on each linear.
-        fitting: whole blocks, forwards and backwards.
+        fitting: whole blocks, forwards and backwards, and those after them.
     """
 
     forwards: float = 0.0
@@ -56,6 +56,7 @@ def cost(checkpoint: Checkpoint, plan: Plan, recipe: Recipe) -> Cost:
         return Cost()
     tokens = float(recipe.calibration.samples * plan.schedule.length)
     forwards = statistics = solving = fitting = passing = 0.0
+    weighed: list[float] = []  # operations of one way through each block
     for number, (choices, stages) in enumerate(zip(plan.blocks, plan.schedule.stages, strict=True)):
         chosen = {choice.linear.name: choice for choice in choices}
         reach = _reach(checkpoint, [choice.linear for choice in choices])
@@ -70,9 +71,14 @@ def cost(checkpoint: Checkpoint, plan: Plan, recipe: Recipe) -> Cost:
             statistics += tokens * reach[entry.linears[0]] * width * taken
             solving += gram * float(width) ** 3
             solving += sum(chosen[name].products * 2.0 * chosen[name].linear.numel * width for name in entry.linears)
-        if plan.fit is not None:
-            step = plan.schedule.batch / recipe.calibration.samples  # the part of the text that it sees
-            fitting += through * (3 * step * plan.fit.steps + 2)
+        weighed.append(through)
+    if plan.fit is not None:
+        part = plan.schedule.batch / recipe.calibration.samples  # of the text that a step sees
+        for number, through in enumerate(weighed):
+            often = part * plan.fit.steps_of(number)
+            fitting += through * (3 * often + 2)
+            if plan.fit.ahead and number + 1 < len(weighed):  # there and back, and for what it should come to
+                fitting += weighed[number + 1] * (3 * often + 4)
     if plan.budget is not None and plan.budget.targets is None and isinstance(plan.budget.allocator, Improver):
         forwards += passing * plan.budget.allocator.looked_at * min(tokens, plan.budget.allocator.tokens)
     return Cost(forwards, statistics, solving, fitting)

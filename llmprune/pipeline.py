@@ -30,6 +30,7 @@ from llmprune.plan import Choice, Plan, allocated
 from llmprune.planning import make_plan
 from llmprune.progress import Clock, Progress, of_first
 from llmprune.recipe import Recipe, assemble, parse_size
+from llmprune.reconstruct.block import Next
 from llmprune.report.record import BlockRecord, LinearRecord, Perplexity, Report, versions
 from llmprune.report.verify import compare
 from llmprune.solve import renewed, solve_stage
@@ -248,7 +249,10 @@ def prune_blocks(
         if fit is not None:
             if number >= finished and activations is not None and wanted is not None:
                 with clock("fit"):
-                    away = fit.fit(block, pruned, calls, activations, wanted)
+                    following = _following(checkpoint, number, activations) if fit.ahead else None
+                    away = fit.fit(number, block, pruned, calls, activations, wanted, following)
+                    if following is not None:
+                        checkpoint.unload_block(number + 1)
                     done = renewed(block, choices, done)
                     memory.give_back()
             runs = Capture(pruned, (), schedule.held)  # what went through the block before is of weights that were
@@ -276,6 +280,13 @@ def _propagate(
         with clock("propagate"):
             blocks.advance(checkpoint, number, activations, runs.finish)
             memory.give_back()
+
+
+def _following(checkpoint: Checkpoint, number: int, activations: Activations) -> Next | None:
+    """The dense block after one, loaded; None after the last."""
+    if number + 1 == len(checkpoint.blocks):
+        return None
+    return Next(checkpoint.load_block(number + 1, dense=True), activations.calls[number + 1])
 
 
 def draw_page(report: Report, source: Source) -> None:

@@ -154,7 +154,7 @@ def _schedule(
     look = budget.allocator.needs if budget is not None else "nothing"
     pruned = [choice for block in blocks for choice in block if choice.kept is None]
     data = look == "norms" or any(choice.needs != "nothing" for choice in pruned)
-    fitted = any(choice.after.block is not None for choice in pruned)
+    fitted = max((choice.after.block.runs for choice in pruned if choice.after.block is not None), default=0)
     text = None if recipe.evaluate.text is None else sequence_length(checkpoint, recipe.evaluate.length)
     samples = -(-recipe.calibration.samples // distributed.size())
     together = (0, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from tests.test_resume import cut_off, digests
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
-FIT = {"name": "block", "steps": 24, "rate": 0.02}
+FIT = {"name": "block", "steps": 24, "first": 2, "rate": 0.02}
 
 
 def recipe(reconstruct: list[Any], **changes: Any) -> dict[str, Any]:
@@ -91,6 +92,29 @@ def test_what_is_told_is_what_plain_transformers_finds(model: Path, tmp_path: Pa
     assert all(torch.equal(weights[1][name] == 0, weights[2][name] == 0) for name in first if "self_attn.q" in name)
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3"])
+def test_looking_ahead_serves_the_next_block(family: str, tmp_path: Path) -> None:
+    """The distance behind the second block, dense and run by plain transformers, when the first one was fitted."""
+    source = make(family, tmp_path / "model", num_hidden_layers=3)
+    dense = AutoModelForCausalLM.from_pretrained(source)
+    later = {name: value for name, value in dense.state_dict().items() if re.search(r"\.1\.", name)}
+    assert later
+    checkpoint, plan = pipeline.plan(source, recipe=recipe([FIT]))
+    tokens = draw(checkpoint, Recipe.from_dict(recipe([FIT])), plan.schedule.length).ids
+    away = {}
+    for ahead in (0.0, 1.0):
+        report = llmprune.prune(source, out=tmp_path / str(ahead), recipe=recipe([{**FIT, "ahead": ahead}]))
+        assert all(block.away is not None for block in report.blocks)
+        fitted = AutoModelForCausalLM.from_pretrained(tmp_path / str(ahead))
+        fitted.load_state_dict(later, strict=False)
+        with torch.no_grad():
+            wanted, found = (
+                each(input_ids=tokens, output_hidden_states=True).hidden_states[2] for each in (dense, fitted)
+            )
+        away[ahead] = relative(found, wanted)
+    assert away[1.0] < 0.98 * away[0.0]
+
+
 def test_what_does_not_help_is_left_as_it_was(model: Path, tmp_path: Path) -> None:
     report = llmprune.prune(model, out=tmp_path / "out", recipe=recipe([{**FIT, "rate": 1000.0}]))
     assert all(block.away == block.away_before for block in report.blocks)
@@ -134,7 +158,9 @@ def test_activations_on_the_disk_make_no_difference(
     [
         (["block", "cg"], "block works on whole blocks and comes last, after cg"),
         ([{"name": "block", "steps": 0}], "steps must be at least 1"),
+        ([{"name": "block", "first": 0}], "first must be at least 1"),
         ([{"name": "block", "rate": 0}], "rate must be above 0"),
+        ([{"name": "block", "ahead": 1.5}], r"ahead must lie in \[0, 1\]"),
         (["blocks"], "did you mean 'block'"),
     ],
 )

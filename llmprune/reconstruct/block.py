@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmprune.model import blocks
 from llmprune.model.activations import Activations, Call
@@ -18,6 +19,14 @@ from llmprune.stats import Needs
 
 
 @dataclass(frozen=True)
+class Next:
+    """The block that comes after the one that is fitted, dense and loaded, and what it is called with."""
+
+    block: LoadedBlock
+    calls: Sequence[Call]
+
+
+@dataclass(frozen=True)
 class Reconstructor:
     """Adam on ‖f(x; Ŵ) − f(x₀; W)‖² / ‖f(x₀; W)‖² of each token, mask frozen (as arXiv:2510.14444, on whole blocks).
 
@@ -25,77 +34,207 @@ class Reconstructor:
     what earlier blocks lost is made up for. Each token counts as much as any other, however large its states are: a
     few with massive activations would else be nearly all there is from some block on. A step takes one batch of the
     calibration; its size falls to nothing in a half cosine. A block that it does not bring nearer to the dense one is
-    left as it was. More and longer steps come nearer on the calibration, and on 32 x 1,024 tokens of it they are worse
-    elsewhere.
+    left as it was.
+
+    Not every difference matters as much to what comes after. With `ahead` the next block, dense, is run on what the
+    fitted one returns, and what it makes of that counts too.
 
     Args:
         steps: of Adam for each block.
+        first: how many times as many for the first block: what it loses goes through all others, and more help there.
         rate: the first step's size, as a fraction of the root mean square of a matrix's kept weights.
+        ahead: from 0 to 1, the share in what is minimised of the distance behind the next block.
     """
 
     needs: ClassVar[Needs] = "norms"
 
     steps: int = 64
+    first: int = 4
     rate: float = 0.01
+    ahead: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, not {self.steps}")
+        for name, steps in (("steps", self.steps), ("first", self.first)):
+            if steps < 1:
+                raise ValueError(f"{name} must be at least 1, not {steps}")
         if not self.rate > 0:
             raise ValueError(f"rate must be above 0, not {self.rate}")
+        if not 0 <= self.ahead <= 1:
+            raise ValueError(f"ahead must lie in [0, 1], not {self.ahead}")
+
+    @property
+    def runs(self) -> int:
+        """How many blocks a step runs, where the model goes on for as many."""
+        return 2 if self.ahead else 1
+
+    def steps_of(self, number: int) -> int:
+        """How many steps a block takes, by its place in the model."""
+        return self.steps if number else self.first * self.steps
 
     def fit(
         self,
+        number: int,
         block: LoadedBlock,
         linears: Sequence[Linear],
         calls: Sequence[Call],
         given: Activations,
         wanted: Activations,
+        following: Next | None = None,
     ) -> tuple[float, float]:
         """Fit the weights of a block that is loaded and pruned; its tensors are changed in place.
 
         Args:
+            number: the block's place in the model.
             linears: those that are pruned.
             calls: what the block is called with, batch by batch.
             given: x, batch by batch (sequences, length, hidden).
             wanted: f(x₀; W), likewise.
+            following: the block that is looked ahead to; None where there is none.
 
         Returns:
             The mean over all tokens of ‖f(x; Ŵ) − f(x₀; W)‖² / ‖f(x₀; W)‖², before and after.
         """
         weights = _Weights(block, linears)
-        before = weights.error(calls, given, wanted)
+        distance = _Distance(weights, calls, given, wanted, following, self.ahead)
+        before = distance.mean()
         optimizer = torch.optim.Adam(
             [{"params": [value], "lr": self.rate * size} for value, size in weights.trained()], betas=(0.9, 0.99)
         )
-        pace = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        steps = self.steps_of(number)
+        pace = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         order = torch.Generator().manual_seed(0)
         turn: list[int] = []
-        for _ in range(self.steps):
+        for _ in range(steps):
             turn = turn or torch.randperm(len(calls), generator=order).tolist()
-            batch = turn.pop()
             with torch.enable_grad():
-                weights.loss(calls[batch], given.read(batch), wanted.read(batch)).backward()  # type: ignore[no-untyped-call]
+                distance.of(turn.pop()).aim.backward()  # type: ignore[no-untyped-call]
             weights.mask_gradients()
             optimizer.step()
             optimizer.zero_grad()
             pace.step()
         weights.round()
-        after = weights.error(calls, given, wanted)
-        if after < before:
-            weights.put_back()
-        return before, min(before, after)
+        after = distance.mean()
+        if not after.aim < before.aim:
+            return float(before.own), float(before.own)
+        weights.put_back()
+        return float(before.own), float(after.own)
+
+
+class _Away(NamedTuple):
+    """How far tokens are from where they should be, as a fraction of that: scalars.
+
+    Attributes:
+        own: behind the block itself.
+        aim: what is minimised.
+    """
+
+    own: Tensor
+    aim: Tensor
+
+
+class _Distance:
+    """What is minimised, batch by batch."""
+
+    def __init__(
+        self,
+        weights: _Weights,
+        calls: Sequence[Call],
+        given: Activations,
+        wanted: Activations,
+        following: Next | None,
+        ahead: float,
+    ) -> None:
+        self._weights, self._calls, self._given, self._wanted, self._share = weights, calls, given, wanted, ahead
+        self._next = following
+        self._beyond = _Run(following.block.module, weights.numbers) if following is not None else None
+
+    def of(self, batch: int) -> _Away:
+        """The means over the tokens of one batch."""
+        wanted = self._wanted.read(batch)
+        found = self._weights.run(self._calls[batch], self._given.read(batch))
+        own = _relative(found, wanted)
+        if self._next is None or self._beyond is None:
+            return _Away(own, own)
+        call = self._next.calls[batch]
+        with torch.no_grad():
+            beyond = self._beyond(call, wanted)
+        return _Away(own, torch.lerp(own, _relative(self._beyond(call, found), beyond), self._share))
+
+    def mean(self) -> _Away:
+        """The means over all tokens."""
+        counts = [self._wanted.read(batch).shape[:-1].numel() for batch in range(len(self._calls))]
+        parts = [
+            (count * own, count * aim)
+            for count, (own, aim) in zip(counts, map(self.of, range(len(counts))), strict=True)
+        ]
+        own, aim = (torch.stack(part).double().sum() / sum(counts) for part in zip(*parts, strict=True))
+        return _Away(own, aim)
+
+
+def _relative(found: Tensor, wanted: Tensor) -> Tensor:
+    """The mean over tokens of how far each is from what is wanted, as a fraction of that."""
+    target = wanted.float()
+    lost = (found.float() - target).square().sum(-1)
+    size = target.square().sum(-1)
+    return (lost / size.masked_fill_(size == 0, torch.inf)).mean()  # a padding token's states may be zero
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """What is computed in.
+
+    Attributes:
+        dtype: of the block's weights as they are run.
+        wide: whether that is done in float32, on a CPU that has no products in it.
+    """
+
+    dtype: torch.dtype
+    wide: bool
+
+    def cast(self, value: Any) -> Any:
+        """Tensors in that dtype, wherever they are."""
+        if isinstance(value, Tensor):
+            if value.dtype == self.dtype:
+                return value.float() if self.wide else value
+            return value.to(self.dtype) if value.requires_grad and not self.wide else value
+        if isinstance(value, Call):
+            return Call(self.cast(value.args), self.cast(value.kwargs))
+        if isinstance(value, list | tuple):
+            return type(value)(self.cast(item) for item in value)
+        if isinstance(value, Mapping):
+            return {key: self.cast(item) for key, item in value.items()}
+        return value
+
+
+class _Run:
+    """A block as it is, in the dtype that is computed in; gradients go through it to what it is given."""
+
+    def __init__(self, module: nn.Module, numbers: _Numbers, without: Collection[str] = ()) -> None:
+        """Take in the block.
+
+        Args:
+            without: names of weights that are given at each call.
+        """
+        self._module, self._numbers = module, numbers
+        state = module.state_dict()
+        self._weights = {name: numbers.cast(value) for name, value in state.items() if name not in without}
+
+    def __call__(self, call: Call, given: Tensor, further: Mapping[str, Tensor] = MappingProxyType({})) -> Tensor:
+        """What the block returns for a batch, with further weights by their names in it."""
+        cast = self._numbers.cast
+        weights = {**self._weights, **{name: cast(value) for name, value in further.items()}}
+        return blocks.run(self._module, cast(call), cast(given), weights)
 
 
 class _Weights:
-    """The weights of a block in the dtype that they are fitted in, and what becomes of hidden states with them."""
+    """The weights of a block in float32, in which they are fitted, and what becomes of hidden states with them."""
 
     def __init__(self, block: LoadedBlock, linears: Sequence[Linear]) -> None:
-        self._block, prefix = block, f"{block.name}."
-        running = block.module.state_dict(prefix=prefix)
+        self._block = block
+        running = block.module.state_dict(prefix=f"{block.name}.")
         device = next(iter(running.values())).device
-        self._dtype = next(running[linear.parameter].dtype for linear in linears)
-        self._wide = widens(device, self._dtype)
+        dtype = next(running[linear.parameter].dtype for linear in linears)
+        self.numbers = _Numbers(dtype, widens(device, dtype))
         self._keep: dict[str, Tensor] = {}
         for linear in linears:
             weight = block.state[linear.parameter]
@@ -103,7 +242,7 @@ class _Weights:
             linear.view(keep).copy_(linear.view(weight) != 0)
         self._free = {name: block.state[name].to(device, torch.float32, copy=True) for name in self._keep}
         self._keep = {name: keep.to(device) for name, keep in self._keep.items()}
-        self._others = {name: self._cast(value) for name, value in running.items() if name not in self._keep}
+        self._run = _Run(block.module, self.numbers, {self._inside(name) for name in self._keep})
         for value in self._free.values():
             value.requires_grad_()
 
@@ -120,21 +259,9 @@ class _Weights:
             assert value.grad is not None
             value.grad.mul_(self._keep[name])
 
-    def loss(self, call: Call, given: Tensor, wanted: Tensor) -> Tensor:
-        """Of one batch: the mean over its tokens of how far each is from what is wanted, as a fraction of that."""
-        target = wanted.float()
-        lost = (self._run(call, given).float() - target).square().sum(-1)
-        size = target.square().sum(-1)
-        return (lost / size.masked_fill_(size == 0, torch.inf)).mean()  # a padding token's states may be zero
-
-    def error(self, calls: Sequence[Call], given: Activations, wanted: Activations) -> float:
-        """Of all batches."""
-        lost, tokens = 0.0, 0
-        for batch, call in enumerate(calls):
-            count = wanted.read(batch).shape[:-1].numel()
-            lost += count * float(self.loss(call, given.read(batch), wanted.read(batch)))
-            tokens += count
-        return lost / tokens
+    def run(self, call: Call, given: Tensor) -> Tensor:
+        """What the block returns for a batch."""
+        return self._run(call, given, {self._inside(name): value for name, value in self._free.items()})
 
     def round(self) -> None:
         """Take the weights as they will be stored."""
@@ -148,21 +275,6 @@ class _Weights:
             self._block.state[name].copy_(kept)
         self._block.refresh(self._free)
 
-    def _run(self, call: Call, given: Tensor) -> Tensor:
-        prefix = len(self._block.name) + 1
-        weights = {name[prefix:]: self._cast(value) for name, value in (*self._others.items(), *self._free.items())}
-        return blocks.run(self._block.module, self._cast(call), self._cast(given), weights)
-
-    def _cast(self, value: Any) -> Any:
-        """Tensors in the dtype that is run in, wherever they are; float32 on a CPU that has no products in it."""
-        if isinstance(value, Tensor):
-            if value.dtype == self._dtype:
-                return value.float() if self._wide else value
-            return value.to(self._dtype) if value.requires_grad and not self._wide else value
-        if isinstance(value, Call):
-            return Call(self._cast(value.args), self._cast(value.kwargs))
-        if isinstance(value, list | tuple):
-            return type(value)(self._cast(item) for item in value)
-        if isinstance(value, Mapping):
-            return {key: self._cast(item) for key, item in value.items()}
-        return value
+    def _inside(self, name: str) -> str:
+        """The name of a parameter in the block's module."""
+        return name.removeprefix(f"{self._block.name}.")
