@@ -400,14 +400,18 @@ class Needs:
     def _fitting(self, number: int, option: Schedule) -> Peak:
         """Weights with their gradients and both moments, and what a batch leaves behind for its way back."""
         first, *others = self._blocks[number : number + self._fitted]
-        dtype = self._checkpoint.dtype
-        most = self._near(24 * self._sizes[first.number].stored // dtype.itemsize + self._behind(first, option))
+        wide = widens(self._checkpoint.device, self._checkpoint.dtype)
+        most = self._near(24 * self._weights(first) + self._behind(first, option))
         for work in others:
             size = self._sizes[work.number]
-            copy = 4 * size.stored // dtype.itemsize if widens(self._checkpoint.device, dtype) else 0
+            copy = 4 * self._weights(work) if wide else 0
             passing = self._near(copy + self._behind(work, option))
             most += self._placed(size) + (passing | Peak(size.reading))
         return most
+
+    def _weights(self, work: Work) -> int:
+        """How many a block has."""
+        return sum(self._checkpoint.index[key].numel for key in self._checkpoint.block_keys[work.number])
 
     def _behind(self, work: Work, option: Schedule) -> int:
         """What a batch that runs through a block leaves behind for its way back."""

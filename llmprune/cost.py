@@ -75,6 +75,8 @@ def cost(checkpoint: Checkpoint, plan: Plan, recipe: Recipe) -> Cost:
     if plan.fit is not None:
         part = plan.schedule.batch / recipe.calibration.samples  # of the text that a step sees
         for number, through in enumerate(weighed):
+            if all(choice.kept is not None for choice in plan.blocks[number]):
+                continue
             often = part * plan.fit.steps_of(number)
             fitting += through * (3 * often + 2)
             if plan.fit.ahead and number + 1 < len(weighed):  # there and back, and for what it should come to

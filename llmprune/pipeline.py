@@ -1,7 +1,8 @@
 """The loop over blocks: read this first.
 
 `prune` makes a plan, draws the calibration tokens, and then, block by block, loads, captures, solves, propagates and
-writes. At any time one block, its statistics and the activations between two blocks are in memory.
+writes. At any time one block (while it is fitted, the next one too), its statistics and the activations between two
+blocks are in memory.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from llmprune.model.activations import Activations
 from llmprune.model.capture import Capture
 from llmprune.model.checkpoint import Checkpoint, LoadedBlock
 from llmprune.model.cpu import quick
+from llmprune.model.linears import Linear
 from llmprune.model.source import Source, resolve
 from llmprune.model.writer import INDEX, Writer, check_out, fingerprint_files, writing
 from llmprune.permute import rearrange
@@ -31,6 +33,7 @@ from llmprune.planning import make_plan
 from llmprune.progress import Clock, Progress, of_first
 from llmprune.recipe import Recipe, assemble, parse_size
 from llmprune.reconstruct.block import Next
+from llmprune.reconstruct.block import Reconstructor as BlockReconstructor
 from llmprune.report.record import BlockRecord, LinearRecord, Perplexity, Report, versions
 from llmprune.report.verify import compare
 from llmprune.solve import renewed, solve_stage
@@ -249,10 +252,7 @@ def prune_blocks(
         if fit is not None:
             if number >= finished and activations is not None and wanted is not None:
                 with clock("fit"):
-                    following = _following(checkpoint, number, activations) if fit.ahead else None
-                    away = fit.fit(number, block, pruned, calls, activations, wanted, following)
-                    if following is not None:
-                        checkpoint.unload_block(number + 1)
+                    away = _fit(fit, checkpoint, number, block, pruned, activations, wanted)
                     done = renewed(block, choices, done)
                     memory.give_back()
             runs = Capture(pruned, (), schedule.held)  # what went through the block before is of weights that were
@@ -282,11 +282,24 @@ def _propagate(
             memory.give_back()
 
 
-def _following(checkpoint: Checkpoint, number: int, activations: Activations) -> Next | None:
-    """The dense block after one, loaded; None after the last."""
-    if number + 1 == len(checkpoint.blocks):
-        return None
-    return Next(checkpoint.load_block(number + 1, dense=True), activations.calls[number + 1])
+def _fit(
+    fit: BlockReconstructor,
+    checkpoint: Checkpoint,
+    number: int,
+    block: LoadedBlock,
+    pruned: list[Linear],
+    activations: Activations,
+    wanted: Activations,
+) -> tuple[float, float]:
+    """Fit a block; the one after it is loaded meanwhile, dense, where it is looked ahead to."""
+    following = None
+    if fit.ahead and number + 1 < len(checkpoint.blocks):
+        following = Next(checkpoint.load_block(number + 1, dense=True), activations.calls[number + 1])
+    away = fit.fit(number, block, pruned, activations.calls[number], activations, wanted, following)
+    if following is not None:
+        del following  # its tensors, before memory is given back
+        checkpoint.unload_block(number + 1)
+    return away
 
 
 def draw_page(report: Report, source: Source) -> None:

@@ -61,13 +61,15 @@ def test_masks_agree_with_the_cpu(family: str, method: str, tmp_path: Path) -> N
 def test_what_else_there_is_loses_as_much_as_on_the_cpu(family: str, chosen: dict[str, Any], tmp_path: Path) -> None:
     source = make(family, tmp_path / "model")
     calibration = {"source": "builtin", "samples": 16, "length": 32}
-    lost = []
+    lost, away = [], []
     for device in ("cpu", "cuda"):
         out = tmp_path / device
         report = llmprune.prune(source, out=out, method="wanda", device=device, calibration=calibration, **chosen)
         assert llmprune.verify(out).ok
         lost.append(sum(linear.relative_error or 0.0 for linear in report.pruned))
+        away.append([block.away or 0.0 for block in report.blocks])
     assert lost[1] == pytest.approx(lost[0], rel=0.05)
+    assert away[1] == pytest.approx(away[0], rel=0.05)
 
 
 def test_perplexity_agrees_with_the_cpu(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import llmprune
 from llmprune import distributed, pipeline
+from llmprune.cost import cost
 from llmprune.errors import UserError
 from llmprune.model.writer import PAGE, REPORT
 from llmprune.patterns import parse
@@ -135,6 +136,39 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(family: str, stop: int
     report = llmprune.prune(source, out=tmp_path / "out", recipe=recipe(["cg", FIT]))
     assert report.resumed == stop
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_the_first_block_takes_more_steps(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    step = torch.optim.Adam.step
+    fit = Reconstructor.fit
+
+    def counted(self: Reconstructor, *given: Any) -> Any:
+        taken.append(0)
+        return fit(self, *given)
+
+    def stepped(self: torch.optim.Adam, *given: Any) -> Any:
+        taken[-1] += 1
+        return step(self, *given)
+
+    monkeypatch.setattr(Reconstructor, "fit", counted)
+    monkeypatch.setattr(torch.optim.Adam, "step", stepped)
+    llmprune.prune(model, out=tmp_path / "out", recipe=recipe([{"name": "block", "steps": 3, "first": 5}]))
+    assert taken == [15, 3, 3]
+
+
+def test_the_plan_counts_blocks_that_are_fitted(model: Path) -> None:
+    def fitting(ignore: list[str], **options: Any) -> float:
+        asked = recipe([{**FIT, "first": 1, **options}], ignore=ignore)
+        return cost(*pipeline.plan(model, recipe=asked), Recipe.from_dict(asked)).fitting
+
+    def others(number: int) -> list[str]:
+        return [f"model.layers.{each}.*" for each in range(3) if each != number]
+
+    assert fitting([], ahead=0) == pytest.approx(sum(fitting(others(number), ahead=0) for number in range(3)))
+    assert fitting(others(2)) == fitting(others(2), ahead=0)  # there is none behind the last block
+    assert fitting(others(0)) > 1.9 * fitting(others(0), ahead=0)
+    assert fitting(others(0), first=4) > 3 * fitting(others(0))
 
 
 def test_magnitude_needs_the_text_too(model: Path, tmp_path: Path) -> None:

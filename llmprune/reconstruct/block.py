@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -33,8 +34,8 @@ class Reconstructor:
     x are the hidden states that come out of the pruned blocks before this one, x₀ those of the dense model, so that
     what earlier blocks lost is made up for. Each token counts as much as any other, however large its states are: a
     few with massive activations would else be nearly all there is from some block on. A step takes one batch of the
-    calibration; its size falls to nothing in a half cosine. A block that it does not bring nearer to the dense one is
-    left as it was.
+    calibration; its size falls to nothing in a half cosine. A block for which what is minimised does not fall is left
+    as it was.
 
     Not every difference matters as much to what comes after. With `ahead` the next block, dense, is run on what the
     fitted one returns, and what it makes of that counts too.
@@ -96,28 +97,31 @@ class Reconstructor:
         """
         weights = _Weights(block, linears)
         distance = _Distance(weights, calls, given, wanted, following, self.ahead)
-        before = distance.mean()
-        optimizer = torch.optim.Adam(
-            [{"params": [value], "lr": self.rate * size} for value, size in weights.trained()], betas=(0.9, 0.99)
-        )
-        steps = self.steps_of(number)
-        pace = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        own, aim = distance.mean()
+        trained = weights.trained()
+        optimizer = torch.optim.Adam([{"params": [value]} for value, _ in trained], betas=(0.9, 0.99))
         order = torch.Generator().manual_seed(0)
         turn: list[int] = []
-        for _ in range(steps):
+        steps = self.steps_of(number)
+        for step in range(steps):
+            pace = self.rate * (1 + math.cos(math.pi * step / steps)) / 2
+            for group, (_, size) in zip(optimizer.param_groups, trained, strict=True):
+                group["lr"] = pace * size
             turn = turn or torch.randperm(len(calls), generator=order).tolist()
-            with torch.enable_grad():
-                distance.of(turn.pop()).aim.backward()  # type: ignore[no-untyped-call]
+            batch = turn.pop()
+            with torch.enable_grad():  # the sum, not the mean: gradients for each token would be too small for float16
+                (distance.of(batch).aim * distance.tokens(batch)).backward()  # type: ignore[no-untyped-call]
             weights.mask_gradients()
             optimizer.step()
             optimizer.zero_grad()
-            pace.step()
+        optimizer.state.clear()  # torch's optimizers stand in a circle of references, and would keep all they hold
+        optimizer.param_groups.clear()
         weights.round()
-        after = distance.mean()
-        if not after.aim < before.aim:
-            return float(before.own), float(before.own)
+        new, reached = distance.mean()
+        if not reached < aim:
+            return own, own
         weights.put_back()
-        return float(before.own), float(after.own)
+        return own, new
 
 
 class _Away(NamedTuple):
@@ -160,15 +164,19 @@ class _Distance:
             beyond = self._beyond(call, wanted)
         return _Away(own, torch.lerp(own, _relative(self._beyond(call, found), beyond), self._share))
 
-    def mean(self) -> _Away:
-        """The means over all tokens."""
-        counts = [self._wanted.read(batch).shape[:-1].numel() for batch in range(len(self._calls))]
-        parts = [
-            (count * own, count * aim)
-            for count, (own, aim) in zip(counts, map(self.of, range(len(counts))), strict=True)
-        ]
-        own, aim = (torch.stack(part).double().sum() / sum(counts) for part in zip(*parts, strict=True))
-        return _Away(own, aim)
+    def tokens(self, batch: int) -> int:
+        """How many there are in a batch."""
+        return self._wanted.read(batch).shape[:-1].numel()
+
+    def mean(self) -> tuple[float, float]:
+        """Both means over all tokens."""
+        own = aim = 0.0
+        counts = [self.tokens(batch) for batch in range(len(self._calls))]
+        for batch, count in enumerate(counts):
+            found = self.of(batch)
+            own += count * float(found.own) / sum(counts)
+            aim += count * float(found.aim) / sum(counts)
+        return own, aim
 
 
 def _relative(found: Tensor, wanted: Tensor) -> Tensor:
@@ -192,11 +200,9 @@ class _Numbers:
     wide: bool
 
     def cast(self, value: Any) -> Any:
-        """Tensors in that dtype, wherever they are."""
+        """Tensors as they are computed with, wherever they are."""
         if isinstance(value, Tensor):
-            if value.dtype == self.dtype:
-                return value.float() if self.wide else value
-            return value.to(self.dtype) if value.requires_grad and not self.wide else value
+            return value.float() if self.wide and value.dtype == self.dtype else value
         if isinstance(value, Call):
             return Call(self.cast(value.args), self.cast(value.kwargs))
         if isinstance(value, list | tuple):
@@ -204,6 +210,10 @@ class _Numbers:
         if isinstance(value, Mapping):
             return {key: self.cast(item) for key, item in value.items()}
         return value
+
+    def fitted(self, value: Tensor) -> Tensor:
+        """A weight that is fitted in float32."""
+        return value if self.wide else value.to(self.dtype)
 
 
 class _Run:
@@ -219,10 +229,10 @@ class _Run:
         state = module.state_dict()
         self._weights = {name: numbers.cast(value) for name, value in state.items() if name not in without}
 
-    def __call__(self, call: Call, given: Tensor, further: Mapping[str, Tensor] = MappingProxyType({})) -> Tensor:
-        """What the block returns for a batch, with further weights by their names in it."""
+    def __call__(self, call: Call, given: Tensor, fitted: Mapping[str, Tensor] = MappingProxyType({})) -> Tensor:
+        """What the block returns for a batch, with weights that are being fitted by their names in it."""
         cast = self._numbers.cast
-        weights = {**self._weights, **{name: cast(value) for name, value in further.items()}}
+        weights = {**self._weights, **{name: self._numbers.fitted(value) for name, value in fitted.items()}}
         return blocks.run(self._module, cast(call), cast(given), weights)
 
 
