@@ -329,7 +329,7 @@ class Needs:
 
     def _phases(self, option: Schedule) -> dict[str, Peak]:
         capture = solve = write = behind = Peak()
-        for number, (work, stages) in enumerate(zip(self._blocks, option.stages, strict=True)):
+        for work, stages in zip(self._blocks, option.stages, strict=True):
             size = self._sizes[work.number]
             loaded = self._loaded(work)
             flow = self._flow(work, option.batch, option.length) if self._samples else 0
@@ -346,7 +346,7 @@ class Needs:
                 dealt = _DEALT * work.widest
                 capture |= behind + loaded + self._near(max(flow + 4 * work.widest, dealt))
             if self._fitted:
-                solve |= loaded + self._fitting(number, option)
+                solve |= loaded + self._fitting(work, option)
             behind = Peak(size.stored) if option.overlap else Peak()
         kept = self._kept(option)
         found = {"capture": kept + capture, "solve": kept + solve, "write": kept + write, "copy": Peak(self._largest)}
@@ -397,15 +397,14 @@ class Needs:
             size += 4 * (2 * tokens * work.widest + min(AT_ONCE, work.largest))
         return size
 
-    def _fitting(self, number: int, option: Schedule) -> Peak:
+    def _fitting(self, work: Work, option: Schedule) -> Peak:
         """Weights with their gradients and both moments, and what a batch leaves behind for its way back."""
-        first, *others = self._blocks[number : number + self._fitted]
         wide = widens(self._checkpoint.device, self._checkpoint.dtype)
-        most = self._near(24 * self._weights(first) + self._behind(first, option))
-        for work in others:
-            size = self._sizes[work.number]
-            copy = 4 * self._weights(work) if wide else 0
-            passing = self._near(copy + self._behind(work, option))
+        most = self._near(24 * self._weights(work) + self._behind(work, option))
+        for further in self._blocks[work.number + 1 : work.number + self._fitted]:
+            size = self._sizes[further.number]
+            copy = 4 * self._weights(further) if wide else 0
+            passing = self._near(copy + self._behind(further, option))
             most += self._placed(size) + (passing | Peak(size.reading))
         return most
 

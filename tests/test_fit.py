@@ -93,8 +93,8 @@ def test_what_is_told_is_what_plain_transformers_finds(model: Path, tmp_path: Pa
     assert all(torch.equal(weights[1][name] == 0, weights[2][name] == 0) for name in first if "self_attn.q" in name)
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3"])
-def test_looking_ahead_serves_the_next_block(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "most"), [("llama", 0.98), ("mixtral", 0.98), ("qwen3", 0.98), ("gpt_neox", 1.0)])
+def test_looking_ahead_serves_the_next_block(family: str, most: float, tmp_path: Path) -> None:
     """The distance behind the second block, dense and run by plain transformers, when the first one was fitted."""
     source = make(family, tmp_path / "model", num_hidden_layers=3)
     dense = AutoModelForCausalLM.from_pretrained(source)
@@ -113,7 +113,7 @@ def test_looking_ahead_serves_the_next_block(family: str, tmp_path: Path) -> Non
                 each(input_ids=tokens, output_hidden_states=True).hidden_states[2] for each in (dense, fitted)
             )
         away[ahead] = relative(found, wanted)
-    assert away[1.0] < 0.98 * away[0.0]
+    assert away[1.0] < most * away[0.0]
 
 
 def test_what_does_not_help_is_left_as_it_was(model: Path, tmp_path: Path) -> None:

@@ -149,20 +149,21 @@ class _Distance:
         ahead: float,
     ) -> None:
         self._weights, self._calls, self._given, self._wanted, self._share = weights, calls, given, wanted, ahead
-        self._next = following
-        self._beyond = _Run(following.block.module, weights.numbers) if following is not None else None
+        self._next = None
+        if following is not None:
+            self._next = _Run(following.block.module, weights.numbers), following.calls
 
     def of(self, batch: int) -> _Away:
         """The means over the tokens of one batch."""
         wanted = self._wanted.read(batch)
         found = self._weights.run(self._calls[batch], self._given.read(batch))
         own = _relative(found, wanted)
-        if self._next is None or self._beyond is None:
+        if self._next is None:
             return _Away(own, own)
-        call = self._next.calls[batch]
-        with torch.no_grad():
-            beyond = self._beyond(call, wanted)
-        return _Away(own, torch.lerp(own, _relative(self._beyond(call, found), beyond), self._share))
+        run, calls = self._next
+        with torch.no_grad():  # each time anew: kept, it would be a third set of states of all batches
+            beyond = run(calls[batch], wanted)
+        return _Away(own, torch.lerp(own, _relative(run(calls[batch], found), beyond), self._share))
 
     def tokens(self, batch: int) -> int:
         """How many there are in a batch."""
