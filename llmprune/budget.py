@@ -37,6 +37,9 @@ torch 2.13."""
 EXPERTS = 64 * 2**20
 """What experts take besides: code for their many shapes, see `memory.frugal`, and more pieces. Measured as well."""
 
+CHOOSE = "choose"
+"""The phase in which blocks are chosen that a model does without."""
+
 LOSS_TOKENS = 256
 """Tokens whose scores over the whole vocabulary are held at once in an evaluation."""
 
@@ -69,7 +72,7 @@ def windows_at_once(checkpoint: Checkpoint, length: int, spare: int) -> int:
     Args:
         spare: bytes that may be taken beyond the first batch of them; a quarter of what is free is the most.
     """
-    size, batch = checkpoint.hidden_size * checkpoint.dtype.itemsize * length, batch_size(checkpoint, length)
+    size, batch = _width(checkpoint) * length, batch_size(checkpoint, length)
     return max(1, min(memory.available() // 4, batch * size + spare) // size // batch) * batch
 
 
@@ -116,6 +119,11 @@ def room(checkpoint: Checkpoint, cap: int | None) -> Room:
     free = torch.cuda.mem_get_info(checkpoint.device)[0] if checkpoint.device.type == "cuda" else None
     least = distributed.smallest(int(free * FREE_SHARE)) if free is not None else None
     return Room(distributed.smallest(host), least, cap is not None)
+
+
+def _width(checkpoint: Checkpoint) -> int:
+    """Bytes of a token's hidden state."""
+    return checkpoint.hidden_size * checkpoint.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -211,6 +219,24 @@ class Schedule:
         return most
 
 
+def abreast(checkpoint: Checkpoint, schedule: Schedule, sequences: int, had: Room) -> tuple[Schedule, int]:
+    """How many shorter models may go through the blocks together, and the schedule with the memory that this takes.
+
+    Args:
+        schedule: its phase `choose` holds one of them.
+        sequences: what each is measured on, on this rank.
+    """
+    phase, each = schedule.memory[CHOOSE], 2 * sequences * schedule.length * _width(checkpoint)
+    apart = had.device is not None
+    spare = (had.device or 0) - phase.device if apart else had.host - phase.host
+    if not had.capped:
+        spare = min(spare, (had.device or 0) // 4 if apart else memory.available() // 4)
+    count = min(len(checkpoint.blocks), 1 + max(0, spare) // each)
+    more = (count - 1) * each
+    peak = phase + (Peak(device=more) if apart else Peak(more))
+    return replace(schedule, memory={**schedule.memory, CHOOSE: peak}), count
+
+
 class Needs:
     """What the phases of a run take."""
 
@@ -225,6 +251,7 @@ class Needs:
         look: Literal["nothing", "weights", "norms"] = "nothing",
         together: tuple[int, int] = (0, 0),
         permuted: bool = False,
+        shortened: tuple[int, int] = (0, 0),
     ) -> None:
         """Take in the work.
 
@@ -236,13 +263,16 @@ class Needs:
             look: what an allocation is shown of the dense blocks.
             together: how many sequences an allocation measures on, and the most that go through the model at a time.
             permuted: whether channels change places.
+            shortened: how many sequences blocks are chosen on that go, and how many are drawn for it; 0 where these
+                blocks are known.
         """
-        self._together, self._permuted = together, permuted
+        self._together, self._permuted, self._shortened = together, permuted, shortened
         self._checkpoint, self._blocks, self._samples, self._length = checkpoint, blocks, samples, length
         self._text, self._fitted, self._look = text, fitted, look
         self._beside = any(stage.beside for work in blocks for stage in work.stages)  # the dense model's way
+        self._beyond = checkpoint.shape is not None and (fitted > 0 or self._beside)
         self._apart = checkpoint.device.type != "cpu"
-        self._width = checkpoint.hidden_size * checkpoint.dtype.itemsize
+        self._width = _width(checkpoint)
         self._vocabulary = int(checkpoint.config.get_text_config().vocab_size)
         self._sizes = [checkpoint.footprint(keys) for keys in checkpoint.block_keys]
         self._outer, self._whole = (checkpoint.footprint(checkpoint.outer(head)) for head in (False, True))
@@ -345,6 +375,9 @@ class Needs:
             if self._permuted:
                 dealt = _DEALT * work.widest
                 capture |= behind + loaded + self._near(max(flow + 4 * work.widest, dealt))
+            if self._beyond:  # the dense model's states go through a block that went
+                through = self._flow(replace(work, moments=()), option.batch, option.length)
+                capture |= behind + loaded + self._loaded(work) + self._near(through)
             if self._fitted:
                 solve |= loaded + self._fitting(work, option)
             behind = Peak(size.stored) if option.overlap else Peak()
@@ -355,7 +388,10 @@ class Needs:
             embedded = option.batch * option.length * self._width
             found["embed"] = kept + self._placed(self._outer) + self._near(4 * embedded)
         if self._look != "nothing":
-            found["allocate"] = self._looking(option) | self._answering(option)
+            found["allocate"] = self._looking(option) | self._answering(option, *self._together)
+        sequences, drawn = self._shortened
+        if sequences:
+            found[CHOOSE] = self._answering(option, sequences, sequences) | Peak(TOKEN_BYTES * drawn * self._length)
         if self._text is not None:
             found["evaluate"] = self._evaluation(self._text)
         return {phase: self._base + peak for phase, peak in found.items()}
@@ -434,9 +470,13 @@ class Needs:
         known = EVIDENCE * sum(len(entry.linears) for work in self._blocks for entry in work.inputs)
         return most + self._kept(option) + Peak(known) + self._norms
 
-    def _answering(self, option: Schedule) -> Peak:
-        """One block after the other in many versions, one at a time, and the states that pass through them."""
-        sequences, together = self._together
+    def _answering(self, option: Schedule, sequences: int, together: int) -> Peak:
+        """One block after the other in many versions, one at a time, and the states that pass through them.
+
+        Args:
+            sequences: how many there are, as the dense model takes them.
+            together: how many go through the blocks at a time.
+        """
         if not sequences:
             return Peak()
         scores = LOSS_TOKENS * self._vocabulary * (2 * self._checkpoint.dtype.itemsize + 4 * 4)

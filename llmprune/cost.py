@@ -75,7 +75,7 @@ def cost(checkpoint: Checkpoint, plan: Plan, recipe: Recipe) -> Cost:
     if plan.fit is not None:
         part = plan.schedule.batch / recipe.calibration.samples  # of the text that a step sees
         for number, through in enumerate(weighed):
-            if all(choice.kept is not None for choice in plan.blocks[number]):
+            if not any(choice.fitted for choice in plan.blocks[number]):
                 continue
             often = part * plan.fit.steps_of(number)
             fitting += through * (3 * often + 2)
@@ -83,6 +83,13 @@ def cost(checkpoint: Checkpoint, plan: Plan, recipe: Recipe) -> Cost:
                 fitting += weighed[number + 1] * (3 * often + 4)
     if plan.budget is not None and plan.budget.targets is None and isinstance(plan.budget.allocator, Improver):
         forwards += passing * plan.budget.allocator.looked_at * min(tokens, plan.budget.allocator.tokens)
+    if plan.shortening is not None and plan.shortening.given is None:
+        asked = plan.shortening
+        whole = passing * asked.total / len(plan.blocks)
+        looked_at = asked.chooser.looked_at(asked.total, asked.count)
+        forwards += whole * looked_at * min(tokens, asked.chooser.tokens)
+    if plan.shortening is not None and plan.follows_dense:  # the dense model's states go through what went
+        forwards += passing / len(plan.blocks) * plan.shortening.count * tokens
     return Cost(forwards, statistics, solving, fitting)
 
 

@@ -69,7 +69,7 @@ def demo(
         Failure: the model can be had neither from the Hub nor from PyPI.
     """
     shown = progress or Silent()
-    chosen = assemble(recipe if recipe is not None else DEFAULTS, options)
+    chosen = assemble(recipe if recipe is not None else DEFAULTS, options).settled()
     if out is None:
         method = chosen.method if isinstance(chosen.method, str) else chosen.method.get("name", "")
         out = f"smollm2-{method}-{str(chosen.sparsity).replace(':', '-').replace('%', '')}"

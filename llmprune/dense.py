@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from llmprune import data, distributed, memory
 from llmprune.allocate import Improver
 from llmprune.allocation import Seen
-from llmprune.answers import Answers
+from llmprune.answers import Allocated, Answers
 from llmprune.model import blocks
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.norms import Norms
@@ -77,8 +78,12 @@ def look(
     targets = distributed.share(targets)
     if isinstance(budget.allocator, Improver) and tokens is not None:
         del activations
-        answers = Answers(checkpoint, plan, tokens, budget.allocator.tokens, norms)
+        answers = Answers(checkpoint, plan.chain, tokens, budget.allocator.tokens)
+
+        def measure(candidates: Sequence[Mapping[str, str]], part: Sequence[int]) -> list[float]:
+            return answers.measure(Allocated(plan, norms, checkpoint.device, candidates), part)
+
         share, sequences = budget.sparsity or 0.0, answers.sequences
-        better = budget.allocator.improve(plan.known, share, targets, answers.measure, sequences, progress)
+        better = budget.allocator.improve(plan.known, share, targets, measure, sequences, progress)
         targets = distributed.share(dict(better))
     return targets

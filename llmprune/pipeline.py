@@ -7,23 +7,25 @@ blocks are in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llmprune import allocation, data, dense, distributed, memory
-from llmprune.budget import batch_size, room, windows_at_once
+from llmprune.budget import CHOOSE, Room, batch_size, room, windows_at_once
 from llmprune.errors import Interrupted
 from llmprune.evaluate import perplexity
 from llmprune.model import blocks
-from llmprune.model.activations import Activations
+from llmprune.model.activations import Activations, Call
 from llmprune.model.capture import Capture
 from llmprune.model.checkpoint import Checkpoint, LoadedBlock
 from llmprune.model.cpu import quick
+from llmprune.model.depth import shortened
 from llmprune.model.linears import Linear
 from llmprune.model.source import Source, resolve
 from llmprune.model.writer import INDEX, Writer, check_out, fingerprint_files, writing
@@ -37,6 +39,8 @@ from llmprune.reconstruct.block import Reconstructor as BlockReconstructor
 from llmprune.report.record import BlockRecord, LinearRecord, Perplexity, Report, versions
 from llmprune.report.verify import compare
 from llmprune.solve import renewed, solve_stage
+from llmprune.structured.depth import Shortening, read_shortening
+from llmprune.structured.shorten import choose
 
 
 def prune(
@@ -67,7 +71,7 @@ def prune(
         UserError: the request makes no sense for this model; nothing was written.
         Failure: the work could not be finished.
     """
-    chosen = assemble(recipe, options)
+    chosen = assemble(recipe, options).settled()
     memory.frugal()
     with torch.no_grad(), distributed.joined():
         shown = of_first(progress)
@@ -81,8 +85,19 @@ def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, sh
     with clock("plan"), shown.waiting("planning"):
         checkpoint, plan = _plan(source, recipe)
     tokens, text, fingerprint = _prepare(checkpoint, plan, recipe, out, restart, clock, shown)
-    with writing(out, checkpoint, recipe.shard_size, restart) as writer, _interruptible(writer, plan):
-        resumed = distributed.share(not restart and writer.recover(fingerprint, shown))
+    with writing(out, checkpoint, recipe.shard_size, restart) as writer, _interruptible(writer):
+        resumed = distributed.share(not restart and writer.find(fingerprint))
+        whole, kept = checkpoint, None
+        if plan.shortening is not None:
+            kept = distributed.share(writer.kept) if resumed else None
+            if kept is None:
+                with clock("choose"), quick(checkpoint.device, checkpoint.dtype):
+                    kept = choose(checkpoint, plan, tokens, shown)
+            with clock("plan"), shown.waiting("planning"):
+                checkpoint, plan = _shorten(checkpoint, plan, recipe, kept)
+            writer.lay_out(checkpoint)
+        if resumed:
+            writer.recover(shown)
         if plan.budget is not None and plan.budget.targets is None:
             targets = distributed.share(writer.allocation) if resumed else None
             if targets is None:
@@ -91,14 +106,18 @@ def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, sh
             plan = allocated(plan, targets)
         if not resumed:
             with clock("evaluate"):
-                before = perplexity.dense(checkpoint, text, recipe.evaluate, shown, plan.spare) if text else None
-            writer.begin(fingerprint, vars(before) if before else None, _targets(plan))
+                before = perplexity.dense(whole, text, recipe.evaluate, shown, plan.spare) if text else None
+            writer.begin(fingerprint, vars(before) if before else None, _targets(plan), kept)
         report = Report(writer.out, checkpoint.source.name, checkpoint.source.revision, recipe.to_dict(), plan.weights)
         report.base = dict(checkpoint.source.base)
         report.origin = checkpoint.source.origin
         report.resumed = len(writer.records) if resumed else None
+        if kept is not None:
+            report.kept_blocks, report.dense_blocks = list(kept), len(whole.blocks)
+            report.dense_weights = sum(info.numel for info in whole.index.values())
         with quick(checkpoint.device, checkpoint.dtype):
-            prune_blocks(checkpoint, plan, tokens if plan.calibrates else None, writer, clock, shown)
+            longer = Longer(whole, kept) if kept is not None else None
+            prune_blocks(checkpoint, plan, tokens if plan.calibrates else None, writer, clock, shown, longer)
         with distributed.first():  # ranks are told of a failure, and wait for files that they go on to read
             if distributed.is_first():
                 _finish(writer, report, _plan_file(plan, checkpoint.source), clock, shown)
@@ -190,12 +209,21 @@ def _evaluate(out: Path, recipe: Recipe, text: perplexity.Text, plan: Plan, show
 
 
 def prune_blocks(
-    checkpoint: Checkpoint, plan: Plan, tokens: data.Tokens | None, writer: Writer, clock: Clock, progress: Progress
+    checkpoint: Checkpoint,
+    plan: Plan,
+    tokens: data.Tokens | None,
+    writer: Writer,
+    clock: Clock,
+    progress: Progress,
+    longer: Longer | None = None,
 ) -> None:
     """Prune and write all blocks in order; the inputs of each come from the pruned blocks before it.
 
     In a block, the linears of one stage after the other are solved, on inputs that have passed those before them. Each
     rank calibrates its share of the batches. Blocks that the writer has already are only run, as OUT holds them.
+
+    Args:
+        longer: the model with the blocks that were taken out, which the dense model's states pass as well.
     """
     finished = distributed.share(len(writer.records))
     if finished == len(plan.blocks):
@@ -206,7 +234,11 @@ def prune_blocks(
         with clock("embed"), progress.waiting("embedding the calibration text"):
             batches = distributed.mine(tokens.batches(schedule.batch))
             activations = blocks.start(checkpoint, plan.chain, batches, schedule.place, writer.out)
-            wanted = activations.twin() if plan.follows_dense else None
+            wanted = None
+            if plan.follows_dense and longer is not None:
+                wanted = longer.start(plan, batches, writer.out)
+            elif plan.follows_dense:
+                wanted = activations.twin()
     for number, choices in progress.over(list(enumerate(plan.blocks)), "pruning blocks"):
         if number < finished and activations is None:
             continue
@@ -217,10 +249,11 @@ def prune_blocks(
         calls = activations.calls[number] if activations is not None else []
         stages = schedule.stages[number] if number >= finished else ()
         pruned = [choice.linear for choice in choices if choice.kept is None]
-        fit = plan.fit if pruned else None
+        fitted = [choice.linear for choice in choices if choice.fitted]
+        fit = plan.fit if fitted else None
         linears = {choice.linear.name: choice.linear for choice in choices}
         permuted = plan.permuted(number)
-        changed = {linear.parameter for linear in pruned}
+        changed = {linear.parameter for linear in (*pruned, *fitted)}
         changed = changed.union(*(channels.parameters(linears, block.state) for channels, _ in permuted))
         if permuted and (number >= finished or wanted is not None):
             with clock("permute"):  # finished blocks too: what the dense model makes of them stays the same to the bit
@@ -229,6 +262,8 @@ def prune_blocks(
         if wanted is not None and not runs.goes_beside:
             with clock("dense"):
                 blocks.pass_through(checkpoint, number, calls, wanted)
+                if longer is not None:
+                    longer.follow(number, wanted)
         if number < finished:
             with clock("read"):
                 block = block if wanted is None else checkpoint.load_block(number)
@@ -247,12 +282,14 @@ def prune_blocks(
             if runs.goes_beside and wanted is not None:
                 with clock("dense"):
                     blocks.pass_through(checkpoint, number, calls, wanted, runs.finish_dense)
+                    if longer is not None:
+                        longer.follow(number, wanted)
             if fit is None:
                 _propagate(checkpoint, number, activations, runs, clock)
         if fit is not None:
             if number >= finished and activations is not None and wanted is not None:
                 with clock("fit"):
-                    away = _fit(fit, checkpoint, number, block, pruned, activations, wanted)
+                    away = _fit(fit, checkpoint, number, block, fitted, activations, wanted)
                     done = renewed(block, choices, done)
                     memory.give_back()
             runs = Capture(pruned, (), schedule.held)  # what went through the block before is of weights that were
@@ -270,6 +307,37 @@ def prune_blocks(
                     writer.settle()
         del block
         checkpoint.unload_block(number)
+
+
+class Longer:
+    """The dense model of one from which blocks were taken out: its states go through these as well."""
+
+    def __init__(self, whole: Checkpoint, kept: Sequence[int]) -> None:
+        """Nothing is run yet.
+
+        Args:
+            kept: the numbers of its blocks that are left.
+        """
+        self._whole = whole
+        self._gone = [range(before + 1, after) for before, after in pairwise((-1, *kept, len(whole.blocks)))]
+        self._calls: list[list[Call]] = []
+
+    def start(self, plan: Plan, batches: Sequence[torch.Tensor], folder: Path) -> Activations:
+        """The states in front of the first block that is left."""
+        wanted = blocks.start(self._whole, plan.chain, batches, plan.schedule.place, folder)
+        self._calls, wanted.calls = wanted.calls, []
+        self._pass(self._gone[0], wanted)
+        return wanted
+
+    def follow(self, number: int, wanted: Activations) -> None:
+        """Take states that have left a block through those that went, up to the next that is left."""
+        self._pass(self._gone[number + 1], wanted)
+
+    def _pass(self, numbers: Sequence[int], wanted: Activations) -> None:
+        for number in numbers:
+            self._whole.load_block(number)
+            blocks.pass_through(self._whole, number, self._calls[number], wanted)
+            self._whole.unload_block(number)
 
 
 def _propagate(
@@ -349,7 +417,7 @@ def plan(
     Args:
         look: find out an allocation that needs the weights and no data, for which all of them are read.
     """
-    chosen = assemble(recipe, options)
+    chosen = assemble(recipe, options).settled()
     memory.frugal()
     shown = of_first(progress)
     source = _find(model, chosen, shown)
@@ -358,6 +426,10 @@ def plan(
     for text in (chosen.calibration.source if made.needs_data else None, chosen.evaluate.text):
         if text is not None:
             data.check(text)
+    if made.shortening is not None:
+        shortening = made.shortening
+        checkpoint, made = _shorten(checkpoint, made, chosen, shortening.kept)
+        made = replace(made, shortening=shortening)
     if look and made.budget is not None and made.budget.targets is None and made.budget.allocator.needs == "weights":
         with torch.no_grad():
             made = allocated(made, dense.look(checkpoint, made, None, shown))
@@ -374,19 +446,39 @@ def _find(model: str | Path, recipe: Recipe, shown: Progress) -> Source:
 def _plan(source: Source, recipe: Recipe) -> tuple[Checkpoint, Plan]:
     with distributed.first():
         checkpoint = Checkpoint(source, distributed.local_device(recipe.device), recipe.dtype)
+        shortening = read_shortening(recipe.depth.drop, recipe.depth.by, len(checkpoint.blocks))
     had = room(checkpoint, parse_size(recipe.max_memory) if recipe.max_memory is not None else None)
+    return checkpoint, _planned(checkpoint, recipe, had, shortening)
+
+
+def _planned(checkpoint: Checkpoint, recipe: Recipe, had: Room, shortening: Shortening | None = None) -> Plan:
+    """The plan, the same on every rank."""
     with distributed.first():
-        made = make_plan(checkpoint, recipe, had)
+        made = make_plan(checkpoint, recipe, had, shortening)
     schedule, channels = distributed.share((made.schedule, made.channels))  # each rank may find others
-    return checkpoint, replace(made, schedule=schedule, channels=channels)
+    return replace(made, schedule=schedule, channels=channels)
+
+
+def _shorten(whole: Checkpoint, plan: Plan, recipe: Recipe, kept: tuple[int, ...]) -> tuple[Checkpoint, Plan]:
+    """The model without some of its blocks, and the plan for it."""
+    with distributed.first():
+        checkpoint = shortened(whole, kept)
+    made = _planned(checkpoint, recipe, plan.room)
+    chosen = {phase: peak for phase, peak in plan.schedule.memory.items() if phase == CHOOSE}
+    schedule = replace(made.schedule, memory={**made.schedule.memory, **chosen})
+    return checkpoint, replace(made, schedule=schedule, abreast=plan.abreast)
 
 
 @contextmanager
-def _interruptible(writer: Writer, plan: Plan) -> Iterator[None]:
-    """Every moment is a safe one to stop at; tell what there is by then. An allocation is there when it is whole."""
+def _interruptible(writer: Writer) -> Iterator[None]:
+    """Every moment is a safe one to stop at; tell what there is by then.
+
+    An allocation, or a choice of blocks, is there when it is whole.
+    """
 
     def onward() -> str:
-        done = f"{len(writer.records)} of {len(plan.blocks)} blocks are finished in {writer.out}: "
+        blocks = {shard.block for shard in writer.shards} - {None}
+        done = f"{len(writer.records)} of {len(blocks)} blocks are finished in {writer.out}: "
         return f"{done if writer.records else ''}{writer.onward}"
 
     if distributed.is_first():

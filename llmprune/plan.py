@@ -21,6 +21,10 @@ from llmprune.reconstruct.block import Reconstructor as BlockReconstructor
 from llmprune.solvers import Solver
 from llmprune.stats import LEVELS
 from llmprune.stats import Needs as Level
+from llmprune.structured.depth import Shortening
+
+NOT_ASKED = "no sparsity is asked for"
+"""Why a linear is left dense in a model that gets smaller otherwise."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,11 @@ class Choice:
     rule: int | None = None
     allocated: bool = False
     asymmetric: float = 0.0
+
+    @property
+    def fitted(self) -> bool:
+        """Whether it is fitted where its block is; all of it where no sparsity is asked for."""
+        return self.after.block is not None and self.kept in (None, NOT_ASKED)
 
     @property
     def row_independent(self) -> bool:
@@ -104,6 +113,8 @@ class Plan:
         budget: how the sparsity is divided; None where every linear gets the recipe's.
         writers: per block, the modules whose outputs are added to the hidden states as they are.
         channels: per block, the input channels that may change places for the sake of N:M groups.
+        shortening: the blocks that are still to be taken out of the model; None where none are, or where that is done.
+        abreast: how many shorter models may be measured together to choose them.
     """
 
     blocks: tuple[tuple[Choice, ...], ...]
@@ -115,6 +126,8 @@ class Plan:
     budget: Budget | None = None
     writers: tuple[tuple[str, ...], ...] = ()
     channels: tuple[tuple[Channels, ...], ...] = ()
+    shortening: Shortening | None = None
+    abreast: int = 1
 
     @property
     def choices(self) -> list[Choice]:
@@ -133,18 +146,19 @@ class Plan:
 
     @property
     def needs_data(self) -> bool:
-        """Whether any method, or the allocation, asks for calibration."""
-        return self.calibrates or (self.budget is not None and self.budget.allocator.needs == "norms")
+        """Whether any method, the allocation, or the choice of blocks asks for calibration."""
+        chooses = self.shortening is not None and self.shortening.given is None
+        return self.calibrates or chooses or (self.budget is not None and self.budget.allocator.needs == "norms")
 
     @property
     def calibrates(self) -> bool:
         """Whether any method asks for calibration."""
-        return any(choice.needs != "nothing" for choice in self.pruned)
+        return self.fit is not None or any(choice.needs != "nothing" for choice in self.pruned)
 
     @property
     def fit(self) -> BlockReconstructor | None:
         """What fits whole blocks, None where nothing does."""
-        return next((choice.after.block for choice in self.pruned), None)
+        return next((choice.after.block for choice in self.choices if choice.fitted), None)
 
     @property
     def follows_dense(self) -> bool:
@@ -211,6 +225,7 @@ class Plan:
             "stages": self.schedule.most_stages,
             "held": self.schedule.held if self.needs_data else None,
             "allocation": self.budget.name if self.budget is not None else "uniform",
+            "blocks": None if self.shortening is None else self.shortening.to_dict(),
             "allocated": self.budget is None or self.budget.targets is not None,
             "linears": [
                 {

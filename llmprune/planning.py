@@ -14,7 +14,7 @@ from llmprune import allocate, distributed, named, solvers
 from llmprune.after import read_after
 from llmprune.allocate import Improver
 from llmprune.allocation import target
-from llmprune.budget import Needs, Room, Schedule, Work, batch_size
+from llmprune.budget import CHOOSE, Needs, Room, Schedule, Work, abreast, batch_size
 from llmprune.errors import UserError, unknown
 from llmprune.model.blocks import Chain, hidden_of, kinds, probe, probe_length
 from llmprune.model.channels import Channels, find_channels
@@ -24,25 +24,30 @@ from llmprune.model.skeleton import decoder_prefix
 from llmprune.model.survey import Survey
 from llmprune.model.watch import Input
 from llmprune.patterns import NM, Unstructured, parse
-from llmprune.plan import Budget, Choice, Plan, known_of, settled
-from llmprune.recipe import Recipe
+from llmprune.plan import NOT_ASKED, Budget, Choice, Plan, known_of, settled
+from llmprune.recipe import DEFAULT_SPARSITY, Recipe
 from llmprune.solvers import Solver
 from llmprune.stats import LEVELS
+from llmprune.structured.depth import Shortening
 
 DEFAULT_LENGTH = 2048
 
 UNSEEN_EXPERTS = "experts that transformers does not let run one by one: NOT pruned"
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room, shortening: Shortening | None = None) -> Plan:
     """Decide for every linear, check shapes, try the first block of each kind on a few tokens, and fit it into memory.
 
     Args:
         had: the memory that it is to fit into.
+        shortening: the blocks that will be taken out of it before.
 
     Raises:
         UserError: a pattern that does not divide, a rule that matches nothing, a model that cannot be walked, ...
     """
+    asked = recipe.sparsity is not None or any(rule.sparsity is not None for rule in recipe.rules)
+    if not asked:
+        _check_unasked(recipe)
     budget = _budget(recipe)
     default = _resolve(recipe, None, budget)
     rules = [_resolve(recipe, number, budget) for number in range(len(recipe.rules))]
@@ -62,14 +67,17 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
         channels.append(tuple(one.renamed(like, name) for one in movable.get(kind, ())))
         choices = []
         for linear in find_linears(checkpoint.block(name), name):
-            rule = next((place for place, entry in enumerate(recipe.rules) if matches(entry.match, linear.name)), None)
+            said = checkpoint.name_before(number, linear.name)
+            rule = next((place for place, entry in enumerate(recipe.rules) if matches(entry.match, said)), None)
             method, solver, pattern = default if rule is None else rules[rule]
             kept = None
-            if any(matches(pattern_, linear.name) for pattern_ in recipe.ignore):
+            if any(matches(pattern_, said) for pattern_ in recipe.ignore):
                 kept = "ignored"
             elif rule is not None and recipe.rules[rule].skip:
                 kept = f"skipped by rule {rule + 1}"
             own = rule is not None and recipe.rules[rule].sparsity is not None
+            if kept is None and recipe.sparsity is None and not own:
+                kept = NOT_ASKED
             place = None if rule is None else rule + 1
             choice = Choice(linear, method, solver, pattern, after, kept, place, budget is not None and not own)
             if kept is None and choice.needs != "nothing" and linear.name.removeprefix(name) not in called:
@@ -78,7 +86,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
             share = recipe.calibration.asymmetric if aims else 0.0
             choices.append(replace(choice, allocated=choice.allocated and choice.kept is None, asymmetric=share))
         blocks.append(tuple(choices))
-    _check_names(checkpoint, recipe, blocks)
+    if checkpoint.shape is None:  # else it was done for the model as it was, and what went may have been meant
+        _check_names(checkpoint, recipe, blocks)
     if budget is not None:
         if not any(choice.allocated for block in blocks for choice in block):
             raise UserError(f"allocation {budget.name} has nothing to allocate: each linear is left out, or has a rule")
@@ -95,7 +104,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
         dense = survey.again or not recipe.calibration.true_sequential
         seen = _moments(blocks[number], moments, writers[number])
         works.append(_work(number, blocks[number], seen, survey, dense))
-    if not any(choice.kept is None for block in blocks for choice in block):
+    if asked and not any(choice.kept is None for block in blocks for choice in block):
         raise UserError("nothing is left to prune: every linear is ignored, skipped or cannot be pruned")
     aiming = any(choice.asymmetric and choice.kept is None for block in blocks for choice in block)
     if recipe.calibration.asymmetric and not aiming:
@@ -103,12 +112,36 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room) -> Plan:
             "calibration.asymmetric changes what kept weights are fitted to, and nothing fits them here (experts are "
             "never fitted that way): take a method such as sparsegpt or alps, or add --reconstruct cg"
         )
-    schedule = _schedule(checkpoint, recipe, blocks, works, budget, permutes, had)
+    schedule = _schedule(checkpoint, recipe, blocks, works, budget, permutes, had, shortening)
     weights = sum(info.numel for info in checkpoint.index.values())
     others = _others(checkpoint, blocks)
-    made = Plan(tuple(blocks), chain, weights, others, schedule, had, budget, tuple(writers), tuple(channels))
+    parts = tuple(blocks), chain, weights, others, schedule, had, budget, tuple(writers), tuple(channels)
+    made = Plan(*parts, shortening)
+    if CHOOSE in schedule.memory and shortening is not None:
+        sequences = sequences_of(shortening, recipe.calibration.samples, schedule.length)
+        schedule, together = abreast(checkpoint, schedule, sequences, had)
+        made = replace(made, schedule=schedule, abreast=together)
     _check_permuted(made, recipe)
     return made
+
+
+def _check_unasked(recipe: Recipe) -> None:
+    """See that nothing is asked for that only comes with pruned linears, where none are.
+
+    Raises:
+        UserError: something is.
+    """
+    given = {
+        "permute": recipe.permute,
+        "refine": recipe.refine,
+        "reconstruct": [name for name in map(named.name_of, recipe.reconstruct) if name != "block"],
+        "calibration.asymmetric": recipe.calibration.asymmetric,
+    }
+    if found := [name for name, value in given.items() if value]:
+        raise UserError(
+            f"{found[0]} follows the pruning of linears, and no sparsity is asked for: say one (--sparsity 2:4), or "
+            "leave it out"
+        )
 
 
 def _try(checkpoint: Checkpoint, permutes: bool) -> tuple[Chain, dict[int, Survey], dict[int, list[Channels]]]:
@@ -148,13 +181,15 @@ def _schedule(
     budget: Budget | None,
     permutes: bool,
     had: Room,
+    shortening: Shortening | None,
 ) -> Schedule:
     """The work laid out so that it fits into memory."""
     length = sequence_length(checkpoint, recipe.calibration.length)
     look = budget.allocator.needs if budget is not None else "nothing"
     pruned = [choice for block in blocks for choice in block if choice.kept is None]
-    data = look == "norms" or any(choice.needs != "nothing" for choice in pruned)
-    fitted = max((choice.after.block.runs for choice in pruned if choice.after.block is not None), default=0)
+    fits = [choice.after.block for block in blocks for choice in block if choice.fitted]
+    fitted = max((fit.runs for fit in fits if fit is not None), default=0)
+    data = look == "norms" or fitted > 0 or any(choice.needs != "nothing" for choice in pruned)
     text = None if recipe.evaluate.text is None else sequence_length(checkpoint, recipe.evaluate.length)
     samples = -(-recipe.calibration.samples // distributed.size())
     together = (0, 0)
@@ -162,8 +197,17 @@ def _schedule(
         sequences = min(recipe.calibration.samples, -(-budget.allocator.tokens // length))
         mine = -(-sequences // distributed.size())
         together = mine, budget.allocator.together(mine, sequences)
-    needs = Needs(checkpoint, works, samples if data else 0, length, text, fitted, look, together, permutes)
+    looked_at = 0, 0
+    if shortening is not None and shortening.given is None:
+        drawn = recipe.calibration.samples
+        looked_at = sequences_of(shortening, drawn, length), drawn
+    needs = Needs(checkpoint, works, samples if data else 0, length, text, fitted, look, together, permutes, looked_at)
     return needs.schedule(min(samples, batch_size(checkpoint, length)), had)
+
+
+def sequences_of(shortening: Shortening, samples: int, length: int) -> int:
+    """How many sequences of a length blocks are chosen on, on the rank that has the most of them."""
+    return -(-min(samples, -(-shortening.chooser.tokens // length)) // distributed.size())
 
 
 def _check_permuted(plan: Plan, recipe: Recipe) -> None:
@@ -190,6 +234,10 @@ def _budget(recipe: Recipe) -> Budget | None:
     patterns = tuple(
         pattern for text in getattr(allocator, "patterns", ()) if isinstance(pattern := target(text, "row"), NM)
     )
+    if recipe.sparsity is None:
+        raise UserError(
+            f"allocation {name} divides a sparsity, and none is asked for: say one (--sparsity), or leave it out"
+        )
     asked = parse(recipe.sparsity)
     if isinstance(asked, NM):
         raise UserError(
@@ -234,7 +282,7 @@ def _resolve(recipe: Recipe, number: int | None, budget: Budget | None) -> tuple
         solver = solvers.load(method)
         scope = (rule.scope if rule is not None else None) or recipe.scope or solver.scope
         sparsity = rule.sparsity if rule is not None and rule.sparsity is not None else recipe.sparsity
-        pattern = parse(sparsity, scope)  # type: ignore[arg-type]
+        pattern = parse(sparsity if sparsity is not None else DEFAULT_SPARSITY, scope)  # type: ignore[arg-type]
         if budget is not None and (rule is None or rule.sparsity is None):
             if budget.patterns:
                 pattern = budget.patterns[0]

@@ -7,7 +7,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,8 +21,10 @@ T = TypeVar("T")
 Named = str | dict[str, Any]
 """The name of a thing, or a mapping of its `name` and options."""
 
-NAMED = ("method", "allocation")
+NAMED = ("method", "allocation", "by")
 """Keys whose value is one `Named` thing."""
+
+DEFAULT_SPARSITY = "50%"
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """What the blocks may be run in; `auto` is the checkpoint's own."""
@@ -81,6 +83,19 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Depth:
+    """Whole blocks that the model does without; none while `drop` is not given.
+
+    Args:
+        drop: how many go: a number of blocks (6), a share of them (`20%`), or a list of the numbers of those that do.
+        by: how they are chosen: `greedy`, `influence` or `evolve`, or a mapping of its `name` and options.
+    """
+
+    drop: str | int | float | list[int] | None = None
+    by: Named = "greedy"
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Perplexity before and after pruning; off while `text` is not given.
 
@@ -112,7 +127,9 @@ class Recipe:
     """What to do with a model.
 
     Args:
-        sparsity: `2:4`, `4:8`, any N:M (at most N of every M kept), `0.5`, or `50%`.
+        sparsity: `2:4`, `4:8`, any N:M (at most N of every M kept), `0.5`, or `50%`. By default 50 %, or none where the
+            model gets smaller otherwise.
+        depth: blocks that it does without, see `Depth`; what is pruned is what is left.
         method: a method's name, or a mapping of its `name` and options.
         scope: what an unstructured sparsity is counted over, `row` or `matrix`; by default the method's own.
         permute: let channels change places before N:M groups are made of them, where a block returns the same then;
@@ -122,7 +139,7 @@ class Recipe:
         allocation: how sparse each linear is to be for that sparsity of all of them: the name of an allocation, or a
             mapping of its `name` and options; or a plan file (`.yaml`).
         calibration: the text and how much of it.
-        ignore: names of linears to leave dense, globs or `re:` expressions.
+        ignore: names of linears to leave dense, globs or `re:` expressions; as the model has them before blocks go.
         rules: exceptions, see `Rule`.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
         dtype: what the blocks are run in: `auto` (the checkpoint's), `float32`, `bfloat16`, `float16`. Solving is
@@ -134,7 +151,8 @@ class Recipe:
         trust_remote_code: run code that comes with the model (`auto_map` in its config); off unless asked.
     """
 
-    sparsity: str | float = "50%"
+    sparsity: str | float | None = None
+    depth: Depth = field(default_factory=Depth)
     method: Named = "sparsegpt"
     scope: str | None = None
     permute: bool | str = False
@@ -159,6 +177,11 @@ class Recipe:
         parse_size(self.shard_size)
         if self.max_memory is not None:
             parse_size(self.max_memory)
+
+    def settled(self) -> Recipe:
+        """With the sparsity that is meant where none is said: 50 %, or none where the model gets smaller otherwise."""
+        meant = self.sparsity is None and self.depth.drop is None
+        return replace(self, sparsity=DEFAULT_SPARSITY) if meant else self
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
@@ -322,7 +345,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return tuple(_convert(arguments[0], item, f"{where}[{place}]") for place, item in enumerate(value))
     allowed = arguments if origin in (types.UnionType, typing.Union) else (hint,)
     kinds = tuple(typing.get_origin(kind) or kind for kind in allowed)
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+    if float in kinds and int not in kinds and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, kinds):
         wanted = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)

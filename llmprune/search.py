@@ -181,8 +181,8 @@ def search(
     if not promises:
         raise UserError("a search needs at least one target to keep, such as ppl+5%")
     grid = Grid.read(between, resolution)
-    base = assemble(recipe, options)
-    if not isinstance(parse(base.sparsity), Unstructured):
+    base = assemble(recipe, options).settled()
+    if base.sparsity is not None and not isinstance(parse(base.sparsity), Unstructured):
         raise UserError(
             f"the recipe's sparsity is {base.sparsity}, and of that there is only one: prune to it, or leave it out of "
             "the recipe, and the search finds an unstructured sparsity"

@@ -82,7 +82,7 @@ def sweep(
         UserError: a point makes no sense for this model, or the folder holds something else; nothing was done.
     """
     began = time.monotonic()
-    base = assemble(recipe, options)
+    base = assemble(recipe, options).settled()
     asked = measuring(base, tasks, shots, limit, include_path, batch)
     base = replace(base, evaluate=Evaluation())
     points = _points(base, sparsity, method, keep_models)

@@ -55,14 +55,26 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return uneven(tmp_path_factory.mktemp("uneven"), tie_word_embeddings=False)
 
 
-def measuring(model: Path, **changes: Any) -> tuple[answers.Answers, pipeline.Plan, Tensor, dict[str, Tensor]]:
+class Measuring:
+    """What measures allocations."""
+
+    def __init__(self, found: answers.Answers, plan: pipeline.Plan, norms: dict[str, Tensor]) -> None:
+        self.answers, self.plan, self.norms = found, plan, norms
+        self.sequences = found.sequences
+
+    def measure(self, candidates: Sequence[Mapping[str, str]], part: Sequence[int]) -> list[float]:
+        return self.answers.measure(answers.Allocated(self.plan, self.norms, torch.device("cpu"), candidates), part)
+
+
+def measuring(model: Path, **changes: Any) -> tuple[Measuring, pipeline.Plan, Tensor, dict[str, Tensor]]:
     """What measures, with the plan, the tokens, and norms of the dense model's inputs by plain transformers."""
     chosen = {"sparsity": "50%", "allocation": "evolve", "method": "wanda", "calibration": "builtin", **changes}
     checkpoint, plan = pipeline.plan(model, samples=6, length=32, **chosen)
     tokens = data.draw(data.documents("builtin"), checkpoint.tokenizer, 6, 32, 0, "builtin")
     norms = norms_on(model, tokens.ids)
     with torch.no_grad():
-        return answers.Answers(checkpoint, plan, tokens, 6 * 32, norms), plan, tokens.ids, norms
+        found = answers.Answers(checkpoint, plan.chain, tokens, 6 * 32)
+    return Measuring(found, plan, norms), plan, tokens.ids, norms
 
 
 def divergence(model: Path, targets: Mapping[str, str], ids: Tensor, norms: Mapping[str, Tensor]) -> float:
@@ -116,20 +128,20 @@ def test_linears_with_a_sparsity_of_their_own_have_it(model: Path) -> None:
 
 def test_all_that_is_pruned_is_masked_by_norms(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
-    make_answers = answers.Answers.__init__
+    make_allocated = answers.Allocated.__init__
 
-    def noted(self: Any, checkpoint: Any, plan: Any, tokens: Any, count: int, norms: dict[str, Tensor]) -> None:
+    def noted(self: Any, plan: Any, norms: dict[str, Tensor], *rest: Any) -> None:
         seen.update(norms)
-        make_answers(self, checkpoint, plan, tokens, count, norms)
+        make_allocated(self, plan, norms, *rest)
 
-    monkeypatch.setattr(answers.Answers, "__init__", noted)
+    monkeypatch.setattr(answers.Allocated, "__init__", noted)
     report = run(model, tmp_path / "out", rules=[{"match": "*.up_proj", "sparsity": "2:4"}], ignore=["*.k_proj"])
     assert seen.keys() == {linear.name for linear in report.pruned}
 
 
 def test_what_is_no_number_is_infinite(model: Path) -> None:
     measure, plan, _, _ = measuring(model)
-    measure._dense[0].fill_(torch.nan)
+    measure.answers._dense[0].fill_(torch.nan)
     assert measure.measure([{linear.name: "50%" for linear in plan.known}], range(6)) == [torch.inf]
 
 

@@ -12,12 +12,10 @@ import numpy
 from llmprune.allocate import Allocator as Start
 from llmprune.allocate import Measure, Needs, load
 from llmprune.allocation import Fitted, Known, Seen, counted, target
+from llmprune.evolution import PART, evolved, quarter
 from llmprune.progress import Progress
 
 _SWITCHES = 3
-
-_PART = 4
-"""Offspring compete on one of so many parts of the text, and one of so many goes on."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +25,8 @@ class Allocator(Fitted):
     In each generation the best allocation so far has offspring that differ from it by one to three switches: some zeros
     of one linear go to another, so that the total stays; with `patterns`, two linears of one size exchange theirs. An
     allocation is as good as KL(dense ‖ pruned) of the next token is small on calibration text, for the model that
-    Wanda's masks make of it, see `answers`. Offspring compete on a quarter of the text, the best quarter of them on all
-    of it, and one that is better than its parent there takes its place. What comes out is never worse by that measure
-    than what it began with; the method itself, and what follows it, has no part in it.
+    Wanda's masks make of it, see `answers` and `evolution`. What comes out is never worse by that measure than what it
+    began with; the method itself, and what follows it, has no part in it.
 
     Args:
         start: the allocation that it begins with, `global` or `owl`.
@@ -75,28 +72,20 @@ class Allocator(Fitted):
         progress: Progress,
     ) -> Mapping[str, str]:
         chance = random.Random(self.seed)
-        best = dict(targets)
-        least = measure([best], range(sequences))[0]
-        for _ in progress.over(range(self.generations), "bettering the allocation"):
-            young = list(self._offspring(linears, sparsity, best, chance))
-            if not young:
-                break
-            part = sorted(chance.sample(range(sequences), -(-sequences // _PART)))
-            first = measure(young, part)
-            ranked = sorted(range(len(young)), key=first.__getitem__)
-            finalists = [young[place] for place in ranked[: -(-len(young) // _PART)]]
-            for value, one in zip(measure(finalists, range(sequences)), finalists, strict=True):
-                if value < least:
-                    best, least = one, value
-        return best
+
+        def offspring(parent: Mapping[str, str]) -> list[Mapping[str, str]]:
+            return list(self._offspring(linears, sparsity, dict(parent), chance))
+
+        title = "bettering the allocation"
+        return evolved(targets, offspring, measure, sequences, self.generations, chance, progress, title)
 
     def together(self, mine: int, sequences: int) -> int:
-        return max(-(-self.offspring // _PART) * mine, self.offspring * min(mine, -(-sequences // _PART)))
+        return max(quarter(self.offspring) * mine, self.offspring * min(mine, quarter(sequences)))
 
     @property
     def looked_at(self) -> float:
         """How often the text is gone through."""
-        return 1 + self.generations * (self.offspring / _PART + -(-self.offspring // _PART))
+        return 1 + self.generations * (self.offspring / PART + quarter(self.offspring))
 
     @property
     def _first(self) -> Start:

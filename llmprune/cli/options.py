@@ -32,6 +32,9 @@ def add_recipe(parser: argparse.ArgumentParser, several: bool = False, sought: b
     words = argparse.SUPPRESS if sought else f"several of {sparsity}" if several else sparsity
     add("--sparsity", metavar="S,..." if several else "S", help=words)
     add("--method", metavar="NAME,..." if several else "NAME", help=f"several of {method}" if several else method)
+    blocks = "blocks that the model does without: how many (6), a share of them (20%%), or their numbers (3,4,5)"
+    add("--drop-blocks", metavar="N", help=f"{blocks}; pruned besides only with --sparsity")
+    add("--drop-by", metavar="NAME", help="how they are chosen: greedy, influence, evolve [greedy]")
     if not several:
         qualities = (
             "fast, balanced or best: a method and what follows it; `plan` shows what it takes, options below it win"
@@ -86,6 +89,9 @@ def recipe_options(chosen: argparse.Namespace, default: Mapping[str, Any] | None
     for name in ("refine", "reconstruct"):
         if (named := getattr(chosen, name, None)) is not None:
             options[name] = listed(named)
+    if chosen.drop_blocks is not None:
+        options["depth.drop"] = _blocks(chosen.drop_blocks)
+    options["depth.by"] = chosen.drop_by
     options["trust_remote_code"] = chosen.trust_remote_code or None
     recipe = assemble(chosen.recipe if chosen.recipe is not None else default, options)
     if chosen.ignore:
@@ -99,6 +105,11 @@ def recipe_options(chosen: argparse.Namespace, default: Mapping[str, Any] | None
         except UserError as error:
             raise UserError(f"--set {entry}: {error}") from None
     return {"recipe": recipe}
+
+
+def _blocks(text: str) -> Any:
+    """What --drop-blocks says: a list where there is a comma."""
+    return read_value(f"[{text}]" if "," in text else text)
 
 
 def add_text(parser: argparse.ArgumentParser) -> Callable[..., argparse.Action]:

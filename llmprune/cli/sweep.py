@@ -20,6 +20,7 @@ from llmprune.cli.options import (
     recipe_options,
     task_options,
 )
+from llmprune.recipe import DEFAULT_SPARSITY
 
 if TYPE_CHECKING:
     from llmprune.sweep import Sweep
@@ -51,7 +52,7 @@ def run(chosen: argparse.Namespace) -> int:
         made = sweep(
             chosen.model,
             out=chosen.out,
-            sparsity=sparsities or [recipe.sparsity],
+            sparsity=sparsities or [recipe.sparsity or DEFAULT_SPARSITY],
             method=methods or [own],
             recipe=recipe,
             tasks=tasks,

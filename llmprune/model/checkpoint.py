@@ -59,6 +59,23 @@ class Footprint:
     copied: int
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What a model is to be, where that is not what its files say.
+
+    Attributes:
+        config: of the model.
+        config_json: the same as the text of a config.json.
+        index: its tensors by the keys that they have in it, wherever they are stored.
+        before: the names of its blocks in the model that the files are of.
+    """
+
+    config: Any
+    config_json: str
+    index: Mapping[str, TensorInfo]
+    before: tuple[str, ...]
+
+
 @dataclass
 class LoadedBlock:
     """A block whose weights are in memory.
@@ -86,6 +103,7 @@ class Checkpoint:
 
     Attributes:
         source: where it came from.
+        shape: what the model is, where that is not what its files say.
         index: every tensor of the files.
         model: the whole model; everything that is not loaded is on the meta device.
         blocks: names of the decoder blocks, in order.
@@ -95,19 +113,22 @@ class Checkpoint:
         device, dtype: what the blocks are run on and in.
     """
 
-    def __init__(self, source: Source, device: str = "auto", dtype: str = "auto") -> None:
+    def __init__(self, source: Source, device: str = "auto", dtype: str = "auto", shape: Shape | None = None) -> None:
         """Read the headers of all files and build the skeleton; no weights are read.
+
+        Args:
+            shape: what the model is to be, where that is not what its files say.
 
         Raises:
             UserError: not a decoder that can be pruned here; the message says why.
             Failure: a file is missing or broken.
         """
-        self.source = source
+        self.source, self.shape = source, shape
         self.device = pick_device(device)
-        self.index = read_index(source.folder)
+        self.index = dict(shape.index) if shape is not None else read_index(source.folder)
         self._source_index = dict(self.index)
         with quiet():
-            self.config = read_config(source)
+            self.config = read_config(source) if shape is None else shape.config
             self.dtype = self._run_dtype(dtype)
             self.model = make_skeleton(self.config, self.dtype, source.trusted)
         self.model.eval()
@@ -151,6 +172,10 @@ class Checkpoint:
                 f"the tokenizer of {self.source.name} gives the id {int(ids.max()):,}, but the model has {rows:,} "
                 "embeddings: it is not this model's tokenizer"
             )
+
+    def name_before(self, number: int, name: str) -> str:
+        """What something in a block is called in the model that the files are of."""
+        return name if self.shape is None else self.shape.before[number] + name.removeprefix(self.blocks[number])
 
     def block(self, name: str) -> nn.Module:
         """A block of the skeleton, loaded or not."""

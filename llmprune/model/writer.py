@@ -2,13 +2,15 @@
 
 A shard is written under a temporary name, flushed to disk and renamed; then a line is added to the journal
 (`llmprune.journal.jsonl`, one JSON object a line). The first line is the header: `format` (1), `fingerprint`, all that
-the result depends on, `side_files`, which are copied, `dense`, the perplexity before, and `allocation`, the target of
-each linear where it was found out. Every further line is a committed shard: `shard`, `bytes`, `sha256`, `block` (its
-number, null for what surrounds the blocks), and with the last shard of a block `record`, what became of the block and
-its linears. `close` writes the report, which makes the run a finished one, and takes the journal away.
+the result depends on, `side_files`, which go with the weights, `dense`, the perplexity before, `allocation`, the target
+of each linear where it was found out, and `kept`, the numbers of the blocks that are left where some were taken out.
+Every further line is a committed shard: `shard`, `bytes`, `sha256`, `block` (its number, null for what surrounds the
+blocks), and with the last shard of a block `record`, what became of the block and its linears. `close` writes the
+report, which makes the run a finished one, and takes the journal away.
 
 Whenever the process ends, what OUT holds is a whole number of shards and the lines that vouch for them, perhaps with a
-torn last line, or with a shard whose line is missing: `recover` finds out how much of it can be used.
+torn last line, or with a shard whose line is missing: `recover` finds out how much of it can be used, once `find`
+has seen that it is the same run.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ EVALUATION = "evaluation"
 MEASURED = ("eval.json", "lm_eval.json", "comparison.json", "generations.json")
 """What is found out about a checkpoint later on, in its folder `EVALUATION`."""
 
+CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 LOCK = ".llmprune.lock"
 JOURNAL_FORMAT = 1
@@ -97,28 +100,31 @@ class Writer:
         side_files: what is copied from the source.
         hashes: file name to sha256, of the shards committed so far.
         records: of each finished block, as given to `commit_block`.
-        dense, allocation: what `begin` was given.
+        dense, allocation, kept: what `begin` was given.
         onward: what to tell somebody whose run stops.
     """
 
     def __init__(self, out: Path, checkpoint: Checkpoint, shard_size: str, restart: bool) -> None:
         self.out = out
         self.onward = f"the same command{' without --restart' if restart else ''} goes on from there"
-        self.shards = layout(checkpoint, shard_size)
+        self._shard_size = shard_size
+        self.lay_out(checkpoint)
         self.side_files = side_files(checkpoint.source.folder)
         self.hashes: dict[str, str] = {}
         self.records: list[dict[str, Any]] = []
         self.dense: dict[str, Any] | None = None
         self.allocation: dict[str, str] | None = None
-        self._checkpoint = checkpoint
+        self.kept: tuple[int, ...] | None = None
+        self._lines: list[dict[str, Any]] = []
         self._background = ThreadPoolExecutor(1, "llmprune-writer")
         self._pending: tuple[Future[None], Callable[[], None]] | None = None
 
-    def recover(self, fingerprint: Mapping[str, Any], progress: Progress) -> bool:
-        """Take up the run that OUT holds, if there is one; returns whether there is.
+    def lay_out(self, checkpoint: Checkpoint) -> None:
+        """What is written is this checkpoint, from now on."""
+        self._checkpoint, self.shards = checkpoint, layout(checkpoint, self._shard_size)
 
-        Shards are used up to the first that is missing or whose hash is not the journal's, and whole blocks only; the
-        journal is cut back to them. Of finished blocks the checkpoint reads its tensors from OUT from now on.
+    def find(self, fingerprint: Mapping[str, Any]) -> bool:
+        """Look for a run in OUT that this one goes on with; returns whether there is one.
 
         Raises:
             UserError: it is a run with another fingerprint; the message names what differs.
@@ -131,13 +137,24 @@ class Writer:
                     "unknown run: choose another folder, or begin anew with --restart"
                 )
             return False
-        header, committed = lines[0], lines[1:]
+        header = lines[0]
         if other := difference(header.get("fingerprint"), json.loads(json.dumps(fingerprint))):
             raise UserError(
                 f"{self.out} holds an unfinished run with {other}: give the same to go on with it, "
                 "choose another folder, or begin anew with --restart"
             )
         self.dense, self.allocation = header.get("dense"), header.get("allocation")
+        self.kept = tuple(header["kept"]) if header.get("kept") else None
+        self._lines = lines
+        return True
+
+    def recover(self, progress: Progress) -> None:
+        """Take up the run that was found.
+
+        Shards are used up to the first that is missing or whose hash is not the journal's, and whole blocks only; the
+        journal is cut back to them. Of finished blocks the checkpoint reads its tensors from OUT from now on.
+        """
+        lines, committed = self._lines, self._lines[1:]
         pairs = list(zip(self.shards, committed, strict=False))
         whole = 0
         for place, (shard, line) in enumerate(progress.over(pairs, "checking finished shards"), 1):
@@ -155,17 +172,20 @@ class Writer:
         if len(committed) > whole or not (self.out / JOURNAL).read_bytes().endswith(b"\n"):
             with self._failing("the journal"):
                 self._write_text(JOURNAL, "\n".join(json.dumps(line) for line in lines[: whole + 1]))
-        return True
 
     def begin(
-        self, fingerprint: Mapping[str, Any], dense: dict[str, Any] | None, allocation: dict[str, str] | None = None
+        self,
+        fingerprint: Mapping[str, Any],
+        dense: dict[str, Any] | None,
+        allocation: dict[str, str] | None = None,
+        kept: tuple[int, ...] | None = None,
     ) -> None:
         """Clear the folder of an earlier run, and write the journal's header."""
-        self.dense, self.allocation = dense, allocation
+        self.dense, self.allocation, self.kept = dense, allocation, kept
         with self._failing("the journal"):
             clear(self.out)
             header = {"format": JOURNAL_FORMAT, "fingerprint": dict(fingerprint), "side_files": self.side_files}
-            self._append({**header, "dense": dense, "allocation": allocation})
+            self._append({**header, "dense": dense, "allocation": allocation, "kept": kept})
 
     def commit_block(
         self,
@@ -228,9 +248,13 @@ class Writer:
         total = sum(self._checkpoint.index[key].nbytes for key in weight_map)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         with self._failing("the side files"):
+            shape = self._checkpoint.shape
             for name in self.side_files:
                 (self.out / name).parent.mkdir(exist_ok=True)
-                self._replace(name, functools.partial(shutil.copyfile, self._checkpoint.source.folder / name))
+                if name == CONFIG and shape is not None:
+                    self._write_text(name, shape.config_json)
+                else:
+                    self._replace(name, functools.partial(shutil.copyfile, self._checkpoint.source.folder / name))
             if allocation is not None:
                 self._write_text(ALLOCATION, allocation)
             self._write_text(INDEX, json.dumps(index, indent=2))
@@ -296,15 +320,19 @@ class Elsewhere(Writer):
     """Stands for the writer on every rank but the first, which alone writes."""
 
     def __init__(self, out: Path) -> None:
-        self.out, self.records, self.dense, self.allocation = out, [], None, None
+        self.out, self.records, self.dense, self.allocation, self.kept = out, [], None, None, None
 
-    def recover(self, fingerprint: Mapping[str, Any], progress: Progress) -> bool:
+    def lay_out(self, checkpoint: Checkpoint) -> None:
+        """Do nothing."""
+
+    def find(self, fingerprint: Mapping[str, Any]) -> bool:
         """There is nothing here."""
         return False
 
-    def begin(
-        self, fingerprint: Mapping[str, Any], dense: dict[str, Any] | None, allocation: dict[str, str] | None = None
-    ) -> None:
+    def recover(self, progress: Progress) -> None:
+        """Do nothing."""
+
+    def begin(self, *given: Any) -> None:
         """Do nothing."""
 
     def commit_block(self, *given: Any) -> None:

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -22,8 +22,9 @@ from llmprune.errors import LLMPruneError
 from llmprune.model.writer import ALLOCATION
 from llmprune.patterns import NM, Scope, parse
 from llmprune.recipe import Recipe
-from llmprune.report.record import Divergence, Perplexity, Score, allocation_of, maybe
+from llmprune.report.record import Divergence, Perplexity, Score, allocation_of, maybe, shortened
 from llmprune.report.results import read_comparison, read_evaluated
+from llmprune.structured import depth
 
 HUB = "https://huggingface.co"
 
@@ -167,7 +168,7 @@ def make_card(
             "## How to load it",
             _load(to, _has_code(report)),
             "## What speed-up not to expect",
-            _speed(patterns),
+            _speed(patterns, report),
             "## How to make it again",
             _again(report, recipe, base),
         ]
@@ -220,17 +221,35 @@ def _what(
     plain = f" The dense weights were {report['origin']} before." if report.get("origin") else ""
     uniform = allocation_of(report["recipe"]) == "uniform"
     told = ", ".join(patterns) if uniform else spanned(patterns)
+    pruned = f" ({', '.join(methods)}; {told})" if methods else ""
     since = "Its weights were changed after that, within the same masks" if changed else "It was not trained after that"
     return (
-        f"{dense}{at}, pruned with llmprune {report['llmprune']} ({', '.join(methods)}; {told}): "
-        f"{report['sparsity']:.2%} of the weights of the pruned linears are zero, which is "
-        f"{report['model_sparsity']:.2%} of all weights. {since}.{plain} It is a plain Hugging "
-        "Face checkpoint in the dense layout, with exact zeros."
+        f"{dense}{at}, pruned with llmprune {report['llmprune']}{pruned}: {' '.join(_less(report))} {since}.{plain} "
+        f"It is a plain Hugging Face checkpoint{' in the dense layout, with exact zeros' if methods else ''}."
     )
+
+
+def _less(report: Mapping[str, Any]) -> list[str]:
+    """How much less there is than in the dense model, in sentences."""
+    said = []
+    if kept := report.get("kept_blocks"):
+        share = report["weights"] / report["dense_weights"]
+        said.append(f"it has {shortened(kept, report['dense_blocks'])}, and {share:.2%} of the weights.")
+    if report["sparsity"] or not said:
+        zeros = f"{report['sparsity']:.2%} of the weights of the pruned linears are zero"
+        said.append(
+            f"{zeros}, which is {report['model_sparsity']:.2%} of all{' that are left' if said else ''} weights."
+        )
+    return said
 
 
 def _how(report: Mapping[str, Any], pruned: list[dict[str, Any]], methods: list[str]) -> str:
     lines = [f"- **Method**: {_method(solvers, name)}" for name in methods]
+    if kept := report.get("kept_blocks"):
+        by = named.name_of(report["recipe"]["depth"]["by"])
+        way = "by hand" if isinstance(report["recipe"]["depth"]["drop"], list) else f"by {_method(depth, by)}"
+        lines.append(f"- **Blocks** that are left, by their numbers in the dense model: {', '.join(map(str, kept))}")
+        lines.append(f"- **Those that went** were chosen {way}")
     if moved := sum(record.get("permuted", False) for record in pruned):
         lines.append(
             f"- **Channel permutation**: for N:M groups that lose less, the inputs of {moved:,} linears have changed "
@@ -316,20 +335,28 @@ tokenizer = AutoTokenizer.from_pretrained("{to}"{more})
 ```"""
 
 
-def _speed(patterns: Iterable[str]) -> str:
-    text = (
-        "None by itself: zeros are stored and multiplied like any other number, so that this checkpoint is as large as "
-        "the dense one, and runs as fast, in transformers and in servers that load it as it is. No speed-up was "
-        "measured for this model."
-    )
-    if "2:4" in patterns:
-        text += (
-            " NVIDIA GPUs from Ampere on have instructions for 2:4, which a runtime uses only after it has compressed "
-            "the weights for them; what that brings depends on the shapes, the batch and the kernels."
+def _speed(patterns: Sequence[str], report: Mapping[str, Any]) -> str:
+    kept, said = report.get("kept_blocks"), []
+    if kept:
+        said.append(
+            f"A token goes through {len(kept)} blocks instead of {report['dense_blocks']}, in every program that runs "
+            "the model, and the cache has no keys and values of the others; how much faster that is was not measured."
         )
-    else:
-        text += " A runtime with kernels for this kind of sparsity may gain from it; GPUs have no instructions for it."
-    return text
+    if patterns or not kept:
+        said.append(
+            "Zeros bring none by themselves: they are stored and multiplied like any other number."
+            if kept
+            else "None by itself: zeros are stored and multiplied like any other number, so that this checkpoint is as "
+            "large as the dense one, and runs as fast, in transformers and in servers that load it as it is. No "
+            "speed-up was measured for this model."
+        )
+        said.append(
+            "NVIDIA GPUs from Ampere on have instructions for 2:4, which a runtime uses only after it has compressed "
+            "the weights for them; what that brings depends on the shapes, the batch and the kernels."
+            if "2:4" in patterns
+            else "A runtime with kernels for this kind of sparsity may gain from it; GPUs have no instructions for it."
+        )
+    return " ".join(said)
 
 
 def _again(report: Mapping[str, Any], recipe: dict[str, Any], base: Mapping[str, Any]) -> str:

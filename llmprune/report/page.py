@@ -102,7 +102,7 @@ def draw(
     report = results.report
     if source is None:
         source = find_dense(report, trust_remote_code)
-    histograms = weigh(folder, source, choose(report.linears, linears), trust_remote_code)
+    histograms = weigh(folder, source, choose(report.linears, linears), trust_remote_code, report.kept_blocks)
     text = render(results, histograms, many=bool(linears) and len(histograms) == MOST)
     draft = folder / f".{PAGE}.draft"
     try:
@@ -166,10 +166,15 @@ def verdict(results: Results) -> tuple[list[str], list[Row], list[str]]:
     pairs = _perplexities(results)
     pruned, dense = _models(results)
     count = f"{len(report.pruned):,} linear{'s' if len(report.pruned) != 1 else ''}"
-    sentences = [
-        f"{_percent(report.sparsity)} of the weights in {count} are zero, {_percent(report.model_sparsity)} of the "
-        "whole model."
-    ]
+    sentences = []
+    if report.shortened and report.dense_weights:
+        left = _percent(report.weights / report.dense_weights)
+        sentences.append(f"{_upper(report.shortened)}: {left} of the weights are left.")
+    if report.pruned or not sentences:
+        sentences.append(
+            f"{_percent(report.sparsity)} of the weights in {count} are zero, {_percent(report.model_sparsity)} of the "
+            "whole model."
+        )
     rows = []
     for before, after in pairs:
         ratio = after.value / before.value if before is not None else None
@@ -450,7 +455,13 @@ def _work_plots(report: Report) -> list[Plot]:
     ]  # fmt: skip
 
 
+def _upper(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
 def _asked(report: Report) -> str:
+    if not report.pruned and report.kept_blocks is not None:
+        return f"{len(report.kept_blocks)} of {report.dense_blocks} blocks"
     method = report.recipe.get("method")
     method = method.get("name") if isinstance(method, dict) else method
     if report.allocation == "uniform":

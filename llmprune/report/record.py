@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -181,6 +181,8 @@ class Report:
         blocks: every block, in order.
         resumed: how many blocks an earlier process had finished, from which this one went on; None where it began anew.
         weights: all weights of the checkpoint.
+        kept_blocks: where blocks were taken out, the numbers in the dense model of those that are left.
+        dense_blocks, dense_weights: then how many that has.
         calibration: source, samples, length, seed and the sha256 of the tokens; None where no data was needed.
         dense, sparse: perplexity before and after, if asked for.
         seconds: time per phase and in total, of the process that finished the run.
@@ -216,6 +218,14 @@ class Report:
     base: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     page_problem: str | None = None
+    kept_blocks: list[int] | None = None
+    dense_blocks: int | None = None
+    dense_weights: int | None = None
+
+    @property
+    def shortened(self) -> str:
+        """Which blocks were taken out, in words; empty where none were."""
+        return "" if self.kept_blocks is None else shortened(self.kept_blocks, self.dense_blocks or 0)
 
     @property
     def allocation(self) -> str:
@@ -308,6 +318,12 @@ def allocation_of(recipe: Mapping[str, Any]) -> str:
     chosen = recipe.get("allocation") or "uniform"
     named = str(chosen.get("path") or chosen.get("name")) if isinstance(chosen, Mapping) else str(chosen)
     return Path(named).name
+
+
+def shortened(kept: Sequence[int], total: int) -> str:
+    """Which blocks a model does without, in words."""
+    gone = sorted(set(range(total)).difference(kept))
+    return f"{len(kept)} of {total} blocks, without {', '.join(map(str, gone))}"
 
 
 def versions() -> dict[str, str]:

@@ -18,7 +18,7 @@ from llmprune.plan import Choice, Plan
 from llmprune.promise import Verdict
 from llmprune.report.comparison import Compared, Comparison
 from llmprune.report.inspect import Inspection, Matrix
-from llmprune.report.record import LinearRecord, Report, Score
+from llmprune.report.record import LinearRecord, Report, Score, shortened
 
 T = TypeVar("T")
 
@@ -70,6 +70,17 @@ def plan_table(plan: Plan, every: bool) -> Table:
         rows, columns = first.linear.shape
         table.add_row(name, f"{columns:,} x {rows:,}", f"{len(group):,}", method, pattern, f"{share:.1%}")
     return table
+
+
+def shortening_lines(plan: Plan) -> list[str]:
+    """Which blocks go, where any do."""
+    asked = plan.shortening
+    if asked is None:
+        return []
+    if asked.given is not None:
+        return [f"blocks       {shortened(asked.kept, asked.total)}"]
+    found = f"chosen by {asked.by} on the calibration text when the model is pruned"
+    return [f"blocks       {len(asked.kept)} of {asked.total}; those that go are {found}"]
 
 
 def allocation_lines(plan: Plan) -> list[str]:
@@ -139,6 +150,9 @@ def summary(report: Report) -> Table:
     table = Table.grid(padding=(0, 2))
     for name, error in courses(report.pruned).items():
         table.add_row(f"after {name}", f"relative error {error:.4f} on average")
+    if report.shortened:
+        weights = f"{report.weights:,} weights of {report.dense_weights:,}"
+        table.add_row("blocks", f"{report.shortened}: {weights}")
     table.add_row("zeros", f"{report.sparsity:.2%} of pruned linears, {report.model_sparsity:.2%} of all weights")
     if report.origin is not None:
         table.add_row("source", report.origin)

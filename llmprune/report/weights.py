@@ -86,8 +86,17 @@ def choose(records: Sequence[LinearRecord], globs: Sequence[str]) -> list[str]:
     return [record.name for record in ranked[:SHOWN]]
 
 
-def weigh(out: Path, source: Source | None, names: Sequence[str], trusted: bool = False) -> list[Histogram]:
+def weigh(
+    out: Path,
+    source: Source | None,
+    names: Sequence[str],
+    trusted: bool = False,
+    kept: Sequence[int] | None = None,
+) -> list[Histogram]:
     """Read one linear after the other, from the pruned checkpoint and, where it is at hand, the dense one.
+
+    Args:
+        kept: where blocks were taken out of the dense one, the numbers in it of those that are left.
 
     Raises:
         UserError: the checkpoint has no such linear.
@@ -103,7 +112,11 @@ def weigh(out: Path, source: Source | None, names: Sequence[str], trusted: bool 
             dense = Checkpoint(source, "cpu")
         except LLMPruneError:  # what lies there now is no model, or no longer that one: as if it were not there
             dense = None
-    there = _linears(dense, set(names)) if dense is not None else {}
+    there = {}
+    if dense is not None:
+        old = _old_names(names, pruned.blocks, [dense.blocks[number] for number in kept] if kept else pruned.blocks)
+        found = _linears(dense, set(old.values()))
+        there = {name: found[was] for name, was in old.items() if was in found}
     made = []
     for name in names:
         if name not in linears:
@@ -115,6 +128,16 @@ def weigh(out: Path, source: Source | None, names: Sequence[str], trusted: bool 
         edge = WIDTH * _deviation(after if before is None else before)
         made.append(Histogram(name, edge, _count(after, edge), None if before is None else _count(before, edge)))
     return made
+
+
+def _old_names(names: Sequence[str], blocks: Sequence[str], were: Sequence[str]) -> dict[str, str]:
+    """The names in the dense model of some linears, by their own."""
+    old = dict(zip(blocks, were, strict=False))
+    found = {}
+    for name in names:
+        block = next((block for block in old if name.startswith(f"{block}.")), None)
+        found[name] = name if block is None else old[block] + name.removeprefix(block)
+    return found
 
 
 def _linears(checkpoint: Checkpoint, wanted: set[str]) -> dict[str, Linear]:

@@ -1,0 +1,1 @@
+"""Smaller dense models: what is left out of them, and how that is chosen."""
