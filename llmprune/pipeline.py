@@ -83,18 +83,18 @@ def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, sh
     with clock("plan"):
         source = _find(model, recipe, shown)
     with clock("plan"), shown.waiting("planning"):
-        checkpoint, plan = _plan(source, recipe)
-    tokens, text, fingerprint = _prepare(checkpoint, plan, recipe, out, restart, clock, shown)
-    with writing(out, checkpoint, recipe.shard_size, restart) as writer, _interruptible(writer):
+        whole, checkpoint, plan = _plan(source, recipe)
+    tokens, text, fingerprint = _prepare(whole, plan, recipe, out, restart, clock, shown)
+    with writing(out, whole, recipe.shard_size, restart) as writer, _interruptible(writer):
         resumed = distributed.share(not restart and writer.find(fingerprint))
-        whole, kept = checkpoint, None
+        kept = None
         if plan.shortening is not None:
             kept = distributed.share(writer.kept) if resumed else None
             if kept is None:
-                with clock("choose"), quick(checkpoint.device, checkpoint.dtype):
-                    kept = choose(checkpoint, plan, tokens, shown)
+                with clock("choose"), quick(whole.device, whole.dtype):
+                    kept = choose(whole, plan, tokens, shown)
             with clock("plan"), shown.waiting("planning"):
-                checkpoint, plan = _shorten(checkpoint, plan, recipe, kept)
+                checkpoint, plan = _shorten(whole, plan, recipe, kept)
             writer.lay_out(checkpoint)
         if resumed:
             writer.recover(shown)
@@ -422,14 +422,10 @@ def plan(
     shown = of_first(progress)
     source = _find(model, chosen, shown)
     with shown.waiting("planning"):
-        checkpoint, made = _plan(source, chosen)
+        _, checkpoint, made = _plan(source, chosen)
     for text in (chosen.calibration.source if made.needs_data else None, chosen.evaluate.text):
         if text is not None:
             data.check(text)
-    if made.shortening is not None:
-        shortening = made.shortening
-        checkpoint, made = _shorten(checkpoint, made, chosen, shortening.kept)
-        made = replace(made, shortening=shortening)
     if look and made.budget is not None and made.budget.targets is None and made.budget.allocator.needs == "weights":
         with torch.no_grad():
             made = allocated(made, dense.look(checkpoint, made, None, shown))
@@ -443,12 +439,22 @@ def _find(model: str | Path, recipe: Recipe, shown: Progress) -> Source:
         return resolve(model, recipe.dtype, trust_remote_code=trusted, most=cap, progress=shown)
 
 
-def _plan(source: Source, recipe: Recipe) -> tuple[Checkpoint, Plan]:
+def _plan(source: Source, recipe: Recipe) -> tuple[Checkpoint, Checkpoint, Plan]:
+    """The model, what is to be pruned of it, and the plan.
+
+    Where blocks go that are still to be chosen, the last ones stand for them: mistakes are found before any work.
+    """
     with distributed.first():
         checkpoint = Checkpoint(source, distributed.local_device(recipe.device), recipe.dtype)
         shortening = read_shortening(recipe.depth.drop, recipe.depth.by, len(checkpoint.blocks))
     had = room(checkpoint, parse_size(recipe.max_memory) if recipe.max_memory is not None else None)
-    return checkpoint, _planned(checkpoint, recipe, had, shortening)
+    if shortening is None:
+        return checkpoint, checkpoint, _planned(checkpoint, recipe, had)
+    plain = replace(recipe.calibration, asymmetric=0.0)  # what is done to linears is planned for those that are left
+    choosing = replace(recipe, sparsity=None, permute=False, refine=(), reconstruct=(), calibration=plain)
+    first = _planned(checkpoint, replace(choosing, allocation="uniform"), had, shortening)
+    shorter, made = _shorten(checkpoint, first, recipe, shortening.kept)
+    return checkpoint, shorter, replace(made, shortening=shortening)
 
 
 def _planned(checkpoint: Checkpoint, recipe: Recipe, had: Room, shortening: Shortening | None = None) -> Plan:

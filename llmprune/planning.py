@@ -45,14 +45,14 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room, shortening: Sho
     Raises:
         UserError: a pattern that does not divide, a rule that matches nothing, a model that cannot be walked, ...
     """
-    asked = recipe.sparsity is not None or any(rule.sparsity is not None for rule in recipe.rules)
-    if not asked:
-        _check_unasked(recipe)
     budget = _budget(recipe)
+    by_file = budget is not None and budget.allocator.needs == "nothing"  # which may ask for anything
+    unasked = recipe.sparsity is None and not by_file
+    if unasked and all(rule.sparsity is None for rule in recipe.rules):
+        _check_unasked(recipe)
     default = _resolve(recipe, None, budget)
     rules = [_resolve(recipe, number, budget) for number in range(len(recipe.rules))]
     after = read_after(recipe, {name: solver for name, solver, _ in (default, *rules)})
-    by_file = budget is not None and budget.allocator.needs == "nothing"  # which may ask for anything
     permutes = bool(recipe.permute) and (by_file or any(isinstance(entry[2], NM) for entry in (default, *rules)))
     chain, surveys, movable = _try(checkpoint, permutes)
     blocks: list[tuple[Choice, ...]] = []
@@ -76,7 +76,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room, shortening: Sho
             elif rule is not None and recipe.rules[rule].skip:
                 kept = f"skipped by rule {rule + 1}"
             own = rule is not None and recipe.rules[rule].sparsity is not None
-            if kept is None and recipe.sparsity is None and not own:
+            if kept is None and unasked and not own:
                 kept = NOT_ASKED
             place = None if rule is None else rule + 1
             choice = Choice(linear, method, solver, pattern, after, kept, place, budget is not None and not own)
@@ -104,7 +104,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room, shortening: Sho
         dense = survey.again or not recipe.calibration.true_sequential
         seen = _moments(blocks[number], moments, writers[number])
         works.append(_work(number, blocks[number], seen, survey, dense))
-    if asked and not any(choice.kept is None for block in blocks for choice in block):
+    if not unasked and not any(choice.kept is None for block in blocks for choice in block):
         raise UserError("nothing is left to prune: every linear is ignored, skipped or cannot be pruned")
     aiming = any(choice.asymmetric and choice.kept is None for block in blocks for choice in block)
     if recipe.calibration.asymmetric and not aiming:

@@ -529,6 +529,32 @@ def test_a_rule_alone_prunes_what_it_matches(model: Path, tmp_path: Path) -> Non
     }
 
 
+def test_a_plan_file_says_what_is_pruned_of_what_is_left(model: Path, tmp_path: Path) -> None:
+    chosen = {"depth": {"drop": [2, 3]}, "method": "wanda", **SETTINGS}
+    first = llmprune.prune(model, out=tmp_path / "first", allocation="owl", sparsity="60%", **chosen)
+    again = llmprune.prune(model, out=tmp_path / "again", allocation=str(tmp_path / "first/allocation.yaml"), **chosen)
+    assert [record.pattern for record in again.linears] == [record.pattern for record in first.linears]
+    assert again.sparsity == first.sparsity == pytest.approx(0.6, abs=1e-3)
+
+
+def test_mistakes_are_found_before_blocks_are_chosen(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "choose", lambda *_: pytest.fail("the request makes no sense"))
+    chosen: dict[str, Any] = {"depth": {"drop": 2}, **SETTINGS}
+    for wrong, message in (
+        ({"sparsity": "3:7"}, "3:7 needs in_features divisible by 7"),
+        ({"ignore": ["*.no_proj"]}, "name in ignore, it matches no linear"),
+        ({"sparsity": "50%", "method": "wandda"}, "did you mean 'wanda'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            llmprune.prune(model, out=tmp_path / "out", **chosen, **wrong)
+    refused = make("qwen3_moe", tmp_path / "model", mlp_only_layers=[], decoder_sparse_step=2, num_hidden_layers=4)
+    with pytest.raises(UserError, match="cannot do without these blocks"):
+        llmprune.prune(refused, out=tmp_path / "out", depth={"drop": [2]}, **SETTINGS)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_config_that_cannot_say_it_is_refused(tmp_path: Path) -> None:
     # every second block has experts, by its number
     source = make("qwen3_moe", tmp_path / "model", mlp_only_layers=[], decoder_sparse_step=2, num_hidden_layers=4)

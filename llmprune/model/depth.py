@@ -28,6 +28,9 @@ _COUNT = "num_hidden_layers"
 _NUMBERS = ("mlp_only_layers",)
 """What configs call lists of the numbers of blocks that are another kind."""
 
+_OTHERS = ("architectures", "eos_token_id", "bos_token_id", "pad_token_id")
+"""Lists that are not about blocks, however long they happen to be."""
+
 _LEADING = ("first_k_dense_replace",)
 """What configs call the number of blocks of another kind that come first."""
 
@@ -75,7 +78,7 @@ def _config(whole: Checkpoint, kept: Sequence[int]) -> tuple[Any, str]:
             part[name] = [place for place, number in enumerate(kept) if number in value]
         elif name in _LEADING and isinstance(value, int):
             part[name] = sum(number < value for number in kept)
-        elif not name.startswith("_") and isinstance(value, list) and len(value) == count:
+        elif not name.startswith("_") and isinstance(value, list) and len(value) == count and name not in _OTHERS:
             part[name] = [value[number] for number in kept]
     try:
         with quiet():
