@@ -15,6 +15,7 @@ from torch import Tensor
 from llmprune import data, distributed, memory
 from llmprune.allocation import Seen, target
 from llmprune.budget import LOSS_TOKENS
+from llmprune.errors import Failure
 from llmprune.evaluate.stream import scores
 from llmprune.model import blocks
 from llmprune.model.blocks import Chain
@@ -100,6 +101,11 @@ class Answers:
         self._tokens = [tokens.ids[place] for place in self._mine]
         self._start = blocks.start(checkpoint, chain, [ids[None] for ids in self._tokens])
         self._dense = self._through(Dense(), range(len(self._mine)))[0][0]
+        ends = torch.zeros(1, dtype=torch.float64)
+        for states in self._dense:
+            ends += float(states.double().abs().sum())
+        distributed.total(ends)
+        check_finite(checkpoint, ends)
 
     def measure(self, candidates: Candidates, part: Sequence[int], score: Score = "kl") -> list[float]:
         """The mean over the tokens for each candidate, the same on all ranks; infinite where it is none.
@@ -172,6 +178,19 @@ class Answers:
             checkpoint.unload_block(number)
             memory.give_back()
         return [[states.flatten(0, -2) for states in way] for way in ways], which
+
+
+def check_finite(checkpoint: Checkpoint, seen: Tensor) -> None:
+    """See that what is told of the dense model, the same on all ranks, is a number.
+
+    Raises:
+        Failure: it is none.
+    """
+    if not bool(torch.isfinite(seen).all()):
+        raise Failure(
+            f"{checkpoint.source.name} returns NaN or infinite activations while it is dense, in "
+            f"{str(checkpoint.dtype).removeprefix('torch.')}; try --dtype float32, and check the checkpoint"
+        )
 
 
 Pruned = tuple[Unstructured | NM | None, ...]

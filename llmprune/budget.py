@@ -98,11 +98,13 @@ class Room:
         host: resident memory of this process.
         device: None where the blocks run on the host.
         capped: whether the user said how much the host gives.
+        base: what this process held when that was found out; None for what it holds now.
     """
 
     host: int
     device: int | None
     capped: bool
+    base: int | None = None
 
     def holds(self, peak: Peak) -> bool:
         """Whether a peak fits."""
@@ -118,7 +120,7 @@ def room(checkpoint: Checkpoint, cap: int | None) -> Room:
     host = host // distributed.local_size() + (0 if cap is not None else memory.current())
     free = torch.cuda.mem_get_info(checkpoint.device)[0] if checkpoint.device.type == "cuda" else None
     least = distributed.smallest(int(free * FREE_SHARE)) if free is not None else None
-    return Room(distributed.smallest(host), least, cap is not None)
+    return Room(distributed.smallest(host), least, cap is not None, memory.current())
 
 
 def _width(checkpoint: Checkpoint) -> int:
@@ -252,6 +254,7 @@ class Needs:
         together: tuple[int, int] = (0, 0),
         permuted: bool = False,
         shortened: tuple[int, int] = (0, 0),
+        base: int | None = None,
     ) -> None:
         """Take in the work.
 
@@ -265,6 +268,7 @@ class Needs:
             permuted: whether channels change places.
             shortened: how many sequences blocks are chosen on that go, and how many are drawn for it; 0 where these
                 blocks are known.
+            base: what the process holds before any of it; by default what it holds now.
         """
         self._together, self._permuted, self._shortened = together, permuted, shortened
         self._checkpoint, self._blocks, self._samples, self._length = checkpoint, blocks, samples, length
@@ -279,7 +283,7 @@ class Needs:
         others = [*checkpoint.outer_keys, *checkpoint.unclaimed_keys]
         self._largest = max([checkpoint.index[key].nbytes for key in others] + [size.stored for size in self._sizes])
         experts = any(work.experts for work in blocks)
-        self._base = Peak(memory.current() + GROWTH + (EXPERTS if experts else 0))
+        self._base = Peak((memory.current() if base is None else base) + GROWTH + (EXPERTS if experts else 0))
 
     def schedule(self, batch: int, had: Room) -> Schedule:
         """The fastest schedule that fits.

@@ -72,7 +72,7 @@ def demo(
     chosen = assemble(recipe if recipe is not None else DEFAULTS, options).settled()
     if out is None:
         method = chosen.method if isinstance(chosen.method, str) else chosen.method.get("name", "")
-        out = f"smollm2-{method}-{str(chosen.sparsity).replace(':', '-').replace('%', '')}"
+        out = f"smollm2-{method}-{str(chosen.sparsity or 'dense').replace(':', '-').replace('%', '')}"
     with shown.waiting("getting SmolLM2-135M-Instruct"):
         model = get_model()
     report = prune(model, out=out, recipe=chosen, restart=restart, progress=shown)

@@ -230,6 +230,7 @@ def prune_blocks(
         return
     schedule = plan.schedule
     activations = wanted = None
+    lost = longer is not None and longer.goes_on(-1)  # else there is nothing yet to make up for
     if tokens is not None:
         with clock("embed"), progress.waiting("embedding the calibration text"):
             batches = distributed.mine(tokens.batches(schedule.batch))
@@ -250,7 +251,8 @@ def prune_blocks(
         stages = schedule.stages[number] if number >= finished else ()
         pruned = [choice.linear for choice in choices if choice.kept is None]
         fitted = [choice.linear for choice in choices if choice.fitted]
-        fit = plan.fit if fitted else None
+        lost = lost or bool(pruned) or (longer is not None and longer.goes_on(number))
+        fit = plan.fit if fitted and lost else None
         linears = {choice.linear.name: choice.linear for choice in choices}
         permuted = plan.permuted(number)
         changed = {linear.parameter for linear in (*pruned, *fitted)}
@@ -328,6 +330,10 @@ class Longer:
         self._calls, wanted.calls = wanted.calls, []
         self._pass(self._gone[0], wanted)
         return wanted
+
+    def goes_on(self, number: int) -> bool:
+        """Whether blocks went behind one that is left, or with −1 in front of all."""
+        return len(self._gone[number + 1]) > 0
 
     def follow(self, number: int, wanted: Activations) -> None:
         """Take states that have left a block through those that went, up to the next that is left."""
@@ -461,8 +467,9 @@ def _planned(checkpoint: Checkpoint, recipe: Recipe, had: Room, shortening: Shor
     """The plan, the same on every rank."""
     with distributed.first():
         made = make_plan(checkpoint, recipe, had, shortening)
-    schedule, channels = distributed.share((made.schedule, made.channels))  # each rank may find others
-    return replace(made, schedule=schedule, channels=channels)
+    # each rank may find others
+    schedule, channels, abreast = distributed.share((made.schedule, made.channels, made.abreast))
+    return replace(made, schedule=schedule, channels=channels, abreast=abreast)
 
 
 def _shorten(whole: Checkpoint, plan: Plan, recipe: Recipe, kept: tuple[int, ...]) -> tuple[Checkpoint, Plan]:
@@ -502,9 +509,11 @@ def _fingerprint(
     checkpoint: Checkpoint, plan: Plan, recipe: Recipe, tokens: data.Tokens | None, text: perplexity.Text | None
 ) -> dict[str, Any]:
     """All that the result depends on, but for the last bits of sums: batches and ranks may be others later."""
-    made_by = versions()
+    made_by, chosen = versions(), replace(recipe, max_memory=None).to_dict()
+    if recipe.depth.drop is None:
+        del chosen["depth"]  # it says nothing, and runs that are older than it go on
     return {
-        "recipe": replace(recipe, max_memory=None).to_dict(),
+        "recipe": chosen,
         "revision": checkpoint.source.revision,
         "files": fingerprint_files(checkpoint),
         "device": checkpoint.device.type,

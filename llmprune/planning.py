@@ -201,7 +201,9 @@ def _schedule(
     if shortening is not None and shortening.given is None:
         drawn = recipe.calibration.samples
         looked_at = sequences_of(shortening, drawn, length), drawn
-    needs = Needs(checkpoint, works, samples if data else 0, length, text, fitted, look, together, permutes, looked_at)
+    needs = Needs(
+        checkpoint, works, samples if data else 0, length, text, fitted, look, together, permutes, looked_at, had.base
+    )
     return needs.schedule(min(samples, batch_size(checkpoint, length)), had)
 
 

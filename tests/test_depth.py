@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import llmprune
 from llmprune import data, pipeline
 from llmprune.cost import cost
-from llmprune.errors import Interrupted, UserError
+from llmprune.errors import Failure, Interrupted, UserError
 from llmprune.evaluate.perplexity import perplexity
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.depth import shortened
@@ -28,7 +28,7 @@ from llmprune.progress import Silent
 from llmprune.recipe import Recipe, assemble, parse_size
 from llmprune.report.record import Report
 from llmprune.structured import depth, shorten
-from tests.families import FAMILIES, VOCABULARY, make
+from tests.families import FAMILIES, VOCABULARY, make, tokenizer
 from tests.test_distributed import Ranks
 from tests.test_evolve import uneven
 from tests.test_resume import digests
@@ -382,7 +382,7 @@ def test_blocks_in_front_of_all_gaps_stay_as_they_are(model: Path, tmp_path: Pat
     report = llmprune.prune(model, out=tmp_path / "out", depth={"drop": [3]}, ignore=["*.4.mlp.up_proj"], **REPAIR)
     dense, left = (Checkpoint(resolve(path), "cpu") for path in (model, tmp_path / "out"))
     for number in range(2):
-        assert report.blocks[number].away == 0
+        assert report.blocks[number].away is None  # there is nothing to make up for
         written = left.load_block(number).state
         assert all(torch.equal(value, written[name]) for name, value in dense.load_block(number).state.items())
     before, after = dense.load_block(4).state, left.load_block(3).state
@@ -553,6 +553,38 @@ def test_mistakes_are_found_before_blocks_are_chosen(
     with pytest.raises(UserError, match="cannot do without these blocks"):
         llmprune.prune(refused, out=tmp_path / "out", depth={"drop": [2]}, **SETTINGS)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dense_model_that_is_broken_is_found_out(tmp_path: Path) -> None:
+    source = make("llama", tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(source)
+    with torch.no_grad():
+        loaded.model.layers[1].mlp.down_proj.weight *= 1e7
+    loaded.save_pretrained(source)
+    for by in ("influence", "greedy", "evolve"):
+        with pytest.raises(Failure, match="returns NaN or infinite activations while it is dense, in float16"):
+            llmprune.prune(source, out=tmp_path / by, depth={"drop": 1, "by": by}, dtype="float16", **SETTINGS)
+
+
+def test_numbers_that_json_has_not_stay_in_the_config(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "mamba2", vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, num_heads=8, head_dim=8, expand=2,
+        state_size=8, n_groups=1,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    llmprune.prune(tmp_path / "model", out=tmp_path / "out", depth={"drop": [1]})
+    written = AutoConfig.from_pretrained(tmp_path / "out")
+    assert written.num_hidden_layers == 2
+    assert tuple(written.time_step_limit) == tuple(config.time_step_limit)
+
+
+def test_an_older_run_without_depth_goes_on(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(Interrupted):
+        llmprune.prune(model, out=tmp_path / "out", method="magnitude")
+    header = json.loads((tmp_path / "out" / "llmprune.journal.jsonl").read_text().splitlines()[0])
+    assert "depth" not in header["fingerprint"]["recipe"]
 
 
 def test_a_config_that_cannot_say_it_is_refused(tmp_path: Path) -> None:

@@ -69,7 +69,9 @@ def _config(whole: Checkpoint, kept: Sequence[int]) -> tuple[Any, str]:
     text = whole.config.get_text_config()
     part = said
     if text is not whole.config:  # a decoder inside a larger model has a part of the config to itself
-        name = next(name for name in whole.config.sub_configs if getattr(whole.config, name, None) is text)
+        name = next((name for name in whole.config.sub_configs if getattr(whole.config, name, None) is text), None)
+        if name is None:
+            raise UserError(f"the config of {_kind(whole)} does not say where that of its decoder is")
         part = said.setdefault(name, {})
     names = {_COUNT, type(text).attribute_map.get(_COUNT, _COUNT)}
     part.update(dict.fromkeys(names & part.keys() or names - {_COUNT} or names, len(kept)))
@@ -82,10 +84,21 @@ def _config(whole: Checkpoint, kept: Sequence[int]) -> tuple[Any, str]:
             part[name] = [value[number] for number in kept]
     try:
         with quiet():
-            return type(whole.config).from_dict(said), json.dumps(said, indent=2)
+            config = type(whole.config).from_dict(_decoded(said))
+        config._name_or_path = str(whole.source.folder)  # where code that comes with the model is looked for
+        return config, json.dumps(said, indent=2)
     except Exception as error:  # what is wrong in a config surfaces in many kinds, depending on the family
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{_kind(whole)} cannot have {len(kept)} blocks of {count}: {reason}") from None
+
+
+def _decoded(said: Any) -> Any:
+    """What a config.json says, with the numbers that JSON has not, which transformers writes as mappings."""
+    if isinstance(said, dict):
+        if said.keys() == {"__float__"}:
+            return float(said["__float__"])
+        return {key: _decoded(value) for key, value in said.items()}
+    return [_decoded(value) for value in said] if isinstance(said, list) else said
 
 
 def _index(whole: Checkpoint, places: Mapping[int, int]) -> dict[str, TensorInfo]:

@@ -114,7 +114,8 @@ def weigh(
             dense = None
     there = {}
     if dense is not None:
-        old = _old_names(names, pruned.blocks, [dense.blocks[number] for number in kept] if kept else pruned.blocks)
+        were = dict(enumerate(dense.blocks))
+        old = _old_names(names, pruned.blocks, [were.get(number, "") for number in kept] if kept else pruned.blocks)
         found = _linears(dense, set(old.values()))
         there = {name: found[was] for name, was in old.items() if was in found}
     made = []

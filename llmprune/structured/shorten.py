@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmprune import data, distributed, memory
-from llmprune.answers import Answers, Shortened
+from llmprune.answers import Answers, Shortened, check_finite
 from llmprune.model import blocks
 from llmprune.model.blocks import Chain
 from llmprune.model.checkpoint import Checkpoint
@@ -71,13 +71,17 @@ class _Whole:
             checkpoint.unload_block(number)
             memory.give_back()
         distributed.total(sums)
+        check_finite(checkpoint, sums)
         return 1 - sums[:-1] / sums[-1]
 
     def measure(self, without: Sequence[frozenset[int]], part: Sequence[int], score: Score = "kl") -> list[float]:
         """As many at a time as memory was planned for."""
         if self._answers is None:
             self._answers = Answers(self._checkpoint, self._chain, self._tokens, self._count)
-        most = max(1, self._at_once * self.sequences // max(1, len(part)))
+        ranks = distributed.size()
+        planned = -(-self.sequences // ranks)  # on the rank that has the most of them
+        here = max(sum(number % ranks == rank for number in part) for rank in range(ranks))
+        most = max(1, self._at_once * planned // max(1, here))
         found: list[float] = []
         for start in range(0, len(without), most):
             found += self._answers.measure(Shortened(without[start : start + most]), part, score)
