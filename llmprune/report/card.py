@@ -339,8 +339,8 @@ def _speed(patterns: Sequence[str], report: Mapping[str, Any]) -> str:
     kept, said = report.get("kept_blocks"), []
     if kept:
         said.append(
-            f"A token goes through {len(kept)} blocks instead of {report['dense_blocks']}, in every program that runs "
-            "the model, and the cache has no keys and values of the others; how much faster that is was not measured."
+            f"A token goes through {len(kept)} blocks instead of {report['dense_blocks']}, and the cache has no keys "
+            "and values of the others; how much faster that is was not measured."
         )
     if patterns or not kept:
         said.append(
