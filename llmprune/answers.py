@@ -46,27 +46,7 @@ class Candidates(Protocol):
         """Let go of the block."""
 
 
-class Dense:
-    """The model as it is, as the only candidate."""
-
-    def __len__(self) -> int:
-        return 1
-
-    def versions(self, number: int) -> Sequence[Hashable]:
-        """There is one."""
-        return [None]
-
-    def enter(self, number: int, block: LoadedBlock) -> None:
-        """It stays as it is."""
-
-    def put(self, version: Hashable) -> None:
-        """It stays as it is."""
-
-    def leave(self) -> None:
-        """Nothing was held."""
-
-
-class Shortened(Dense):
+class Shortened:
     """The model without some of its blocks."""
 
     def __init__(self, without: Sequence[frozenset[int]]) -> None:
@@ -79,6 +59,15 @@ class Shortened(Dense):
     def versions(self, number: int) -> Sequence[Hashable]:
         """As it is, or passed over."""
         return [SKIPPED if number in left else None for left in self._without]
+
+    def enter(self, number: int, block: LoadedBlock) -> None:
+        """It stays as it is."""
+
+    def put(self, version: Hashable) -> None:
+        """It stays as it is."""
+
+    def leave(self) -> None:
+        """Nothing was held."""
 
 
 class Answers:
@@ -96,11 +85,11 @@ class Answers:
             count: how many of them to look at, in whole sequences.
         """
         self._checkpoint, self._chain = checkpoint, chain
-        self.sequences = min(len(tokens.ids), -(-count // tokens.ids.shape[1]))
+        self.sequences = data.sequences(count, *tokens.ids.shape)
         self._mine = distributed.mine(range(self.sequences))
         self._tokens = [tokens.ids[place] for place in self._mine]
         self._start = blocks.start(checkpoint, chain, [ids[None] for ids in self._tokens])
-        self._dense = self._through(Dense(), range(len(self._mine)))[0][0]
+        self._dense = self._through(Shortened([frozenset()]), range(len(self._mine)))[0][0]
         ends = torch.zeros(1, dtype=torch.float64)
         for states in self._dense:
             ends += float(states.double().abs().sum())

@@ -98,7 +98,7 @@ class Room:
         host: resident memory of this process.
         device: None where the blocks run on the host.
         capped: whether the user said how much the host gives.
-        base: what this process held when that was found out; None for what it holds now.
+        base: what this process held when work was first laid out in it; None where that is now.
     """
 
     host: int
@@ -120,7 +120,7 @@ def room(checkpoint: Checkpoint, cap: int | None) -> Room:
     host = host // distributed.local_size() + (0 if cap is not None else memory.current())
     free = torch.cuda.mem_get_info(checkpoint.device)[0] if checkpoint.device.type == "cuda" else None
     least = distributed.smallest(int(free * FREE_SHARE)) if free is not None else None
-    return Room(distributed.smallest(host), least, cap is not None, memory.current())
+    return Room(distributed.smallest(host), least, cap is not None)
 
 
 def _width(checkpoint: Checkpoint) -> int:
@@ -195,6 +195,7 @@ class Schedule:
         stages: per block, what is collected together and then solved. Where the block has to stay dense, what is run
             last comes first: what has been pruned stands behind everything that is still to be captured.
         held: how many batches may stand still in the middle of a block; the others are run anew for each stage.
+        base: what the process held when this was laid out.
         memory: the estimated peak of each phase.
     """
 
@@ -205,6 +206,7 @@ class Schedule:
     overlap: bool = True
     stages: tuple[tuple[Stage, ...], ...] = ()
     held: int = 0
+    base: int = 0
     memory: dict[str, Peak] = field(default_factory=dict)
 
     @property
@@ -274,7 +276,8 @@ class Needs:
         self._checkpoint, self._blocks, self._samples, self._length = checkpoint, blocks, samples, length
         self._text, self._fitted, self._look = text, fitted, look
         self._beside = any(stage.beside for work in blocks for stage in work.stages)  # the dense model's way
-        self._beyond = checkpoint.shape is not None and (fitted > 0 or self._beside)
+        shape = checkpoint.shape if fitted or self._beside else None
+        self._gone = shape.gone if shape is not None else ()
         self._apart = checkpoint.device.type != "cpu"
         self._width = _width(checkpoint)
         self._vocabulary = int(checkpoint.config.get_text_config().vocab_size)
@@ -283,7 +286,8 @@ class Needs:
         others = [*checkpoint.outer_keys, *checkpoint.unclaimed_keys]
         self._largest = max([checkpoint.index[key].nbytes for key in others] + [size.stored for size in self._sizes])
         experts = any(work.experts for work in blocks)
-        self._base = Peak((memory.current() if base is None else base) + GROWTH + (EXPERTS if experts else 0))
+        self._held = memory.current() if base is None else base
+        self._base = Peak(self._held + GROWTH + (EXPERTS if experts else 0))
 
     def schedule(self, batch: int, had: Room) -> Schedule:
         """The fastest schedule that fits.
@@ -315,7 +319,8 @@ class Needs:
         while True:
             batches = -(-self._samples // batch)
             for place, overlap in places:
-                yield self._measured(Schedule(batch, self._length, batches, place, overlap, stages, batches))
+                made = Schedule(batch, self._length, batches, place, overlap, stages, batches, self._held)
+                yield self._measured(made)
             if batch == 1 or not (had.capped or self._apart):
                 return
             batch //= 2
@@ -379,9 +384,9 @@ class Needs:
             if self._permuted:
                 dealt = _DEALT * work.widest
                 capture |= behind + loaded + self._near(max(flow + 4 * work.widest, dealt))
-            if self._beyond:  # the dense model's states go through a block that went
-                through = self._flow(replace(work, moments=()), option.batch, option.length)
-                capture |= behind + loaded + self._loaded(work) + self._near(through)
+            for gone in self._gone:  # the dense model's states go through blocks that went
+                through = self._near(self._flow(replace(work, moments=()), option.batch, option.length))
+                capture |= behind + loaded + self._placed(gone) + (Peak(gone.reading) | through)
             if self._fitted:
                 solve |= loaded + self._fitting(work, option)
             behind = Peak(size.stored) if option.overlap else Peak()

@@ -54,17 +54,20 @@ def cost(checkpoint: Checkpoint, plan: Plan, recipe: Recipe) -> Cost:
     """The cost of a plan."""
     if not plan.needs_data:
         return Cost()
-    tokens = float(recipe.calibration.samples * plan.schedule.length)
+    drawn = float(recipe.calibration.samples * plan.schedule.length)
+    looks = plan.budget is not None and plan.budget.allocator.needs == "norms"
+    tokens = drawn if plan.calibrates or looks else 0.0
     forwards = statistics = solving = fitting = passing = 0.0
     weighed: list[float] = []  # operations of one way through each block
     for number, (choices, stages) in enumerate(zip(plan.blocks, plan.schedule.stages, strict=True)):
         chosen = {choice.linear.name: choice for choice in choices}
         reach = _reach(checkpoint, [choice.linear for choice in choices])
-        through = sum(2 * tokens * reach[choice.linear.name] * choice.linear.numel for choice in choices)
+        once = sum(2 * reach[choice.linear.name] * choice.linear.numel for choice in choices)
+        through = tokens * once
         runs = 1 + any(stage.dense for stage in stages)
         beside = runs if any(stage.beside for stage in stages) else plan.fit is not None
         forwards += through * (runs + beside + (plan.fit is not None) + bool(plan.permuted(number)))
-        passing += through / tokens
+        passing += once
         for entry in (entry for stage in stages for entry in stage.inputs):
             width, gram = entry.features, entry.needs == "gram"
             taken = gram * width + 2 * entry.beside * (2 if entry.stream else 1)
@@ -87,7 +90,7 @@ def cost(checkpoint: Checkpoint, plan: Plan, recipe: Recipe) -> Cost:
         asked = plan.shortening
         whole = passing * asked.total / len(plan.blocks)
         looked_at = asked.chooser.looked_at(asked.total, asked.count)
-        forwards += whole * looked_at * min(tokens, asked.chooser.tokens)
+        forwards += whole * looked_at * min(drawn, asked.chooser.tokens)
     if plan.shortening is not None and plan.follows_dense:  # the dense model's states go through what went
         forwards += passing / len(plan.blocks) * plan.shortening.count * tokens
     return Cost(forwards, statistics, solving, fitting)

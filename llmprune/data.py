@@ -193,6 +193,11 @@ class Tokens:
         return list(torch.split(self.ids, size))
 
 
+def sequences(tokens: int, samples: int, length: int) -> int:
+    """How many whole sequences of a length it takes to look at so many tokens; all of the samples at the most."""
+    return min(samples, -(-tokens // length))
+
+
 def draw(texts: Iterable[str], tokenizer: Any, samples: int, length: int, seed: int, source: str) -> Tokens:
     """Draw token sequences: the documents are shuffled by the seed, joined by blank lines, tokenised and cut.
 

@@ -7,10 +7,9 @@ blocks are in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ from llmprune import allocation, data, dense, distributed, memory
 from llmprune.budget import CHOOSE, Room, batch_size, room, windows_at_once
 from llmprune.errors import Interrupted
 from llmprune.evaluate import perplexity
+from llmprune.follow import DenseWay
 from llmprune.model import blocks
-from llmprune.model.activations import Activations, Call
+from llmprune.model.activations import Activations
 from llmprune.model.capture import Capture
 from llmprune.model.checkpoint import Checkpoint, LoadedBlock
 from llmprune.model.cpu import quick
@@ -84,40 +84,43 @@ def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, sh
         source = _find(model, recipe, shown)
     with clock("plan"), shown.waiting("planning"):
         whole, checkpoint, plan = _plan(source, recipe)
-    tokens, text, fingerprint = _prepare(whole, plan, recipe, out, restart, clock, shown)
-    with writing(out, whole, recipe.shard_size, restart) as writer, _interruptible(writer):
-        resumed = distributed.share(not restart and writer.find(fingerprint))
-        kept = None
+    tokens, text, fingerprint = _prepare(whole, checkpoint, plan, recipe, out, restart, clock, shown)
+    with writing(out, checkpoint, recipe.shard_size, restart) as writer, _interruptible(writer):
+        resumed = begun = distributed.share(not restart and writer.find(fingerprint))
+        if not resumed and text is not None:
+            with clock("evaluate"):
+                writer.dense = vars(perplexity.dense(whole, text, recipe.evaluate, shown, plan.spare))
         if plan.shortening is not None:
-            kept = distributed.share(writer.kept) if resumed else None
-            if kept is None:
+            writer.kept = distributed.share(writer.kept)
+            if writer.kept is None:
                 with clock("choose"), quick(whole.device, whole.dtype):
-                    kept = choose(whole, plan, tokens, shown)
+                    writer.kept = choose(whole, plan, tokens, shown)
+                writer.begin(fingerprint)
+                begun = True
             with clock("plan"), shown.waiting("planning"):
-                checkpoint, plan = _shorten(whole, plan, recipe, kept)
+                checkpoint, plan = _shorten(whole, plan, recipe, writer.kept)
             writer.lay_out(checkpoint)
         if resumed:
             writer.recover(shown)
         if plan.budget is not None and plan.budget.targets is None:
-            targets = distributed.share(writer.allocation) if resumed else None
-            if targets is None:
+            writer.allocation = distributed.share(writer.allocation)
+            if writer.allocation is None:
                 with clock("allocate"), quick(checkpoint.device, checkpoint.dtype):
-                    targets = dense.look(checkpoint, plan, tokens, shown, writer.out)
-            plan = allocated(plan, targets)
-        if not resumed:
-            with clock("evaluate"):
-                before = perplexity.dense(whole, text, recipe.evaluate, shown, plan.spare) if text else None
-            writer.begin(fingerprint, vars(before) if before else None, _targets(plan), kept)
+                    writer.allocation = dense.look(checkpoint, plan, tokens, shown, writer.out)
+                begun = False
+            plan = allocated(plan, writer.allocation)
+        if not begun:
+            writer.begin(fingerprint)
         report = Report(writer.out, checkpoint.source.name, checkpoint.source.revision, recipe.to_dict(), plan.weights)
         report.base = dict(checkpoint.source.base)
         report.origin = checkpoint.source.origin
         report.resumed = len(writer.records) if resumed else None
-        if kept is not None:
-            report.kept_blocks, report.dense_blocks = list(kept), len(whole.blocks)
+        if writer.kept is not None:
+            report.kept_blocks, report.dense_blocks = list(writer.kept), len(whole.blocks)
             report.dense_weights = sum(info.numel for info in whole.index.values())
         with quick(checkpoint.device, checkpoint.dtype):
-            longer = Longer(whole, kept) if kept is not None else None
-            prune_blocks(checkpoint, plan, tokens if plan.calibrates else None, writer, clock, shown, longer)
+            way = DenseWay(whole, writer.kept)
+            prune_blocks(checkpoint, plan, tokens if plan.calibrates else None, writer, clock, shown, way)
         with distributed.first():  # ranks are told of a failure, and wait for files that they go on to read
             if distributed.is_first():
                 _finish(writer, report, _plan_file(plan, checkpoint.source), clock, shown)
@@ -140,7 +143,14 @@ def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, sh
 
 
 def _prepare(
-    checkpoint: Checkpoint, plan: Plan, recipe: Recipe, out: str | Path, restart: bool, clock: Clock, shown: Progress
+    whole: Checkpoint,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    recipe: Recipe,
+    out: str | Path,
+    restart: bool,
+    clock: Clock,
+    shown: Progress,
 ) -> tuple[data.Tokens | None, perplexity.Text | None, dict[str, Any]]:
     """The calibration tokens, the text of an evaluation, and all that the result depends on.
 
@@ -152,11 +162,11 @@ def _prepare(
         if distributed.is_first():
             with clock("plan"), shown.waiting("reading the text"):
                 check_out(out, checkpoint, restart)
-                tokens = draw(checkpoint, recipe, plan.schedule.length) if plan.needs_data else None
-                text = perplexity.read_text(checkpoint, recipe.evaluate) if recipe.evaluate.text else None
+                tokens = draw(whole, recipe, plan.schedule.length) if plan.needs_data else None
+                text = perplexity.read_text(whole, recipe.evaluate) if recipe.evaluate.text else None
             with clock("hash"), shown.waiting("hashing the model's files"):
-                fingerprint = _fingerprint(checkpoint, plan, recipe, tokens, text)
-            checkpoint.forget_tokenizer()
+                fingerprint = _fingerprint(whole, plan, recipe, tokens, text)
+            whole.forget_tokenizer()
     if checkpoint.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(checkpoint.device)
     return distributed.share((tokens, text, fingerprint))
@@ -215,7 +225,7 @@ def prune_blocks(
     writer: Writer,
     clock: Clock,
     progress: Progress,
-    longer: Longer | None = None,
+    way: DenseWay,
 ) -> None:
     """Prune and write all blocks in order; the inputs of each come from the pruned blocks before it.
 
@@ -223,23 +233,19 @@ def prune_blocks(
     rank calibrates its share of the batches. Blocks that the writer has already are only run, as OUT holds them.
 
     Args:
-        longer: the model with the blocks that were taken out, which the dense model's states pass as well.
+        way: how the dense model's states go beside, where they do.
     """
     finished = distributed.share(len(writer.records))
     if finished == len(plan.blocks):
         return
     schedule = plan.schedule
     activations = wanted = None
-    lost = longer is not None and longer.goes_on(-1)  # else there is nothing yet to make up for
+    lost = way.gap(-1)  # whether there is anything yet that a fit could make up for
     if tokens is not None:
         with clock("embed"), progress.waiting("embedding the calibration text"):
             batches = distributed.mine(tokens.batches(schedule.batch))
             activations = blocks.start(checkpoint, plan.chain, batches, schedule.place, writer.out)
-            wanted = None
-            if plan.follows_dense and longer is not None:
-                wanted = longer.start(plan, batches, writer.out)
-            elif plan.follows_dense:
-                wanted = activations.twin()
+            wanted = way.start(plan, activations, batches, writer.out) if plan.follows_dense else None
     for number, choices in progress.over(list(enumerate(plan.blocks)), "pruning blocks"):
         if number < finished and activations is None:
             continue
@@ -251,7 +257,7 @@ def prune_blocks(
         stages = schedule.stages[number] if number >= finished else ()
         pruned = [choice.linear for choice in choices if choice.kept is None]
         fitted = [choice.linear for choice in choices if choice.fitted]
-        lost = lost or bool(pruned) or (longer is not None and longer.goes_on(number))
+        lost = lost or bool(pruned) or way.gap(number)
         fit = plan.fit if fitted and lost else None
         linears = {choice.linear.name: choice.linear for choice in choices}
         permuted = plan.permuted(number)
@@ -263,9 +269,7 @@ def prune_blocks(
         runs = Capture(pruned, stages, schedule.held, plan.writers[number])
         if wanted is not None and not runs.goes_beside:
             with clock("dense"):
-                blocks.pass_through(checkpoint, number, calls, wanted)
-                if longer is not None:
-                    longer.follow(number, wanted)
+                way.follow(checkpoint, number, calls, wanted)
         if number < finished:
             with clock("read"):
                 block = block if wanted is None else checkpoint.load_block(number)
@@ -283,9 +287,7 @@ def prune_blocks(
                     done.update(solve_stage(checkpoint, block, stage.inputs, choices, stats))
             if runs.goes_beside and wanted is not None:
                 with clock("dense"):
-                    blocks.pass_through(checkpoint, number, calls, wanted, runs.finish_dense)
-                    if longer is not None:
-                        longer.follow(number, wanted)
+                    way.follow(checkpoint, number, calls, wanted, runs.finish_dense)
             if fit is None:
                 _propagate(checkpoint, number, activations, runs, clock)
         if fit is not None:
@@ -309,41 +311,6 @@ def prune_blocks(
                     writer.settle()
         del block
         checkpoint.unload_block(number)
-
-
-class Longer:
-    """The dense model of one from which blocks were taken out: its states go through these as well."""
-
-    def __init__(self, whole: Checkpoint, kept: Sequence[int]) -> None:
-        """Nothing is run yet.
-
-        Args:
-            kept: the numbers of its blocks that are left.
-        """
-        self._whole = whole
-        self._gone = [range(before + 1, after) for before, after in pairwise((-1, *kept, len(whole.blocks)))]
-        self._calls: list[list[Call]] = []
-
-    def start(self, plan: Plan, batches: Sequence[torch.Tensor], folder: Path) -> Activations:
-        """The states in front of the first block that is left."""
-        wanted = blocks.start(self._whole, plan.chain, batches, plan.schedule.place, folder)
-        self._calls, wanted.calls = wanted.calls, []
-        self._pass(self._gone[0], wanted)
-        return wanted
-
-    def goes_on(self, number: int) -> bool:
-        """Whether blocks went behind one that is left, or with −1 in front of all."""
-        return len(self._gone[number + 1]) > 0
-
-    def follow(self, number: int, wanted: Activations) -> None:
-        """Take states that have left a block through those that went, up to the next that is left."""
-        self._pass(self._gone[number + 1], wanted)
-
-    def _pass(self, numbers: Sequence[int], wanted: Activations) -> None:
-        for number in numbers:
-            self._whole.load_block(number)
-            blocks.pass_through(self._whole, number, self._calls[number], wanted)
-            self._whole.unload_block(number)
 
 
 def _propagate(
@@ -448,7 +415,7 @@ def _find(model: str | Path, recipe: Recipe, shown: Progress) -> Source:
 def _plan(source: Source, recipe: Recipe) -> tuple[Checkpoint, Checkpoint, Plan]:
     """The model, what is to be pruned of it, and the plan.
 
-    Where blocks go that are still to be chosen, the last ones stand for them: mistakes are found before any work.
+    Where blocks go that are still to be chosen, others stand for them: mistakes are found before any work.
     """
     with distributed.first():
         checkpoint = Checkpoint(source, distributed.local_device(recipe.device), recipe.dtype)
@@ -476,7 +443,7 @@ def _shorten(whole: Checkpoint, plan: Plan, recipe: Recipe, kept: tuple[int, ...
     """The model without some of its blocks, and the plan for it."""
     with distributed.first():
         checkpoint = shortened(whole, kept)
-    made = _planned(checkpoint, recipe, plan.room)
+    made = _planned(checkpoint, recipe, replace(plan.room, base=plan.schedule.base))  # what was done since is no part
     chosen = {phase: peak for phase, peak in plan.schedule.memory.items() if phase == CHOOSE}
     schedule = replace(made.schedule, memory={**made.schedule.memory, **chosen})
     return checkpoint, replace(made, schedule=schedule, abreast=plan.abreast)

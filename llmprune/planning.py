@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from llmprune import allocate, distributed, named, solvers
+from llmprune import allocate, data, distributed, named, solvers
 from llmprune.after import read_after
 from llmprune.allocate import Improver
 from llmprune.allocation import target
-from llmprune.budget import CHOOSE, Needs, Room, Schedule, Work, abreast, batch_size
+from llmprune.budget import Needs, Room, Schedule, Work, abreast, batch_size
 from llmprune.errors import UserError, unknown
 from llmprune.model.blocks import Chain, hidden_of, kinds, probe, probe_length
 from llmprune.model.channels import Channels, find_channels
@@ -112,15 +112,11 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room, shortening: Sho
             "calibration.asymmetric changes what kept weights are fitted to, and nothing fits them here (experts are "
             "never fitted that way): take a method such as sparsegpt or alps, or add --reconstruct cg"
         )
-    schedule = _schedule(checkpoint, recipe, blocks, works, budget, permutes, had, shortening)
+    schedule, together = _schedule(checkpoint, recipe, blocks, works, budget, permutes, had, shortening)
     weights = sum(info.numel for info in checkpoint.index.values())
     others = _others(checkpoint, blocks)
     parts = tuple(blocks), chain, weights, others, schedule, had, budget, tuple(writers), tuple(channels)
-    made = Plan(*parts, shortening)
-    if CHOOSE in schedule.memory and shortening is not None:
-        sequences = sequences_of(shortening, recipe.calibration.samples, schedule.length)
-        schedule, together = abreast(checkpoint, schedule, sequences, had)
-        made = replace(made, schedule=schedule, abreast=together)
+    made = Plan(*parts, shortening, together)
     _check_permuted(made, recipe)
     return made
 
@@ -140,7 +136,7 @@ def _check_unasked(recipe: Recipe) -> None:
     if found := [name for name, value in given.items() if value]:
         raise UserError(
             f"{found[0]} follows the pruning of linears, and no sparsity is asked for: say one (--sparsity 2:4), or "
-            "leave it out"
+            "leave it out (a --quality asks for it too)"
         )
 
 
@@ -182,34 +178,39 @@ def _schedule(
     permutes: bool,
     had: Room,
     shortening: Shortening | None,
-) -> Schedule:
-    """The work laid out so that it fits into memory."""
+) -> tuple[Schedule, int]:
+    """The work laid out so that it fits into memory, and how many shorter models may be measured together."""
     length = sequence_length(checkpoint, recipe.calibration.length)
     look = budget.allocator.needs if budget is not None else "nothing"
     pruned = [choice for block in blocks for choice in block if choice.kept is None]
     fits = [choice.after.block for block in blocks for choice in block if choice.fitted]
     fitted = max((fit.runs for fit in fits if fit is not None), default=0)
-    data = look == "norms" or fitted > 0 or any(choice.needs != "nothing" for choice in pruned)
+    calibrates = look == "norms" or fitted > 0 or any(choice.needs != "nothing" for choice in pruned)
     text = None if recipe.evaluate.text is None else sequence_length(checkpoint, recipe.evaluate.length)
     samples = -(-recipe.calibration.samples // distributed.size())
     together = (0, 0)
     if budget is not None and isinstance(budget.allocator, Improver):
-        sequences = min(recipe.calibration.samples, -(-budget.allocator.tokens // length))
+        sequences = data.sequences(budget.allocator.tokens, recipe.calibration.samples, length)
         mine = -(-sequences // distributed.size())
         together = mine, budget.allocator.together(mine, sequences)
-    looked_at = 0, 0
+    looked_at, drawn = 0, recipe.calibration.samples
     if shortening is not None and shortening.given is None:
-        drawn = recipe.calibration.samples
-        looked_at = sequences_of(shortening, drawn, length), drawn
+        looked_at = -(-data.sequences(shortening.chooser.tokens, drawn, length) // distributed.size())
     needs = Needs(
-        checkpoint, works, samples if data else 0, length, text, fitted, look, together, permutes, looked_at, had.base
+        checkpoint,
+        works,
+        samples if calibrates else 0,
+        length,
+        text,
+        fitted,
+        look,
+        together,
+        permutes,
+        (looked_at, drawn),
+        had.base,
     )
-    return needs.schedule(min(samples, batch_size(checkpoint, length)), had)
-
-
-def sequences_of(shortening: Shortening, samples: int, length: int) -> int:
-    """How many sequences of a length blocks are chosen on, on the rank that has the most of them."""
-    return -(-min(samples, -(-shortening.chooser.tokens // length)) // distributed.size())
+    made = needs.schedule(min(samples, batch_size(checkpoint, length)), had)
+    return abreast(checkpoint, made, looked_at, had) if looked_at else (made, 1)
 
 
 def _check_permuted(plan: Plan, recipe: Recipe) -> None:

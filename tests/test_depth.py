@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import llmprune
-from llmprune import data, pipeline
+from llmprune import data, dense, memory, pipeline
+from llmprune.cli import main
 from llmprune.cost import cost
 from llmprune.errors import Failure, Interrupted, UserError
 from llmprune.evaluate.perplexity import perplexity
@@ -500,6 +501,7 @@ def test_histograms_are_of_the_block_that_it_comes_from(model: Path, tmp_path: P
         ({"drop": 1, "by": {"name": "greedy", "tokens": 0}}, "tokens must be at least 1, not 0"),
         ({"drop": 1, "by": {"name": "influence", "tokens": 0}}, "tokens must be at least 1, not 0"),
         ({"drop": 1, "by": {"name": "evolve", "offspring": 0}}, "offspring must be at least 1, not 0"),
+        ({"by": "evolve"}, "depth.by says how blocks are chosen that go, and depth.drop not how many"),
         ({"dropp": 1}, "unknown depth key 'dropp': did you mean 'drop'"),
     ],
     ids=str,
@@ -549,9 +551,12 @@ def test_mistakes_are_found_before_blocks_are_chosen(
     ):
         with pytest.raises(UserError, match=message):
             llmprune.prune(model, out=tmp_path / "out", **chosen, **wrong)
-    refused = make("qwen3_moe", tmp_path / "model", mlp_only_layers=[], decoder_sparse_step=2, num_hidden_layers=4)
-    with pytest.raises(UserError, match="cannot do without these blocks"):
-        llmprune.prune(refused, out=tmp_path / "out", depth={"drop": [2]}, **SETTINGS)
+    for refused in (
+        make("qwen3_moe", tmp_path / "model", mlp_only_layers=[], decoder_sparse_step=2, num_hidden_layers=4),
+        make("gpt2", tmp_path / "other", scale_attn_by_inverse_layer_idx=True),
+    ):
+        with pytest.raises(UserError, match="cannot do without these blocks"):
+            llmprune.prune(refused, out=tmp_path / "out", depth={"drop": 1}, **SETTINGS)
     assert not (tmp_path / "out").exists()
 
 
@@ -564,6 +569,57 @@ def test_a_dense_model_that_is_broken_is_found_out(tmp_path: Path) -> None:
     for by in ("influence", "greedy", "evolve"):
         with pytest.raises(Failure, match="returns NaN or infinite activations while it is dense, in float16"):
             llmprune.prune(source, out=tmp_path / by, depth={"drop": 1, "by": by}, dtype="float16", **SETTINGS)
+
+
+def test_a_choice_is_kept_as_soon_as_it_is_made(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: dict[str, Any] = {
+        "depth": {"drop": 2}, "sparsity": "60%", "method": "wanda", "allocation": "owl", **SETTINGS,
+    }  # fmt: skip
+    llmprune.prune(model, out=tmp_path / "whole", **chosen)
+    look = dense.look
+    monkeypatch.setattr(dense, "look", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(Interrupted):
+        llmprune.prune(model, out=tmp_path / "out", **chosen)
+    monkeypatch.setattr(dense, "look", look)
+    monkeypatch.setattr(pipeline, "choose", lambda *_: pytest.fail("they were chosen before"))
+    llmprune.prune(model, out=tmp_path / "out", **chosen)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_what_fits_when_it_is_planned_fits_when_blocks_were_chosen(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: dict[str, Any] = {"depth": {"drop": 2}, "sparsity": "50%", "method": "wanda", **SETTINGS}
+    with pytest.raises(UserError, match="the smallest that can hold is") as caught:
+        pipeline.plan(model, max_memory="1MB", **chosen)
+    least = parse_size(str(caught.value).rsplit(" ", 1)[-1]) + 2**23
+    grown, choose, current = [0], pipeline.choose, memory.current
+
+    def growing(*told: Any) -> tuple[int, ...]:
+        grown[0] = 2**30
+        return choose(*told)
+
+    monkeypatch.setattr(pipeline, "choose", growing)
+    monkeypatch.setattr(memory, "current", lambda: current() + grown[0])
+    report = llmprune.prune(model, out=tmp_path / "out", max_memory=str(least), **chosen)
+    assert grown[0]
+    assert report.predicted_memory <= least
+
+
+def test_a_broken_dense_model_is_found_out_before_blocks_are_chosen(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "choose", lambda *_: pytest.fail("it is broken"))
+    asked = {"text": "builtin", "length": 32, "max_perplexity": 1.5}
+    with pytest.raises(UserError, match="is broken before it is pruned"):
+        llmprune.prune(model, out=tmp_path / "out", depth={"drop": 1}, evaluate=asked, **SETTINGS)
+
+
+def test_a_sweep_of_shorter_models_asks_for_a_sparsity(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sweep", str(model), "-o", str(tmp_path / "sweep"), "--drop-blocks", "1"]) == 2
+    assert "a sweep needs at least one sparsity" in capsys.readouterr().err
 
 
 def test_numbers_that_json_has_not_stay_in_the_config(tmp_path: Path) -> None:
@@ -625,8 +681,6 @@ def test_the_default_sparsity_hangs_on_what_else_is_asked() -> None:
 
 
 def test_the_command_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from llmprune.cli import main
-
     out = tmp_path / "out"
     assert main(["prune", str(model), "-o", str(out), "--drop-blocks", "0,3", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kept_blocks"] == [1, 2, 4, 5]

@@ -20,7 +20,6 @@ from llmprune.cli.options import (
     recipe_options,
     task_options,
 )
-from llmprune.recipe import DEFAULT_SPARSITY
 
 if TYPE_CHECKING:
     from llmprune.sweep import Sweep
@@ -52,7 +51,7 @@ def run(chosen: argparse.Namespace) -> int:
         made = sweep(
             chosen.model,
             out=chosen.out,
-            sparsity=sparsities or [recipe.sparsity or DEFAULT_SPARSITY],
+            sparsity=sparsities or [one for one in [recipe.settled().sparsity] if one is not None],
             method=methods or [own],
             recipe=recipe,
             tasks=tasks,

@@ -68,12 +68,14 @@ class Shape:
         config_json: the same as the text of a config.json.
         index: its tensors by the keys that they have in it, wherever they are stored.
         before: the names of its blocks in the model that the files are of.
+        gone: what each block of that takes which this has not.
     """
 
     config: Any
     config_json: str
     index: Mapping[str, TensorInfo]
     before: tuple[str, ...]
+    gone: tuple[Footprint, ...]
 
 
 @dataclass

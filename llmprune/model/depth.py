@@ -25,13 +25,13 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
 _COUNT = "num_hidden_layers"
 
-_NUMBERS = ("mlp_only_layers",)
+_NUMBERS = ("mlp_only_layers", "moe_layers")
 """What configs call lists of the numbers of blocks that are another kind."""
 
 _OTHERS = ("architectures", "eos_token_id", "bos_token_id", "pad_token_id")
 """Lists that are not about blocks, however long they happen to be."""
 
-_LEADING = ("first_k_dense_replace",)
+_LEADING = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 """What configs call the number of blocks of another kind that come first."""
 
 
@@ -47,11 +47,13 @@ def shortened(whole: Checkpoint, kept: Sequence[int]) -> Checkpoint:
     """
     places = {number: place for place, number in enumerate(kept)}
     config, text = _config(whole, kept)
-    shape = Shape(config, text, _index(whole, places), tuple(whole.blocks[number] for number in kept))
+    gone = [whole.footprint(keys) for number, keys in enumerate(whole.block_keys) if number not in places]
+    shape = Shape(config, text, _index(whole, places), tuple(whole.blocks[number] for number in kept), tuple(gone))
     try:
         made = Checkpoint(whole.source, str(whole.device), str(whole.dtype).removeprefix("torch."), shape)
     except Failure as error:  # a block that is of another kind by its place asks for other tensors
-        raise UserError(f"{_kind(whole)} cannot do without these blocks: {error}") from None
+        told = str(error).partition(";")[0]  # what follows blames the files, which were whole before
+        raise UserError(f"{_kind(whole)} cannot do without these blocks: {told}") from None
     if len(made.blocks) != len(kept):
         raise UserError(f"{_kind(whole)} has {len(made.blocks)} blocks where its config says {len(kept)}")
     _check_same(whole, made, kept)
@@ -133,16 +135,16 @@ def _numbered(key: str, number: int) -> re.Match[str] | None:
 def _check_same(whole: Checkpoint, made: Checkpoint, kept: Sequence[int]) -> None:
     """See that each block of the shorter model is what the block it comes from is, and is called as that is.
 
-    Of blocks that are alike the last one is tried with its weights: nobody's place has changed more.
+    Of those that are alike, and have moved as far, the last one is tried with its weights.
     """
     tokens = torch.zeros(1, blocks.probe_length(whole), dtype=torch.long)
     before, after = (blocks.start(one, blocks.probe(one), [tokens]).calls for one in (whole, made))
-    kinds = blocks.kinds(made)
-    tried = {kind: place for place, kind in enumerate(kinds)}.values()
+    moved = zip(blocks.kinds(made), (number - place for place, number in enumerate(kept)), strict=True)
+    tried = {key: place for place, key in enumerate(moved)}.values()
     for place, number in enumerate(kept):
         old, new = whole.block(whole.blocks[number]), made.block(made.blocks[place])
         why = _other(old, new, number, place) or _called_otherwise(before[number][0], after[place][0])
-        if not why and place in tried and place != number:
+        if not why and place in tried:
             why = _answers_otherwise(whole, made, number, place, before[number][0])
         if why:
             raise UserError(
@@ -200,6 +202,6 @@ def _answers_otherwise(whole: Checkpoint, made: Checkpoint, number: int, place: 
     found = []
     for checkpoint, block in ((whole, number), (made, place)):
         module = checkpoint.load_block(block).module
-        found.append(blocks.run(module, call, given))
+        found.append(blocks.run(module, call, given).nan_to_num())  # equal where both are no numbers
         checkpoint.unload_block(block)
     return "" if torch.equal(*found) else "with the same weights it returns something else"

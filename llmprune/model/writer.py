@@ -100,7 +100,7 @@ class Writer:
         side_files: what is copied from the source.
         hashes: file name to sha256, of the shards committed so far.
         records: of each finished block, as given to `commit_block`.
-        dense, allocation, kept: what `begin` was given.
+        dense, allocation, kept: what was found out before the first block, for the header: see above.
         onward: what to tell somebody whose run stops.
     """
 
@@ -173,19 +173,12 @@ class Writer:
             with self._failing("the journal"):
                 self._write_text(JOURNAL, "\n".join(json.dumps(line) for line in lines[: whole + 1]))
 
-    def begin(
-        self,
-        fingerprint: Mapping[str, Any],
-        dense: dict[str, Any] | None,
-        allocation: dict[str, str] | None = None,
-        kept: tuple[int, ...] | None = None,
-    ) -> None:
-        """Clear the folder of an earlier run, and write the journal's header."""
-        self.dense, self.allocation, self.kept = dense, allocation, kept
+    def begin(self, fingerprint: Mapping[str, Any]) -> None:
+        """Clear the folder of an earlier run, and write the journal's header; once more when more was found out."""
         with self._failing("the journal"):
             clear(self.out)
             header = {"format": JOURNAL_FORMAT, "fingerprint": dict(fingerprint), "side_files": self.side_files}
-            self._append({**header, "dense": dense, "allocation": allocation, "kept": kept})
+            self._append({**header, "dense": self.dense, "allocation": self.allocation, "kept": self.kept})
 
     def commit_block(
         self,
@@ -332,7 +325,7 @@ class Elsewhere(Writer):
     def recover(self, progress: Progress) -> None:
         """Do nothing."""
 
-    def begin(self, *given: Any) -> None:
+    def begin(self, fingerprint: Mapping[str, Any]) -> None:
         """Do nothing."""
 
     def commit_block(self, *given: Any) -> None:

@@ -35,7 +35,7 @@ class Reconstructor:
     what earlier blocks lost is made up for. Each token counts as much as any other, however large its states are: a
     few with massive activations would else be nearly all there is from some block on. A step takes one batch of the
     calibration; its size falls to nothing in a half cosine. A block for which what is minimised does not fall is left
-    as it was, as is one behind which nothing is lost.
+    as it was.
 
     Not every difference matters as much to what comes after. With `ahead` the next block, dense, is run on what the
     fitted one returns, and what it makes of that counts too.
@@ -98,8 +98,6 @@ class Reconstructor:
         weights = _Weights(block, linears)
         distance = _Distance(weights, calls, given, wanted, following, self.ahead)
         own, aim = distance.mean()
-        if not aim:  # nothing was lost so far
-            return own, own
         trained = weights.trained()
         optimizer = torch.optim.Adam([{"params": [value]} for value, _ in trained], betas=(0.9, 0.99))
         order = torch.Generator().manual_seed(0)

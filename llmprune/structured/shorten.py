@@ -49,7 +49,7 @@ class _Whole:
         self._count, self._at_once = count, at_once
         self._answers: Answers | None = None
         self.blocks = len(checkpoint.blocks)
-        self.sequences = min(len(tokens.ids), -(-count // tokens.ids.shape[1]))
+        self.sequences = data.sequences(count, *tokens.ids.shape)
 
     def influence(self) -> Tensor:
         """In one way through the blocks."""

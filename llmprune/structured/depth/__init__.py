@@ -16,6 +16,7 @@ from torch import Tensor
 from llmprune import named
 from llmprune.errors import UserError
 from llmprune.progress import Progress
+from llmprune.recipe import Depth
 
 Score = Literal["kl", "perplexity"]
 """What answers are judged by, both in nats a token: KL(dense ‖ shorter), or how unlikely the next token is held."""
@@ -87,8 +88,12 @@ class Shortening:
 
     @property
     def kept(self) -> tuple[int, ...]:
-        """The blocks that stay; where it is not known yet which go, the last ones stand for them."""
-        gone = range(self.total - self.count, self.total) if self.given is None else self.given
+        """The blocks that stay; where it is not known yet which go, those in the middle stand for them.
+
+        Others then have another place, as they will: the last ones would tell nothing about that.
+        """
+        first = (self.total - self.count) // 2
+        gone = range(first, first + self.count) if self.given is None else self.given
         return tuple(number for number in range(self.total) if number not in gone)
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,9 +113,11 @@ def read_shortening(drop: Any, by: str | Mapping[str, Any], total: int) -> Short
     Raises:
         UserError: there are no such blocks, or none would be left.
     """
-    if drop is None:
-        return None
     chooser, given = load(by), None
+    if drop is None:
+        if by != Depth().by:
+            raise UserError("depth.by says how blocks are chosen that go, and depth.drop not how many: say that too")
+        return None
     if isinstance(drop, list):
         numbers = [number for number in drop if isinstance(number, int) and not isinstance(number, bool)]
         if len(numbers) < len(drop) or not all(0 <= number < total for number in numbers):

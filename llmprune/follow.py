@@ -1,0 +1,75 @@
+"""The dense model's hidden states, which go through the blocks beside those of the pruned one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from torch import Tensor
+
+from llmprune.model import blocks
+from llmprune.model.activations import Activations, Call
+from llmprune.model.checkpoint import Checkpoint
+from llmprune.plan import Plan
+
+
+class DenseWay:
+    """The way of the dense model's states: through each block as it was, and through those that were taken out."""
+
+    def __init__(self, whole: Checkpoint, kept: Sequence[int] | None) -> None:
+        """Nothing is run yet.
+
+        Args:
+            whole: the dense model.
+            kept: the numbers of its blocks that are left; None where all are.
+        """
+        left = range(len(whole.blocks)) if kept is None else kept
+        self._whole = whole
+        self._gaps = [range(before + 1, after) for before, after in pairwise((-1, *left, len(whole.blocks)))]
+        self._calls: list[list[Call]] = []
+
+    def start(self, plan: Plan, beside: Activations, batches: Sequence[Tensor], folder: Path) -> Activations:
+        """The states in front of the first block that is left.
+
+        Args:
+            beside: those of the pruned model.
+            batches: token ids (sequences, length) each.
+            folder: where they may be kept.
+        """
+        if not any(self._gaps):
+            return beside.twin()
+        wanted = blocks.start(self._whole, plan.chain, batches, plan.schedule.place, folder)
+        self._calls, wanted.calls = wanted.calls, []
+        self._cross(-1, wanted)
+        return wanted
+
+    def gap(self, number: int) -> bool:
+        """Whether blocks were taken out behind one that is left, or with −1 in front of all."""
+        return len(self._gaps[number + 1]) > 0
+
+    def follow(
+        self,
+        checkpoint: Checkpoint,
+        number: int,
+        calls: Sequence[Call],
+        wanted: Activations,
+        through: Callable[[int], Tensor] | None = None,
+    ) -> None:
+        """Take the states through a block that is loaded and dense, and up to the next that is left.
+
+        Args:
+            checkpoint: what is pruned.
+            number: of the block in it.
+            calls: what it is called with, batch by batch.
+            through: what it returns for a batch; by default it is run.
+        """
+        blocks.pass_through(checkpoint, number, calls, wanted, through)
+        self._cross(number, wanted)
+
+    def _cross(self, number: int, wanted: Activations) -> None:
+        for gone in self._gaps[number + 1]:
+            self._whole.load_block(gone)
+            blocks.pass_through(self._whole, gone, self._calls[gone], wanted)
+            self._whole.unload_block(gone)
+            self._calls[gone].clear()
