@@ -20,7 +20,7 @@ from llmprune.evaluate.stream import scores
 from llmprune.model import blocks
 from llmprune.model.blocks import Chain
 from llmprune.model.checkpoint import Checkpoint, LoadedBlock
-from llmprune.patterns import NM, Unstructured
+from llmprune.patterns import NM, Columns, Unstructured
 from llmprune.plan import Choice, Plan
 from llmprune.structured.depth import Score
 
@@ -238,7 +238,10 @@ class Allocated:
 
 def _pattern(choice: Choice, candidate: Mapping[str, str]) -> Unstructured | NM | None:
     """What a candidate makes of a linear."""
-    return target(candidate[choice.linear.name], choice.pattern.scope) if choice.allocated else choice.pattern
+    if choice.allocated:
+        return target(candidate[choice.linear.name], choice.pattern.scope)
+    assert not isinstance(choice.pattern, Columns), "narrower blocks have nothing to allocate"
+    return choice.pattern
 
 
 class _Masks:

@@ -257,6 +257,7 @@ class Needs:
         permuted: bool = False,
         shortened: tuple[int, int] = (0, 0),
         base: int | None = None,
+        narrowed: bool = False,
     ) -> None:
         """Take in the work.
 
@@ -271,7 +272,9 @@ class Needs:
             shortened: how many sequences blocks are chosen on that go, and how many are drawn for it; 0 where these
                 blocks are known.
             base: what the process holds before any of it; by default what it holds now.
+            narrowed: whether a smaller copy of each block takes its place.
         """
+        self._narrowed = narrowed
         self._together, self._permuted, self._shortened = together, permuted, shortened
         self._checkpoint, self._blocks, self._samples, self._length = checkpoint, blocks, samples, length
         self._text, self._fitted, self._look = text, fitted, look
@@ -381,6 +384,8 @@ class Needs:
                 capture |= behind + loaded + self._near(still + held + flow)
                 solve |= loaded + self._near(still + solving)
             write |= loaded + Peak(size.converted)
+            if self._narrowed:  # while one is made of the other, at the most as large
+                write |= loaded + self._placed(size)
             if self._permuted:
                 dealt = _DEALT * work.widest
                 capture |= behind + loaded + self._near(max(flow + 4 * work.widest, dealt))

@@ -138,6 +138,57 @@ class NM:
         return f"{self.n}:{self.m}"
 
 
+@dataclass(frozen=True)
+class Columns:
+    """Whole inputs of a linear go, in all rows: `kept` units of them stay, each of as many consecutive inputs.
+
+    Args:
+        kept: units that stay.
+        units: how many there are.
+        what: a word for them: channels, heads.
+    """
+
+    kept: int
+    units: int
+    what: str = "channels"
+    scope: ClassVar[Scope] = "matrix"
+    row_independent = False
+    group = 1
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.kept / self.units
+
+    def inputs(self, width: int) -> Tensor:
+        """(units, each) the inputs of each unit, of a linear that has so many."""
+        return torch.arange(width).view(self.units, -1)
+
+    def keep(self, saliency: Tensor, before: int = 0) -> Tensor:
+        if before or saliency.shape[1] % self.units:
+            raise ValueError(f"{saliency.shape[1]} inputs are no {self.units} whole {self.what}")
+        stays = self.of_scores(saliency.sum(0).view(self.units, -1).sum(1))
+        return stays.repeat_interleave(saliency.shape[1] // self.units).expand_as(saliency)
+
+    def of_scores(self, scores: Tensor) -> Tensor:
+        """(units,) bool, the units that stay by (units,) scores; among equals the later ones."""
+        return ~_lowest(scores[None].float(), self.units - self.kept, -1)[0]
+
+    def staying(self, weight: Tensor) -> Tensor:
+        """(units,) bool, the units that a pruned (out, in) weight has left; as many as should be, whatever is zero."""
+        return self.of_scores(weight.detach().abs().amax(0).view(self.units, -1).amax(1).cpu())
+
+    def holds(self, weight: Tensor) -> bool:
+        alive = (weight != 0).any(0).view(self.units, -1).any(1)
+        return int(alive.sum()) <= self.kept
+
+    def count(self, shape: tuple[int, int]) -> int:
+        rows, width = shape
+        return rows * (self.units - self.kept) * (width // self.units)
+
+    def __str__(self) -> str:
+        return f"{self.kept:,} of {self.units:,} {self.what}"
+
+
 def keep_more(pattern: Pattern, saliency: Tensor, part: float) -> Tensor:
     """A mask on the way to that of a pattern: of what it would prune only the lowest part is.
 

@@ -26,21 +26,22 @@ from llmprune.model.capture import Capture
 from llmprune.model.checkpoint import Checkpoint, LoadedBlock
 from llmprune.model.cpu import quick
 from llmprune.model.depth import shortened
-from llmprune.model.linears import Linear
+from llmprune.model.linears import Linear, find_linears
 from llmprune.model.source import Source, resolve
 from llmprune.model.writer import INDEX, Writer, check_out, fingerprint_files, writing
 from llmprune.permute import rearrange
 from llmprune.plan import Choice, Plan, allocated
 from llmprune.planning import make_plan
 from llmprune.progress import Clock, Progress, of_first
-from llmprune.recipe import Recipe, assemble, parse_size
+from llmprune.recipe import Recipe, Width, assemble, parse_size
 from llmprune.reconstruct.block import Next
 from llmprune.reconstruct.block import Reconstructor as BlockReconstructor
 from llmprune.report.record import BlockRecord, LinearRecord, Perplexity, Report, versions
 from llmprune.report.verify import compare
-from llmprune.solve import renewed, solve_stage
+from llmprune.solve import as_narrower, narrower, renewed, solve_stage
 from llmprune.structured.depth import Shortening, read_shortening
 from llmprune.structured.shorten import choose
+from llmprune.structured.width import narrow as narrow_by
 
 
 def prune(
@@ -99,7 +100,7 @@ def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, sh
                 begun = True
             with clock("plan"), shown.waiting("planning"):
                 checkpoint, plan = _shorten(whole, plan, recipe, writer.kept)
-            writer.lay_out(checkpoint)
+        writer.lay_out(plan.written(checkpoint))
         if resumed:
             writer.recover(shown)
         if plan.budget is not None and plan.budget.targets is None:
@@ -111,13 +112,17 @@ def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, sh
             plan = allocated(plan, writer.allocation)
         if not begun:
             writer.begin(fingerprint)
-        report = Report(writer.out, checkpoint.source.name, checkpoint.source.revision, recipe.to_dict(), plan.weights)
+        weights = _weights(plan.written(checkpoint))
+        report = Report(writer.out, checkpoint.source.name, checkpoint.source.revision, recipe.to_dict(), weights)
         report.base = dict(checkpoint.source.base)
         report.origin = checkpoint.source.origin
         report.resumed = len(writer.records) if resumed else None
         if writer.kept is not None:
-            report.kept_blocks, report.dense_blocks = list(writer.kept), len(whole.blocks)
-            report.dense_weights = sum(info.numel for info in whole.index.values())
+            report.kept_blocks = list(writer.kept)
+        if plan.narrow is not None:
+            report.widths = {name: list(width) for name, width in plan.narrow.widths.items()}
+        if (writer.kept or plan.narrow) is not None:
+            report.dense_blocks, report.dense_weights = len(whole.blocks), _weights(whole)
         with quick(checkpoint.device, checkpoint.dtype):
             way = DenseWay(whole, writer.kept)
             prune_blocks(checkpoint, plan, tokens if plan.calibrates else None, writer, clock, shown, way)
@@ -170,6 +175,11 @@ def _prepare(
     if checkpoint.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(checkpoint.device)
     return distributed.share((tokens, text, fingerprint))
+
+
+def _weights(checkpoint: Checkpoint) -> int:
+    """How many weights a model has, whatever they are of."""
+    return sum(info.numel for info in checkpoint.index.values())
 
 
 def _targets(plan: Plan) -> dict[str, str] | None:
@@ -238,7 +248,7 @@ def prune_blocks(
     finished = distributed.share(len(writer.records))
     if finished == len(plan.blocks):
         return
-    schedule = plan.schedule
+    schedule, narrow, result = plan.schedule, plan.narrow, plan.written(checkpoint)
     activations = wanted = None
     lost = way.gap(-1)  # whether there is anything yet that a fit could make up for
     if tokens is not None:
@@ -270,9 +280,11 @@ def prune_blocks(
         if wanted is not None and not runs.goes_beside:
             with clock("dense"):
                 way.follow(checkpoint, number, calls, wanted)
+        if narrow is not None:
+            changed |= narrow.changed(number)
         if number < finished:
             with clock("read"):
-                block = block if wanted is None else checkpoint.load_block(number)
+                block = block if wanted is None and narrow is None else result.load_block(number)
                 _as_written(block, changed)
         done: dict[str, LinearRecord] = {}
         away: tuple[float, float] | tuple[None, None] = (None, None)
@@ -288,20 +300,28 @@ def prune_blocks(
             if runs.goes_beside and wanted is not None:
                 with clock("dense"):
                     way.follow(checkpoint, number, calls, wanted, runs.finish_dense)
-            if fit is None:
+            if fit is None and narrow is None:
                 _propagate(checkpoint, number, activations, runs, clock)
-        if fit is not None:
-            if number >= finished and activations is not None and wanted is not None:
+        if narrow is not None:
+            if number >= finished:
+                with clock("solve"):
+                    block = narrower(narrow, number, block, choices)
+            checkpoint.unload_block(number)
+            pruned, fitted = _same(block, pruned), _same(block, fitted)
+        if fit is not None or narrow is not None:
+            if fit is not None and number >= finished and activations is not None and wanted is not None:
                 with clock("fit"):
                     away = _fit(fit, checkpoint, number, block, fitted, activations, wanted)
-                    done = renewed(block, choices, done)
+                    done = renewed(block, choices, done) if narrow is None else done
                     memory.give_back()
             runs = Capture(pruned, (), schedule.held)  # what went through the block before is of weights that were
             with runs.running(block.module, block.name, calls, activations):
-                _propagate(checkpoint, number, activations, runs, clock)
+                _propagate(result, number, activations, runs, clock)
         if number >= finished:
             held = memory.peak(), _peak_device_memory(checkpoint.device)
             spent = BlockRecord(block.name, clock.lap(), *held, *away)
+            if narrow is not None:
+                done = as_narrower(block, choices, done)
             moved = {channels.linear for channels, _ in permuted}
             found = [done.get(choice.linear.name) or _left_dense(choice) for choice in choices]
             records = [vars(replace(record, permuted=record.name in moved)) for record in found]
@@ -310,7 +330,13 @@ def prune_blocks(
                 if not schedule.overlap:
                     writer.settle()
         del block
-        checkpoint.unload_block(number)
+        result.unload_block(number)
+
+
+def _same(block: LoadedBlock, linears: list[Linear]) -> list[Linear]:
+    """The linears of a block that have these names."""
+    names = {linear.name for linear in linears}
+    return [linear for linear in find_linears(block.module, block.name) if linear.name in names]
 
 
 def _propagate(
@@ -424,7 +450,9 @@ def _plan(source: Source, recipe: Recipe) -> tuple[Checkpoint, Checkpoint, Plan]
     if shortening is None:
         return checkpoint, checkpoint, _planned(checkpoint, recipe, had)
     plain = replace(recipe.calibration, asymmetric=0.0)  # what is done to linears is planned for those that are left
-    choosing = replace(recipe, sparsity=None, permute=False, refine=(), reconstruct=(), calibration=plain)
+    choosing = replace(
+        recipe, sparsity=None, width=Width(), permute=False, refine=(), reconstruct=(), calibration=plain
+    )
     first = _planned(checkpoint, replace(choosing, allocation="uniform"), had, shortening)
     shorter, made = _shorten(checkpoint, first, recipe, shortening.kept)
     return checkpoint, shorter, replace(made, shortening=shortening)
@@ -433,7 +461,7 @@ def _plan(source: Source, recipe: Recipe) -> tuple[Checkpoint, Checkpoint, Plan]
 def _planned(checkpoint: Checkpoint, recipe: Recipe, had: Room, shortening: Shortening | None = None) -> Plan:
     """The plan, the same on every rank."""
     with distributed.first():
-        made = make_plan(checkpoint, recipe, had, shortening)
+        made = make_plan(checkpoint, recipe, had, shortening, narrow_by(checkpoint, recipe.width))
     # each rank may find others
     schedule, channels, abreast = distributed.share((made.schedule, made.channels, made.abreast))
     return replace(made, schedule=schedule, channels=channels, abreast=abreast)
@@ -479,6 +507,8 @@ def _fingerprint(
     made_by, chosen = versions(), replace(recipe, max_memory=None).to_dict()
     if recipe.depth.drop is None:
         del chosen["depth"]  # it says nothing, and runs that are older than it go on
+    if not recipe.width.asks:
+        del chosen["width"]
     return {
         "recipe": chosen,
         "revision": checkpoint.source.revision,

@@ -13,9 +13,11 @@ from llmprune.budget import Room, Schedule
 from llmprune.errors import unknown
 from llmprune.model.blocks import Chain
 from llmprune.model.channels import Channels
+from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.linears import Linear
 from llmprune.model.watch import Stage
-from llmprune.patterns import NM, Unstructured
+from llmprune.model.width import Narrow
+from llmprune.patterns import NM, Columns, Unstructured
 from llmprune.permute import moves
 from llmprune.reconstruct.block import Reconstructor as BlockReconstructor
 from llmprune.solvers import Solver
@@ -46,7 +48,7 @@ class Choice:
     linear: Linear
     method: str
     solver: Solver
-    pattern: Unstructured | NM
+    pattern: Unstructured | NM | Columns
     after: After
     kept: str | None = None
     rule: int | None = None
@@ -115,6 +117,7 @@ class Plan:
         channels: per block, the input channels that may change places for the sake of N:M groups.
         shortening: the blocks that are still to be taken out of the model; None where none are, or where that is done.
         abreast: how many shorter models may be measured together to choose them.
+        narrow: the model with narrower blocks that comes of it; None where they keep their widths.
     """
 
     blocks: tuple[tuple[Choice, ...], ...]
@@ -128,6 +131,11 @@ class Plan:
     channels: tuple[tuple[Channels, ...], ...] = ()
     shortening: Shortening | None = None
     abreast: int = 1
+    narrow: Narrow | None = None
+
+    def written(self, checkpoint: Checkpoint) -> Checkpoint:
+        """What is written of the model that the plan is for."""
+        return checkpoint if self.narrow is None else self.narrow.checkpoint
 
     @property
     def choices(self) -> list[Choice]:
@@ -226,6 +234,9 @@ class Plan:
             "held": self.schedule.held if self.needs_data else None,
             "allocation": self.budget.name if self.budget is not None else "uniform",
             "blocks": None if self.shortening is None else self.shortening.to_dict(),
+            "widths": None
+            if self.narrow is None
+            else {name: list(width) for name, width in self.narrow.widths.items()},
             "allocated": self.budget is None or self.budget.targets is not None,
             "linears": [
                 {

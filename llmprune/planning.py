@@ -23,11 +23,13 @@ from llmprune.model.linears import find_linears
 from llmprune.model.skeleton import decoder_prefix
 from llmprune.model.survey import Survey
 from llmprune.model.watch import Input
+from llmprune.model.width import Narrow
 from llmprune.patterns import NM, Unstructured, parse
 from llmprune.plan import NOT_ASKED, Budget, Choice, Plan, known_of, settled
 from llmprune.recipe import DEFAULT_SPARSITY, Recipe
 from llmprune.solvers import Solver
 from llmprune.stats import LEVELS
+from llmprune.structured import width
 from llmprune.structured.depth import Shortening
 
 DEFAULT_LENGTH = 2048
@@ -35,24 +37,35 @@ DEFAULT_LENGTH = 2048
 UNSEEN_EXPERTS = "experts that transformers does not let run one by one: NOT pruned"
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room, shortening: Shortening | None = None) -> Plan:
+def make_plan(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    had: Room,
+    shortening: Shortening | None = None,
+    narrow: Narrow | None = None,
+) -> Plan:
     """Decide for every linear, check shapes, try the first block of each kind on a few tokens, and fit it into memory.
 
     Args:
         had: the memory that it is to fit into.
         shortening: the blocks that will be taken out of it before.
+        narrow: what becomes of it where its blocks are to be narrower.
 
     Raises:
         UserError: a pattern that does not divide, a rule that matches nothing, a model that cannot be walked, ...
     """
+    if narrow is not None:
+        _check_narrowed(recipe)
     budget = _budget(recipe)
     by_file = budget is not None and budget.allocator.needs == "nothing"  # which may ask for anything
     unasked = recipe.sparsity is None and not by_file
     if unasked and all(rule.sparsity is None for rule in recipe.rules):
-        _check_unasked(recipe)
+        _check_unasked(recipe, narrow)
     default = _resolve(recipe, None, budget)
     rules = [_resolve(recipe, number, budget) for number in range(len(recipe.rules))]
-    after = read_after(recipe, {name: solver for name, solver, _ in (default, *rules)})
+    chooser = width.load(recipe.width.by)
+    methods = {name: solver for name, solver, _ in (default, *rules)}
+    after = read_after(recipe, {named.name_of(recipe.width.by): chooser} if narrow is not None else methods)
     permutes = bool(recipe.permute) and (by_file or any(isinstance(entry[2], NM) for entry in (default, *rules)))
     chain, surveys, movable = _try(checkpoint, permutes)
     blocks: list[tuple[Choice, ...]] = []
@@ -80,8 +93,12 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room, shortening: Sho
                 kept = NOT_ASKED
             place = None if rule is None else rule + 1
             choice = Choice(linear, method, solver, pattern, after, kept, place, budget is not None and not own)
+            if narrow is not None and (cuts := narrow.cuts[number].get(linear.name)) is not None:
+                choice = Choice(linear, named.name_of(recipe.width.by), chooser, cuts.pattern, after)
             if kept is None and choice.needs != "nothing" and linear.name.removeprefix(name) not in called:
                 choice = replace(choice, kept="its inputs cannot be seen: its weight is read without calling it")
+                if narrow is not None and linear.name in narrow.cuts[number]:
+                    raise UserError(f"{linear.name} cannot be made narrower by {choice.method}: {choice.kept}")
             aims = choice.fits and linear.expert is None and (not writers[number] or linear.name in writers[number])
             share = recipe.calibration.asymmetric if aims else 0.0
             choices.append(replace(choice, allocated=choice.allocated and choice.kept is None, asymmetric=share))
@@ -112,21 +129,45 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, had: Room, shortening: Sho
             "calibration.asymmetric changes what kept weights are fitted to, and nothing fits them here (experts are "
             "never fitted that way): take a method such as sparsegpt or alps, or add --reconstruct cg"
         )
-    schedule, together = _schedule(checkpoint, recipe, blocks, works, budget, permutes, had, shortening)
+    schedule, together = _schedule(checkpoint, recipe, blocks, works, budget, permutes, had, shortening, narrow)
     weights = sum(info.numel for info in checkpoint.index.values())
     others = _others(checkpoint, blocks)
     parts = tuple(blocks), chain, weights, others, schedule, had, budget, tuple(writers), tuple(channels)
-    made = Plan(*parts, shortening, together)
+    made = Plan(*parts, shortening, together, narrow)
     _check_permuted(made, recipe)
     return made
 
 
-def _check_unasked(recipe: Recipe) -> None:
+def _check_narrowed(recipe: Recipe) -> None:
+    """See that nothing is asked for besides narrower blocks that would prune linears in another way.
+
+    Raises:
+        UserError: something is.
+    """
+    given = {
+        "sparsity": recipe.sparsity,
+        "rules": recipe.rules,
+        "ignore": recipe.ignore,
+        "scope": recipe.scope,
+        "allocation": recipe.allocation != "uniform",
+        "permute": recipe.permute is True,
+        "refine": recipe.refine,
+    }
+    if found := [name for name, value in given.items() if value]:
+        raise UserError(
+            f"{found[0]} does not go together with width: every block gets the same widths, and no linear is pruned in "
+            "another way meanwhile. Leave it out, and prune the narrower model afterwards, which is one like any other"
+        )
+
+
+def _check_unasked(recipe: Recipe, narrow: Narrow | None) -> None:
     """See that nothing is asked for that only comes with pruned linears, where none are.
 
     Raises:
         UserError: something is.
     """
+    if narrow is not None:
+        return
     given = {
         "permute": recipe.permute,
         "refine": recipe.refine,
@@ -178,6 +219,7 @@ def _schedule(
     permutes: bool,
     had: Room,
     shortening: Shortening | None,
+    narrow: Narrow | None,
 ) -> tuple[Schedule, int]:
     """The work laid out so that it fits into memory, and how many shorter models may be measured together."""
     length = sequence_length(checkpoint, recipe.calibration.length)
@@ -208,6 +250,7 @@ def _schedule(
         permutes,
         (looked_at, drawn),
         had.base,
+        narrow is not None,
     )
     made = needs.schedule(min(samples, batch_size(checkpoint, length)), had)
     return abreast(checkpoint, made, looked_at, had) if looked_at else (made, 1)

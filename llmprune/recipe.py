@@ -96,6 +96,26 @@ class Depth:
 
 
 @dataclass(frozen=True)
+class Width:
+    """Channels and heads that each block does without, as many in every block; none while neither is given.
+
+    Args:
+        channels: how many of an MLP's channels go: a number of them, or a share (`20%`).
+        heads: how many heads go, likewise: those that have keys and values of their own; their queries go with them.
+        by: how they are chosen: `osscar`, `flap`, `wanda` or `magnitude`, or a mapping of its `name` and options.
+    """
+
+    channels: str | int | float | None = None
+    heads: str | int | float | None = None
+    by: Named = "osscar"
+
+    @property
+    def asks(self) -> bool:
+        """Whether anything goes."""
+        return self.channels is not None or self.heads is not None
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Perplexity before and after pruning; off while `text` is not given.
 
@@ -130,6 +150,7 @@ class Recipe:
         sparsity: `2:4`, `4:8`, any N:M (at most N of every M kept), `0.5`, or `50%`. By default 50 %, or none where the
             model gets smaller otherwise.
         depth: blocks that it does without, see `Depth`; what is pruned is what is left.
+        width: channels and heads that its blocks do without, see `Width`.
         method: a method's name, or a mapping of its `name` and options.
         scope: what an unstructured sparsity is counted over, `row` or `matrix`; by default the method's own.
         permute: let channels change places before N:M groups are made of them, where a block returns the same then;
@@ -153,6 +174,7 @@ class Recipe:
 
     sparsity: str | float | None = None
     depth: Depth = field(default_factory=Depth)
+    width: Width = field(default_factory=Width)
     method: Named = "sparsegpt"
     scope: str | None = None
     permute: bool | str = False
@@ -180,7 +202,7 @@ class Recipe:
 
     def settled(self) -> Recipe:
         """With the sparsity that is meant where none is said: 50 %, or none where the model gets smaller otherwise."""
-        meant = self.sparsity is None and self.depth.drop is None
+        meant = self.sparsity is None and self.depth.drop is None and not self.width.asks
         return replace(self, sparsity=DEFAULT_SPARSITY) if meant else self
 
     @classmethod

@@ -13,9 +13,11 @@ from llmprune import distributed, memory, solvers
 from llmprune.after import After
 from llmprune.errors import Failure, SingularGram
 from llmprune.model.checkpoint import Checkpoint, LoadedBlock
+from llmprune.model.linears import find_linears
 from llmprune.model.watch import Input
+from llmprune.model.width import Narrow
 from llmprune.parts import not_finite, some_rows, zeros
-from llmprune.patterns import NM, Unstructured
+from llmprune.patterns import Pattern
 from llmprune.plan import Choice
 from llmprune.report.record import LinearRecord, mask_sha256
 from llmprune.solvers import Solver
@@ -188,9 +190,7 @@ def _solve(checkpoint: Checkpoint, block: LoadedBlock, task: _Task, stats: Linea
     return found
 
 
-def _followed(
-    dense: Tensor, stats: LinearStats, pattern: Unstructured | NM, solver: Solver, after: After
-) -> Iterator[Tensor]:
+def _followed(dense: Tensor, stats: LinearStats, pattern: Pattern, solver: Solver, after: After) -> Iterator[Tensor]:
     """The pruned weight (rows, in) as the method leaves it, and after each step that follows."""
     pruned = solver.solve(dense, stats, pattern)
     yield pruned
@@ -203,9 +203,7 @@ def _followed(
         yield improved
 
 
-def _improved(
-    dense: Tensor, pruned: Tensor, stats: LinearStats, pattern: Unstructured | NM, after: After
-) -> Iterator[Tensor]:
+def _improved(dense: Tensor, pruned: Tensor, stats: LinearStats, pattern: Pattern, after: After) -> Iterator[Tensor]:
     """The weight (rows, in) after each refinement of its mask and each reconstruction; in the place of `pruned`."""
     keep = pruned != 0
     for _, refiner in after.refiners:
@@ -247,6 +245,31 @@ def check(weight: Tensor, choice: Choice) -> None:
         raise Failure(f"pruning {name} gave NaN or infinite weights; try a larger damping (--set method.damping=0.1)")
     if not choice.pattern.holds(weight):
         raise Failure(f"pruning {name} did not reach {choice.pattern}; this is a mistake in {choice.method}, report it")
+
+
+def narrower(narrow: Narrow, number: int, block: LoadedBlock, choices: tuple[Choice, ...]) -> LoadedBlock:
+    """A block of the narrower model, with what its linears have left once they are solved."""
+    here = {choice.linear.name: choice.linear for choice in choices}
+    staying = {
+        name: cuts.pattern.staying(here[name].view(block.state[here[name].parameter]))
+        for name, cuts in narrow.cuts[number].items()
+    }
+    return narrow.take(number, block, staying)
+
+
+def as_narrower(
+    block: LoadedBlock, choices: tuple[Choice, ...], done: dict[str, LinearRecord]
+) -> dict[str, LinearRecord]:
+    """The records of all linears of a block that has become narrower: smaller matrices, and no zeros are promised."""
+    shapes = {linear.name: linear.shape for linear in find_linears(block.module, block.name)}
+    found = {}
+    for choice in choices:
+        name = choice.linear.name
+        record = done.get(name) or LinearRecord(name, choice.linear.shape, kept=choice.kept)
+        kept = f"narrower: {choice.pattern}" if choice.kept is None else choice.kept
+        plain = replace(record, shape=shapes[name], pattern=None, scope=None, sparsity=0.0, mask_sha256=None)
+        found[name] = replace(plain, kept=kept)
+    return found
 
 
 def renewed(block: LoadedBlock, choices: tuple[Choice, ...], done: dict[str, LinearRecord]) -> dict[str, LinearRecord]:

@@ -35,6 +35,11 @@ def add_recipe(parser: argparse.ArgumentParser, several: bool = False, sought: b
     blocks = "blocks that the model does without: how many (6), a share of them (20%%), or their numbers (3,4,5)"
     add("--drop-blocks", metavar="N", help=f"{blocks}; pruned besides only with --sparsity")
     add("--drop-by", metavar="NAME", help="how they are chosen: greedy, influence, evolve [greedy]")
+    narrower = "channels of each MLP that go: how many, or a share of them (20%%); no linear is pruned besides"
+    add("--drop-channels", metavar="N", help=narrower)
+    groups = "heads of each attention that go, with their queries: how many of those with keys of their own, or a share"
+    add("--drop-heads", metavar="N", help=groups)
+    add("--narrow-by", metavar="NAME", help="how these are chosen: osscar, flap, wanda, magnitude [osscar]")
     if not several:
         qualities = (
             "fast, balanced or best: a method and what follows it; `plan` shows what it takes, options below it win"
@@ -91,7 +96,9 @@ def recipe_options(chosen: argparse.Namespace, default: Mapping[str, Any] | None
             options[name] = listed(named)
     if chosen.drop_blocks is not None:
         options["depth.drop"] = _blocks(chosen.drop_blocks)
-    options["depth.by"] = chosen.drop_by
+    options["depth.by"], options["width.by"] = chosen.drop_by, chosen.narrow_by
+    for name, said in (("width.channels", chosen.drop_channels), ("width.heads", chosen.drop_heads)):
+        options[name] = None if said is None else read_value(said)
     options["trust_remote_code"] = chosen.trust_remote_code or None
     recipe = assemble(chosen.recipe if chosen.recipe is not None else default, options)
     if chosen.ignore:

@@ -49,7 +49,7 @@ def run(chosen: argparse.Namespace) -> int:
         console.print(f"not covered  {rest:.2%}  smaller things, see --json", highlight=False)
     work = cost(checkpoint, made, recipe)
     lines = tables.cost_lines(work, rate(checkpoint))
-    fewer = tables.shortening_lines(made)
+    fewer = [*tables.shortening_lines(made), *tables.width_lines(made)]
     for line in [*fewer, *tables.allocation_lines(made), *tables.memory_lines(made), *lines]:
         console.print(line, highlight=False)
     return 0

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,9 @@ from llmprune.model.skeleton import (
 from llmprune.model.source import Source
 from llmprune.parts import not_finite
 
+_NOWHERE = "not written yet"
+"""Stands for the file of a tensor that no file holds."""
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -69,13 +72,16 @@ class Shape:
         index: its tensors by the keys that they have in it, wherever they are stored.
         before: the names of its blocks in the model that the files are of.
         gone: what each block of that takes which this has not.
+        narrower: whether tensors of its blocks are smaller than those of the files. They cannot be read from these: its
+            blocks are given (`place_block`), or read from where they were written.
     """
 
     config: Any
     config_json: str
     index: Mapping[str, TensorInfo]
     before: tuple[str, ...]
-    gone: tuple[Footprint, ...]
+    gone: tuple[Footprint, ...] = ()
+    narrower: bool = False
 
 
 @dataclass
@@ -137,6 +143,8 @@ class Checkpoint:
         self.blocks = find_blocks(self.model)
         self._run_dtypes = self._plan_dtypes()
         self._map_keys()
+        if shape is not None and shape.narrower:
+            self._adopt_shapes()
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -197,6 +205,16 @@ class Checkpoint:
         state = self._load(self.block_keys[number], name + ".", self._source_index if dense else self.index)
         self.check_finite(state)
         return LoadedBlock(name, self.block(name), state)
+
+    def place_block(self, number: int, state: Mapping[str, Tensor]) -> LoadedBlock:
+        """Put tensors into a block of the skeleton, as if they had been read.
+
+        Args:
+            state: by their names in the model, as stored; all of the block's.
+        """
+        name = self.blocks[number]
+        self._place(state, f"{name}.")
+        return LoadedBlock(name, self.block(name), dict(state))
 
     def check_finite(self, tensors: dict[str, Tensor]) -> None:
         """See that weights hold no NaN and nothing infinite.
@@ -391,6 +409,24 @@ class Checkpoint:
             if value.device.type == "meta" and self._stored.get(name, value.dtype) != value.dtype:
                 self._set(name, torch.empty(value.shape, dtype=self._stored[name], device="meta"))
 
+    def _adopt_shapes(self) -> None:
+        """Give each tensor of the blocks the shape that the skeleton has for it; those that change are in no file yet.
+
+        Raises:
+            UserError: a tensor cannot be written back.
+        """
+        kind = type(self.model).__name__
+        for keys in self.block_keys:
+            names = {name: key in self._converted for key in keys for name in self._targets[key]}
+            meta = {name: torch.empty_like(self._get(name), device="meta") for name in sorted(names)}
+            reverted = self._revert({name: value for name, value in meta.items() if names[name]})
+            for key in keys:
+                made = reverted.get(key) if key in self._converted else meta[self._targets[key][0]]
+                if made is None:
+                    raise UserError(f"{kind} cannot be written back: transformers does not restore {key}")
+                if (shape := tuple(made.shape)) != self.index[key].shape:
+                    self.index[key] = replace(self.index[key], file=Path(_NOWHERE), shape=shape)
+
     def _check_complete(self) -> None:
         claimed = {name for targets in self._targets.values() for name in targets}
         groups: dict[str, set[str]] = {}
@@ -434,15 +470,19 @@ class Checkpoint:
                 raise Failure(f"{self.source.name}: reading {prefix or 'the embeddings'} failed: {error}") from None
             if group[0] in self._converted:
                 memory.give_back()
-        for name in sorted(loaded, key=_natural):
+        self._place(loaded, prefix)
+        return loaded
+
+    def _place(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
+        """Put tensors into the skeleton as they are run."""
+        for name in sorted(tensors, key=_natural):
             wanted = self._get(name).shape
-            if loaded[name].shape != wanted:
-                stored = tuple(loaded[name].shape)
+            if tensors[name].shape != wanted:
+                stored = tuple(tensors[name].shape)
                 raise Failure(f"{self.source.name}: {name} has the shape {stored}, the config asks for {tuple(wanted)}")
-            self._set(name, loaded[name].to(self.device, self._run_dtypes[name]))
+            self._set(name, tensors[name].to(self.device, self._run_dtypes[name]))
         if self.device.type != "cpu":
             self._move_buffers(prefix)
-        return loaded
 
     def _convert(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of the files to parameters of the model, by transformers' own converters."""

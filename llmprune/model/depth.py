@@ -6,7 +6,6 @@ be pruned, measured and written as any other.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,12 +17,10 @@ from llmprune.errors import Failure, UserError
 from llmprune.model import blocks
 from llmprune.model.activations import Call
 from llmprune.model.checkpoint import Checkpoint, Shape
+from llmprune.model.config import altered
 from llmprune.model.index import TensorInfo
-from llmprune.model.quiet import quiet
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
-
-_COUNT = "num_hidden_layers"
 
 _NUMBERS = ("mlp_only_layers", "moe_layers")
 """What configs call lists of the numbers of blocks that are another kind."""
@@ -67,40 +64,15 @@ def _kind(checkpoint: Checkpoint) -> str:
 def _config(whole: Checkpoint, kept: Sequence[int]) -> tuple[Any, str]:
     """The config of the shorter model, and its text."""
     count = len(whole.blocks)
-    said: dict[str, Any] = json.loads((whole.source.folder / "config.json").read_text(encoding="utf-8"))
-    text = whole.config.get_text_config()
-    part = said
-    if text is not whole.config:  # a decoder inside a larger model has a part of the config to itself
-        name = next((name for name in whole.config.sub_configs if getattr(whole.config, name, None) is text), None)
-        if name is None:
-            raise UserError(f"the config of {_kind(whole)} does not say where that of its decoder is")
-        part = said.setdefault(name, {})
-    names = {_COUNT, type(text).attribute_map.get(_COUNT, _COUNT)}
-    part.update(dict.fromkeys(names & part.keys() or names - {_COUNT} or names, len(kept)))
-    for name, value in vars(text).items():  # what it says of each block
+    changes: dict[str, Any] = {"num_hidden_layers": len(kept)}
+    for name, value in vars(whole.config.get_text_config()).items():  # what it says of each block
         if name in _NUMBERS and isinstance(value, list):
-            part[name] = [place for place, number in enumerate(kept) if number in value]
+            changes[name] = [place for place, number in enumerate(kept) if number in value]
         elif name in _LEADING and isinstance(value, int):
-            part[name] = sum(number < value for number in kept)
+            changes[name] = sum(number < value for number in kept)
         elif not name.startswith("_") and isinstance(value, list) and len(value) == count and name not in _OTHERS:
-            part[name] = [value[number] for number in kept]
-    try:
-        with quiet():
-            config = type(whole.config).from_dict(_decoded(said))
-        config._name_or_path = str(whole.source.folder)  # where code that comes with the model is looked for
-        return config, json.dumps(said, indent=2)
-    except Exception as error:  # what is wrong in a config surfaces in many kinds, depending on the family
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{_kind(whole)} cannot have {len(kept)} blocks of {count}: {reason}") from None
-
-
-def _decoded(said: Any) -> Any:
-    """What a config.json says, with the numbers that JSON has not, which transformers writes as mappings."""
-    if isinstance(said, dict):
-        if said.keys() == {"__float__"}:
-            return float(said["__float__"])
-        return {key: _decoded(value) for key, value in said.items()}
-    return [_decoded(value) for value in said] if isinstance(said, list) else said
+            changes[name] = [value[number] for number in kept]
+    return altered(whole, changes, f"{len(kept)} blocks of {count}")
 
 
 def _index(whole: Checkpoint, places: Mapping[int, int]) -> dict[str, TensorInfo]:

@@ -22,9 +22,9 @@ from llmprune.errors import LLMPruneError
 from llmprune.model.writer import ALLOCATION
 from llmprune.patterns import NM, Scope, parse
 from llmprune.recipe import Recipe
-from llmprune.report.record import Divergence, Perplexity, Score, allocation_of, maybe, shortened
+from llmprune.report.record import Divergence, Perplexity, Score, allocation_of, maybe, narrowed, shortened
 from llmprune.report.results import read_comparison, read_evaluated
-from llmprune.structured import depth
+from llmprune.structured import depth, width
 
 HUB = "https://huggingface.co"
 
@@ -232,9 +232,12 @@ def _what(
 def _less(report: Mapping[str, Any]) -> list[str]:
     """How much less there is than in the dense model, in sentences."""
     said = []
-    if kept := report.get("kept_blocks"):
+    kept, widths = report.get("kept_blocks"), report.get("widths")
+    parts = [shortened(kept, report["dense_blocks"])] if kept else []
+    parts += [narrowed(widths)] if widths else []
+    if parts:
         share = report["weights"] / report["dense_weights"]
-        said.append(f"it has {shortened(kept, report['dense_blocks'])}, and {share:.2%} of the weights.")
+        said.append(f"it has {'; '.join(parts)}, and {share:.2%} of the weights.")
     if report["sparsity"] or not said:
         zeros = f"{report['sparsity']:.2%} of the weights of the pruned linears are zero"
         said.append(
@@ -250,6 +253,9 @@ def _how(report: Mapping[str, Any], pruned: list[dict[str, Any]], methods: list[
         way = "by hand" if isinstance(report["recipe"]["depth"]["drop"], list) else f"by {_method(depth, by)}"
         lines.append(f"- **Blocks** that are left, by their numbers in the dense model: {', '.join(map(str, kept))}")
         lines.append(f"- **Those that went** were chosen {way}")
+    if widths := report.get("widths"):
+        by = named.name_of(report["recipe"]["width"]["by"])
+        lines.append(f"- **Widths**: {narrowed(widths)}; those that went were chosen by {_method(width, by)}")
     if moved := sum(record.get("permuted", False) for record in pruned):
         lines.append(
             f"- **Channel permutation**: for N:M groups that lose less, the inputs of {moved:,} linears have changed "
@@ -336,16 +342,18 @@ tokenizer = AutoTokenizer.from_pretrained("{to}"{more})
 
 
 def _speed(patterns: Sequence[str], report: Mapping[str, Any]) -> str:
-    kept, said = report.get("kept_blocks"), []
+    kept, widths, said = report.get("kept_blocks"), report.get("widths"), []
     if kept:
         said.append(
             f"A token goes through {len(kept)} blocks instead of {report['dense_blocks']}, and the cache has no keys "
             "and values of the others; how much faster that is was not measured."
         )
-    if patterns or not kept:
+    if widths:
+        said.append("Its matrices are smaller, which every runtime gains from; how much that is was not measured.")
+    if patterns or not said:
         said.append(
             "Zeros bring none by themselves: they are stored and multiplied like any other number."
-            if kept
+            if said
             else "None by itself: zeros are stored and multiplied like any other number, so that this checkpoint is as "
             "large as the dense one, and runs as fast, in transformers and in servers that load it as it is. No "
             "speed-up was measured for this model."

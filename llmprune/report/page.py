@@ -22,7 +22,6 @@ import yaml
 from markupsafe import Markup
 
 from llmprune.allocate import PLAN_FILES
-from llmprune.allocation import spanned
 from llmprune.model.source import Source
 from llmprune.model.writer import PAGE
 from llmprune.patterns import parse
@@ -138,7 +137,7 @@ def render(results: Results, histograms: Sequence[Histogram], many: bool = False
         task_plot=_task_plot(results),
         errors=_error_plots(report, cells),
         zeros=_zeros_plot(cells),
-        kinds=_kind_rows(report.pruned, report.allocation == "uniform"),
+        kinds=_kind_rows(report.solved, report.allocation == "uniform"),
         notes=tables.notes(report.linears),
         weights=[_weight_plot(shown) for shown in histograms],
         dense_seen=any(shown.before is not None for shown in histograms),
@@ -167,9 +166,9 @@ def verdict(results: Results) -> tuple[list[str], list[Row], list[str]]:
     pruned, dense = _models(results)
     count = f"{len(report.pruned):,} linear{'s' if len(report.pruned) != 1 else ''}"
     sentences = []
-    if report.shortened and report.dense_weights:
+    if report.smaller and report.dense_weights:
         left = _percent(report.weights / report.dense_weights)
-        sentences.append(f"{_upper(report.shortened)}: {left} of the weights are left.")
+        sentences.append(f"{_upper(report.smaller)}: {left} of the weights are left.")
     if report.pruned or not sentences:
         sentences.append(
             f"{_percent(report.sparsity)} of the weights in {count} are zero, {_percent(report.model_sparsity)} of the "
@@ -415,7 +414,7 @@ def _kind_rows(records: Iterable[LinearRecord], apart: bool) -> list[list[str]]:
         groups.setdefault((tables.kind(record.name), record.method, pattern), []).append(record)
     rows = []
     for (name, method, _), group in groups.items():
-        pattern = spanned(record.pattern or "" for record in group)
+        pattern = tables.patterns_of(group)
         errors = [record.relative_error for record in group if record.relative_error is not None]
         zeros = sum(record.sparsity for record in group) / len(group)
         mean, worst = (f"{sum(errors) / len(errors):.4g}", f"{max(errors):.4g}") if errors else ("", "")
@@ -425,7 +424,7 @@ def _kind_rows(records: Iterable[LinearRecord], apart: bool) -> list[list[str]]:
 
 def _linear_row(record: LinearRecord) -> list[str]:
     rows, columns = record.shape
-    what = f"dense: {record.kept}" if record.kept is not None else f"{record.method} {record.pattern}"
+    what = f"{record.method or 'dense'}: {record.kept}" if record.kept else f"{record.method} {record.pattern}"
     error = "" if record.relative_error is None else f"{record.relative_error:.4g}"
     note = record.note or ""
     return [record.name, f"{columns:,} × {rows:,}", what, f"{record.sparsity:.2%}", error, f"{record.tokens:,}", note]
@@ -460,8 +459,9 @@ def _upper(text: str) -> str:
 
 
 def _asked(report: Report) -> str:
-    if not report.pruned and report.kept_blocks is not None:
-        return f"{len(report.kept_blocks)} of {report.dense_blocks} blocks"
+    if not report.pruned and report.smaller:
+        blocks = f"{len(report.kept_blocks)} of {report.dense_blocks} blocks" if report.kept_blocks else ""
+        return "; ".join(part for part in (blocks, report.narrowed) if part)
     method = report.recipe.get("method")
     method = method.get("name") if isinstance(method, dict) else method
     if report.allocation == "uniform":

@@ -27,7 +27,8 @@ class LinearRecord:
 
     Attributes:
         name, shape: the linear, (out_features, in_features).
-        method, pattern, scope: what was done; None where it was left dense.
+        method, pattern, scope: what was done; None where it was left dense. One that has fewer inputs than it had has a
+            method, by which these were chosen, and no pattern: what is left of it is dense.
         kept: why it was left dense, or None.
         sparsity: the fraction of zeros in the written weight.
         relative_error: ‖(Ŵ−W)X‖² / ‖WX‖² on the calibration inputs, before whole blocks are fitted; None where no
@@ -182,7 +183,8 @@ class Report:
         resumed: how many blocks an earlier process had finished, from which this one went on; None where it began anew.
         weights: all weights of the checkpoint.
         kept_blocks: where blocks were taken out, the numbers in the dense model of those that are left.
-        dense_blocks, dense_weights: then how many that has.
+        widths: where blocks became narrower, by the config's name for it what each number was and is.
+        dense_blocks, dense_weights: of the dense model, where the model has become smaller.
         calibration: source, samples, length, seed and the sha256 of the tokens; None where no data was needed.
         dense, sparse: perplexity before and after, if asked for.
         seconds: time per phase and in total, of the process that finished the run.
@@ -221,6 +223,12 @@ class Report:
     kept_blocks: list[int] | None = None
     dense_blocks: int | None = None
     dense_weights: int | None = None
+    widths: dict[str, list[int]] | None = None
+
+    @property
+    def narrowed(self) -> str:
+        """What became narrower, in words; empty where nothing did."""
+        return narrowed(self.widths or {})
 
     @property
     def shortened(self) -> str:
@@ -236,6 +244,16 @@ class Report:
     def pruned(self) -> list[LinearRecord]:
         """The linears that were pruned."""
         return [record for record in self.linears if record.kept is None]
+
+    @property
+    def solved(self) -> list[LinearRecord]:
+        """The linears that a method has worked on: those that were pruned, and those that have fewer inputs."""
+        return [record for record in self.linears if record.method is not None]
+
+    @property
+    def smaller(self) -> str:
+        """How the model is smaller than the dense one, in words; empty where it has as many weights."""
+        return "; ".join(part for part in (self.shortened, self.narrowed) if part)
 
     @property
     def sparsity(self) -> float:
@@ -324,6 +342,11 @@ def shortened(kept: Sequence[int], total: int) -> str:
     """Which blocks a model does without, in words."""
     gone = sorted(set(range(total)).difference(kept))
     return f"{len(kept)} of {total} blocks, without {', '.join(map(str, gone))}"
+
+
+def narrowed(widths: Mapping[str, Sequence[int]]) -> str:
+    """Which numbers of a config are smaller than they were, in words."""
+    return ", ".join(f"{name} {now:,} of {was:,}" for name, (was, now) in widths.items())
 
 
 def versions() -> dict[str, str]:

@@ -14,11 +14,12 @@ from rich.table import Table
 from llmprune.allocation import reached, spanned
 from llmprune.cost import Cost
 from llmprune.model.writer import ALLOCATION, PAGE
+from llmprune.patterns import Columns, Unstructured
 from llmprune.plan import Choice, Plan
 from llmprune.promise import Verdict
 from llmprune.report.comparison import Compared, Comparison
 from llmprune.report.inspect import Inspection, Matrix
-from llmprune.report.record import LinearRecord, Report, Score, shortened
+from llmprune.report.record import LinearRecord, Report, Score, narrowed, shortened
 
 T = TypeVar("T")
 
@@ -60,8 +61,12 @@ def plan_table(plan: Plan, every: bool) -> Table:
         share = sum(choice.linear.numel for choice in group) / max(plan.weights, 1)
         method = ", ".join((first.method, *first.after.names))
         method = method if first.kept is None else f"[dim]dense: {first.kept}[/dim]"
-        scope = f" per {first.pattern.scope}" if all(choice.pattern.group == 1 for choice in group) else ""
-        pattern = f"{spanned(str(choice.pattern) for choice in group)}{scope}" if first.kept is None else ""
+        free = all(isinstance(choice.pattern, Unstructured) for choice in group)
+        scope = f" per {first.pattern.scope}" if free else ""
+        pattern = ""
+        if first.kept is None:
+            whole = isinstance(first.pattern, Columns)  # all of them are alike then
+            pattern = str(first.pattern) if whole else f"{spanned(str(choice.pattern) for choice in group)}{scope}"
         if plan.open(first) and plan.budget is not None:
             pattern = f"by {plan.budget.name}"
         if first.linear.name in moved:
@@ -81,6 +86,15 @@ def shortening_lines(plan: Plan) -> list[str]:
         return [f"blocks       {shortened(asked.kept, asked.total)}"]
     found = f"chosen by {asked.by} on the calibration text when the model is pruned"
     return [f"blocks       {len(asked.kept)} of {asked.total}; those that go are {found}"]
+
+
+def width_lines(plan: Plan) -> list[str]:
+    """How much narrower blocks become, where they do."""
+    if plan.narrow is None:
+        return []
+    left = sum(info.numel for info in plan.narrow.checkpoint.index.values())
+    told = narrowed(plan.narrow.widths)
+    return [f"widths       {told}: {left:,} of {plan.weights:,} weights ({left / plan.weights:.1%}) are left"]
 
 
 def allocation_lines(plan: Plan) -> list[str]:
@@ -136,24 +150,31 @@ def result_table(report: Report) -> Table:
     for heading in ("linear", "count", "pattern", "zeros", "relative error: mean", "worst"):
         table.add_column(heading, justify="left" if heading in ("linear", "pattern") else "right")
     apart = report.allocation == "uniform"
-    for group in _grouped(report.pruned, lambda record: (kind(record.name), record.pattern if apart else None)):
+    for group in _grouped(report.solved, lambda record: (kind(record.name), record.pattern if apart else None)):
         errors = [record.relative_error for record in group if record.relative_error is not None]
         mean, worst = (f"{sum(errors) / len(errors):.4f}", f"{max(errors):.4f}") if errors else ("-", "-")
         zeros = sum(record.sparsity for record in group) / len(group)
-        pattern = spanned(record.pattern or "" for record in group)
+        pattern = patterns_of(group)
         table.add_row(kind(group[0].name), f"{len(group):,}", pattern, f"{zeros:.2%}", mean, worst)
     return table
+
+
+def patterns_of(records: Sequence[LinearRecord]) -> str:
+    """The patterns of linears of one kind, in few words; or how much narrower they have become."""
+    narrower = list(dict.fromkeys(record.kept for record in records if record.pattern is None and record.kept))
+    return ", ".join(narrower) if narrower else spanned(record.pattern or "" for record in records)
 
 
 def summary(report: Report) -> Table:
     """The result in a few lines."""
     table = Table.grid(padding=(0, 2))
-    for name, error in courses(report.pruned).items():
+    for name, error in courses(report.solved).items():
         table.add_row(f"after {name}", f"relative error {error:.4f} on average")
-    if report.shortened:
+    if report.smaller:
         weights = f"{report.weights:,} weights of {report.dense_weights:,}"
-        table.add_row("blocks", f"{report.shortened}: {weights}")
-    table.add_row("zeros", f"{report.sparsity:.2%} of pruned linears, {report.model_sparsity:.2%} of all weights")
+        table.add_row("blocks" if report.shortened else "widths", f"{report.smaller}: {weights}")
+    if report.pruned or not report.smaller:
+        table.add_row("zeros", f"{report.sparsity:.2%} of pruned linears, {report.model_sparsity:.2%} of all weights")
     if report.origin is not None:
         table.add_row("source", report.origin)
     if report.allocation != "uniform":

@@ -1,0 +1,378 @@
+"""A model with narrower blocks: fewer channels in its MLPs, fewer heads in its attention, and a config that says so.
+
+No architecture is known by name. What a number of the config governs is found by making the skeleton with a smaller
+one: the tensors whose shapes change are what has to be cut. A linear whose inputs become fewer reads what the others
+make, and which rows of these belong to which of its inputs is tried: a narrower block must return what the block as it
+was returns when that linear does not look at the inputs that went.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmprune.errors import Failure, LLMPruneError, UserError
+from llmprune.model import blocks
+from llmprune.model.checkpoint import Checkpoint, LoadedBlock, Shape
+from llmprune.model.config import altered
+from llmprune.model.linears import Linear, find_linears
+from llmprune.model.quiet import quiet
+from llmprune.model.skeleton import make_skeleton
+from llmprune.patterns import Columns
+
+_WIDTHS = re.compile(r"(^|_)(intermediate|ffn|inner|n_inner)(_|$)")
+"""What configs call the number of channels of an MLP; which of them is one is tried."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What of a parameter goes with the units of a linear's inputs.
+
+    Attributes:
+        parameter: its full name.
+        expert: its place in a fused parameter.
+        dim: of the parameter, or of the expert's part of it.
+        places: (units, each) along that dimension.
+    """
+
+    parameter: str
+    expert: int | None
+    dim: int
+    places: Tensor = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """What goes with the inputs of a linear, unit by unit; its own columns are part of it.
+
+    Attributes:
+        linear: its name.
+        pattern: how many units stay.
+        cuts: of parameters.
+    """
+
+    linear: str
+    pattern: Columns
+    cuts: tuple[Cut, ...]
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """The narrower model beside the one that it comes from.
+
+    Attributes:
+        checkpoint: the narrower model; its blocks are in no file until they are written.
+        cuts: per block, by the names of the linears whose inputs go.
+        widths: by the config's name for it, the number that is less: what it was, and what it is.
+    """
+
+    checkpoint: Checkpoint
+    cuts: tuple[Mapping[str, Cuts], ...]
+    widths: Mapping[str, tuple[int, int]]
+
+    def changed(self, number: int) -> set[str]:
+        """The names of a block's parameters that are smaller than they were."""
+        return {cut.parameter for cuts in self.cuts[number].values() for cut in cuts.cuts}
+
+    def take(self, number: int, block: LoadedBlock, staying: Mapping[str, Tensor]) -> LoadedBlock:
+        """A block of the narrower model with what stays of the weights.
+
+        Args:
+            block: the block as it was, loaded.
+            staying: by the names of the linears whose inputs go, (units,) bool.
+        """
+        state = dict(block.state)
+        chosen: dict[tuple[str, int], dict[int | None, Tensor]] = {}
+        for name, cuts in self.cuts[number].items():
+            for cut in cuts.cuts:
+                keep = chosen.setdefault((cut.parameter, cut.dim), {})
+                whole = state[cut.parameter] if cut.expert is None else state[cut.parameter][cut.expert]
+                stays = keep.setdefault(cut.expert, torch.ones(whole.shape[cut.dim], dtype=torch.bool))
+                stays[cut.places[~staying[name]].flatten()] = False
+        for (parameter, dim), keep in chosen.items():
+            state[parameter] = _selected(state[parameter], dim, keep)
+        return self.checkpoint.place_block(number, state)
+
+
+def _selected(tensor: Tensor, dim: int, keep: Mapping[int | None, Tensor]) -> Tensor:
+    """What stays of a tensor along a dimension, or of each expert's part of it."""
+    if None in keep:
+        return tensor.index_select(dim, keep[None].nonzero()[:, 0])
+    parts = [tensor[expert].index_select(dim, keep[expert].nonzero()[:, 0]) for expert in range(len(tensor))]
+    return torch.stack(parts)
+
+
+Target = Callable[[int], int]
+"""How many of so many stay."""
+
+
+def narrowed(whole: Checkpoint, channels: Target | None, heads: Target | None) -> Narrow:
+    """The model with fewer channels or heads.
+
+    Args:
+        whole: nothing of it is loaded before or after.
+        channels: how many of an MLP's channels stay; None for all.
+        heads: how many of the heads that have keys and values of their own; their queries go with them.
+
+    Raises:
+        UserError: it has none that can go, or its config cannot say so.
+    """
+    kind = type(whole.model).__name__
+    sought = [*(_channels(whole, channels) if channels else ()), *(_heads(whole, heads) if heads else ())]
+    found: list[tuple[_Number, list[_Changed]]] = []
+    for number in sought:
+        config, _ = altered(whole, number.changes, number.words)
+        changed = _changed(whole, config, number)
+        if any(changed):
+            found.append((number, changed))
+    for what, asked in (("channels", channels), ("heads", heads)):
+        if asked is not None and not any(number.what == what for number, _ in found):
+            why = "no number in its config says how many there are"
+            if what == "heads":
+                why += ", apart from the size of each"
+            raise UserError(f"{kind} cannot have fewer {what}: {why}")
+    changes = {key: value for number, _ in found for key, value in number.changes.items()}
+    config, text = altered(whole, changes, ", ".join(number.words for number, _ in found))
+    told = whole.shape.before if whole.shape is not None else tuple(whole.blocks)
+    gone = whole.shape.gone if whole.shape is not None else ()
+    shape = Shape(config, text, whole.index, told, gone, narrower=True)
+    try:
+        made = Checkpoint(whole.source, str(whole.device), str(whole.dtype).removeprefix("torch."), shape)
+    except Failure as error:
+        raise UserError(f"{kind} cannot be made narrower: {str(error).partition(';')[0]}") from None
+    widths = {name: width for number, _ in found for name, width in number.widths.items()}
+    why = ""
+    for layouts in itertools.product((_side_by_side, _in_sections), repeat=len(found)):
+        cuts: list[dict[str, Cuts]] = [{} for _ in whole.blocks]
+        for (number, changed), layout in zip(found, layouts, strict=True):
+            for place, here in enumerate(changed):
+                cuts[place].update(_cuts(whole, place, number, here, layout))
+        narrow = Narrow(made, tuple(cuts), widths)
+        if not (why := _otherwise(whole, narrow)):
+            return narrow
+    raise UserError(f"{kind} cannot be made narrower without changing what is left: {why}")
+
+
+@dataclass(frozen=True)
+class _Number:
+    """A number of the config, and what it is to be.
+
+    Attributes:
+        what: channels or heads.
+        count: how many units there are; `kept` how many stay.
+        changes: of the config.
+        sections: in how many parts a linear may hold what it makes of all units, by sizes relative to each other.
+        widths: the numbers before and after.
+    """
+
+    what: str
+    count: int
+    kept: int
+    changes: Mapping[str, int]
+    sections: tuple[int, ...]
+    widths: Mapping[str, tuple[int, int]]
+
+    @property
+    def words(self) -> str:
+        return f"{self.kept} of {self.count} {self.what}"
+
+
+def _channels(whole: Checkpoint, target: Target) -> Iterator[_Number]:
+    text = whole.config.get_text_config()
+    for name, value in sorted(vars(text).items()):
+        if not _WIDTHS.search(name) or isinstance(value, bool) or not isinstance(value, int | None):
+            continue
+        count = value or 4 * whole.hidden_size  # what families mean that say nothing
+        kept = target(count)
+        yield _Number("channels", count, kept, {name: kept}, (1, 1), {name: (count, kept)})
+
+
+def _heads(whole: Checkpoint, target: Target) -> Iterator[_Number]:
+    text = whole.config.get_text_config()
+    queries = int(getattr(text, "num_attention_heads", None) or 0)
+    if not queries:
+        return
+    grouped = getattr(text, "num_key_value_heads", None)
+    count = int(grouped or queries)
+    if queries % count:
+        raise UserError(f"{type(whole.model).__name__} has {queries} heads for {count} of keys and values")
+    each, kept = queries // count, target(count)
+    size = getattr(text, "head_dim", None) or whole.hidden_size // queries
+    changes = {"num_attention_heads": kept * each, "head_dim": size}
+    widths = {"num_attention_heads": (queries, kept * each)}
+    if grouped:
+        changes["num_key_value_heads"] = kept
+        widths["num_key_value_heads"] = (count, kept)
+    yield _Number("heads", count, kept, changes, (each, 1, 1), widths)
+
+
+# -- what changes, and where ------------------------------------------------------------------------------------------
+
+
+_Changed = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+"""The parameters of a block that become smaller: their shapes before and after."""
+
+
+def _changed(whole: Checkpoint, config: Any, number: _Number) -> list[_Changed]:
+    """Per block, what a number of the config changes."""
+    kind = type(whole.model).__name__
+    try:
+        with quiet():
+            model = make_skeleton(config, whole.dtype, whole.source.trusted)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{kind} cannot have {number.words}: {reason}") from None
+    before, after = whole.model.state_dict(), model.state_dict()
+    if before.keys() != after.keys():
+        raise UserError(f"{kind} cannot have {number.words}: it would have other weights")
+    found: list[_Changed] = [{} for _ in whole.blocks]
+    places = {f"{name}.": number for number, name in enumerate(whole.blocks)}
+    parameters = {name for name, _ in whole.model.named_parameters(remove_duplicate=False)}
+    for name, old in before.items():
+        shapes = tuple(old.shape), tuple(after[name].shape)
+        if shapes[0] == shapes[1]:
+            continue
+        place = next((place for prefix, place in places.items() if name.startswith(prefix)), None)
+        if place is None or name not in parameters or len(shapes[0]) != len(shapes[1]):
+            raise UserError(f"{kind} cannot have {number.words}: {name} would change with it")
+        found[place][name] = shapes
+    return found
+
+
+_Layout = Callable[[int, _Number], Tensor]
+"""The places (units, each) of all units along a dimension of some size, of what a linear makes."""
+
+
+def _side_by_side(size: int, number: _Number) -> Tensor:
+    """Each unit's lie together."""
+    return torch.arange(size).view(number.count, -1)
+
+
+def _in_sections(size: int, number: _Number) -> Tensor:
+    """One part of all units comes after the other: gate and up; queries, keys and values."""
+    total, one = sum(number.sections), size // number.count
+    if len(number.sections) < 2 or one % total or one == 1:
+        return _side_by_side(size, number)
+    parts, start = [], 0
+    for share in number.sections:
+        length = size * share // total
+        parts.append(torch.arange(start, start + length).view(number.count, -1))
+        start += length
+    return torch.cat(parts, 1)
+
+
+def _cuts(whole: Checkpoint, place: int, number: _Number, changed: _Changed, layout: _Layout) -> dict[str, Cuts]:
+    """What has to be cut of a block for one number of the config.
+
+    Raises:
+        UserError: what changes are not the inputs of linears and what makes them.
+    """
+    name = whole.blocks[place]
+    linears = find_linears(whole.block(name), name)
+    readers: dict[str, tuple[Linear, list[Cut]]] = {}
+    makers: list[tuple[str, int | None, int, int]] = []
+    for parameter, (old, new) in changed.items():
+        held = [linear for linear in linears if linear.parameter == parameter]
+        bias = [linear for linear in linears if linear.expert is not None and linear.bias_parameter == parameter]
+        experts = sorted({linear.expert for linear in held or bias}, key=lambda expert: expert or 0) or [None]
+        lead = int(experts[0] is not None)
+        for dim in (dim for dim in range(len(old)) if old[dim] != new[dim]):
+            _check_share(whole, parameter, old[dim], new[dim], number)
+            if dim < lead:
+                raise UserError(_no_cut(whole, parameter, number))
+            inside = dim - lead
+            inputs = bool(held) and inside == (0 if held[0].transposed else 1)
+            for expert in experts:
+                if not inputs:
+                    makers.append((parameter, expert, inside, old[dim]))
+                    continue
+                mine = [linear for linear in held if linear.expert == expert]
+                if len(mine) != 1:
+                    raise UserError(_no_cut(whole, parameter, number))
+                own = Cut(parameter, expert, inside, _side_by_side(old[dim], number))
+                readers[mine[0].name] = mine[0], [own]
+    for parameter, expert, dim, size in makers:
+        near = [key for key, (linear, _) in readers.items() if linear.expert == expert]
+        if not near:
+            raise UserError(_no_cut(whole, parameter, number))
+        shared = {key: _shared(key, parameter) for key in near}
+        best = [key for key in near if shared[key] == max(shared.values())]
+        if len(best) != 1:
+            raise UserError(_no_cut(whole, parameter, number))
+        readers[best[0]][1].append(Cut(parameter, expert, dim, layout(size, number)))
+    if alone := next((key for key, (_, cuts) in readers.items() if len(cuts) < 2), None):
+        raise UserError(_no_cut(whole, alone, number))
+    pattern = Columns(number.kept, number.count, number.what)
+    return {key: Cuts(key, pattern, tuple(cuts)) for key, (_, cuts) in readers.items()}
+
+
+def _shared(one: str, other: str) -> int:
+    """How many modules two names have in common, from the outermost on."""
+    pairs = enumerate(zip(one.split("."), other.split("."), strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(one.count("."), other.count(".")))
+
+
+def _check_share(whole: Checkpoint, parameter: str, old: int, new: int, number: _Number) -> None:
+    """See that a dimension holds the units, and loses as many as are asked."""
+    if old % number.count or new != old // number.count * number.kept:
+        raise UserError(_no_cut(whole, parameter, number))
+
+
+def _no_cut(whole: Checkpoint, parameter: str, number: _Number) -> str:
+    return (
+        f"{type(whole.model).__name__} cannot have {number.words}: {parameter} changes with their number in a way that "
+        "is not known"
+    )
+
+
+# -- is what is left what it was? -------------------------------------------------------------------------------------
+
+_APART = 8
+"""How many times the rounding of the dtype the answers of a block may be apart, as a fraction of them."""
+
+
+def _otherwise(whole: Checkpoint, narrow: Narrow) -> str:
+    """In what a narrower block differs from one that does not look at what went; the first of each kind is tried."""
+    try:
+        return _tried(whole, narrow)
+    except LLMPruneError:
+        raise
+    except Exception as error:
+        return f"a trial failed with {type(error).__name__}: {error}"
+    finally:
+        whole.unload()
+        narrow.checkpoint.unload()
+
+
+def _tried(whole: Checkpoint, narrow: Narrow) -> str:
+    tokens = torch.zeros(1, blocks.probe_length(whole), dtype=torch.long)
+    chain = blocks.probe(whole)
+    calls = blocks.start(whole, chain, [tokens]).calls
+    chance = torch.Generator().manual_seed(0)
+    given = torch.randn((*tokens.shape, whole.hidden_size), generator=chance).to(whole.device, whole.dtype)
+    for number in sorted(set(blocks.kinds(whole))):
+        if not narrow.cuts[number]:
+            continue
+        block = whole.load_block(number)
+        linears = {linear.name: linear for linear in find_linears(block.module, block.name)}
+        staying = {}
+        for name, cuts in narrow.cuts[number].items():
+            staying[name] = cuts.pattern.of_scores(torch.rand(cuts.pattern.units, generator=chance))
+            weight = linears[name].view(block.state[linears[name].parameter])
+            weight[:, cuts.pattern.inputs(weight.shape[1])[~staying[name]].flatten()] = 0
+        block.refresh({linears[name].parameter for name in staying})
+        wanted = blocks.run(block.module, calls[number][0], given).float()
+        made = narrow.take(number, block, staying)
+        found = blocks.run(made.module, calls[number][0], given).float()
+        apart, size = (found - wanted).norm(), (wanted - given.float()).norm()
+        if not bool(apart <= max(_APART * torch.finfo(whole.dtype).eps, 1e-4) * size):
+            return f"{made.name} returns something else"
+        whole.unload_block(number)
+        narrow.checkpoint.unload_block(number)
+    return ""
