@@ -12,14 +12,12 @@ from llmprune import distributed
 from llmprune.allocate import Improver
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.linears import Linear
+from llmprune.model.width import experts_per_token
 from llmprune.plan import Plan
 from llmprune.recipe import Recipe
 from llmprune.stats import product
 
 _SIZE = 1024
-
-_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "top_k_experts")
-"""What configs call the number of experts that a token chooses."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +96,7 @@ def cost(checkpoint: Checkpoint, plan: Plan, recipe: Recipe) -> Cost:
 
 def _reach(checkpoint: Checkpoint, linears: Sequence[Linear]) -> dict[str, float]:
     """The fraction of the tokens that reaches each linear: of experts those that a token chooses, of all there are."""
-    config = checkpoint.config.get_text_config()
-    at_once = next((count for name in _CHOSEN if isinstance(count := getattr(config, name, None), int)), 1)
+    at_once = experts_per_token(checkpoint.config.get_text_config())
     experts: dict[str, set[int]] = {}
     for linear in linears:
         if linear.expert is not None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llmprune import allocation, data, dense, distributed, memory
 from llmprune.budget import CHOOSE, Room, batch_size, room, windows_at_once
@@ -33,13 +34,14 @@ from llmprune.permute import rearrange
 from llmprune.plan import Choice, Plan, allocated
 from llmprune.planning import make_plan
 from llmprune.progress import Clock, Progress, of_first
-from llmprune.recipe import Recipe, Width, assemble, parse_size
+from llmprune.recipe import Experts, Recipe, Width, assemble, parse_size
 from llmprune.reconstruct.block import Next
 from llmprune.reconstruct.block import Reconstructor as BlockReconstructor
-from llmprune.report.record import BlockRecord, LinearRecord, Perplexity, Report, versions
+from llmprune.report.record import BlockRecord, ExpertsRecord, LinearRecord, Perplexity, Report, versions
 from llmprune.report.verify import compare
 from llmprune.solve import as_narrower, narrower, renewed, solve_stage
 from llmprune.structured.depth import Shortening, read_shortening
+from llmprune.structured.send import choose_experts
 from llmprune.structured.shorten import choose
 from llmprune.structured.width import narrow as narrow_by
 
@@ -267,7 +269,7 @@ def prune_blocks(
         stages = schedule.stages[number] if number >= finished else ()
         pruned = [choice.linear for choice in choices if choice.kept is None]
         fitted = [choice.linear for choice in choices if choice.fitted]
-        lost = lost or bool(pruned) or way.gap(number)
+        lost = lost or bool(pruned) or way.gap(number) or (narrow is not None and bool(narrow.of(number)))
         fit = plan.fit if fitted and lost else None
         linears = {choice.linear.name: choice.linear for choice in choices}
         permuted = plan.permuted(number)
@@ -286,6 +288,12 @@ def prune_blocks(
             with clock("read"):
                 block = block if wanted is None and narrow is None else result.load_block(number)
                 _as_written(block, changed)
+        staying: dict[str, Tensor] = {}
+        sent: list[ExpertsRecord] | None = None
+        routed = narrow.experts[number] if narrow is not None and number >= finished else {}
+        if routed and plan.sender is not None and activations is not None:
+            with clock("choose"):
+                staying, sent = choose_experts(block, routed, plan.sender, calls, activations, checkpoint.device)
         done: dict[str, LinearRecord] = {}
         away: tuple[float, float] | tuple[None, None] = (None, None)
         with runs.running(block.module, block.name, calls, activations, wanted):
@@ -305,7 +313,7 @@ def prune_blocks(
         if narrow is not None:
             if number >= finished:
                 with clock("solve"):
-                    block = narrower(narrow, number, block, choices)
+                    block = narrower(narrow, number, block, choices, staying)
             checkpoint.unload_block(number)
             pruned, fitted = _same(block, pruned), _same(block, fitted)
         if fit is not None or narrow is not None:
@@ -319,14 +327,15 @@ def prune_blocks(
                 _propagate(result, number, activations, runs, clock)
         if number >= finished:
             held = memory.peak(), _peak_device_memory(checkpoint.device)
-            spent = BlockRecord(block.name, clock.lap(), *held, *away)
+            spent = BlockRecord(block.name, clock.lap(), *held, away_before=away[0], away=away[1], experts=sent)
             if narrow is not None:
-                done = as_narrower(block, choices, done)
+                done = as_narrower(block, choices, done, staying)
             moved = {channels.linear for channels, _ in permuted}
             found = [done.get(choice.linear.name) or _left_dense(choice) for choice in choices]
+            found = found if narrow is None else list(done.values())
             records = [vars(replace(record, permuted=record.name in moved)) for record in found]
             with clock("write"):
-                writer.commit_block(number, block, changed, {**vars(spent), "linears": records}, progress.block)
+                writer.commit_block(number, block, changed, {**asdict(spent), "linears": records}, progress.block)
                 if not schedule.overlap:
                     writer.settle()
         del block
@@ -451,7 +460,14 @@ def _plan(source: Source, recipe: Recipe) -> tuple[Checkpoint, Checkpoint, Plan]
         return checkpoint, checkpoint, _planned(checkpoint, recipe, had)
     plain = replace(recipe.calibration, asymmetric=0.0)  # what is done to linears is planned for those that are left
     choosing = replace(
-        recipe, sparsity=None, width=Width(), permute=False, refine=(), reconstruct=(), calibration=plain
+        recipe,
+        sparsity=None,
+        width=Width(),
+        experts=Experts(),
+        permute=False,
+        refine=(),
+        reconstruct=(),
+        calibration=plain,
     )
     first = _planned(checkpoint, replace(choosing, allocation="uniform"), had, shortening)
     shorter, made = _shorten(checkpoint, first, recipe, shortening.kept)
@@ -461,7 +477,7 @@ def _plan(source: Source, recipe: Recipe) -> tuple[Checkpoint, Checkpoint, Plan]
 def _planned(checkpoint: Checkpoint, recipe: Recipe, had: Room, shortening: Shortening | None = None) -> Plan:
     """The plan, the same on every rank."""
     with distributed.first():
-        made = make_plan(checkpoint, recipe, had, shortening, narrow_by(checkpoint, recipe.width))
+        made = make_plan(checkpoint, recipe, had, shortening, narrow_by(checkpoint, recipe))
     # each rank may find others
     schedule, channels, abreast = distributed.share((made.schedule, made.channels, made.abreast))
     return replace(made, schedule=schedule, channels=channels, abreast=abreast)
@@ -507,8 +523,8 @@ def _fingerprint(
     made_by, chosen = versions(), replace(recipe, max_memory=None).to_dict()
     if recipe.depth.drop is None:
         del chosen["depth"]  # it says nothing, and runs that are older than it go on
-    if not recipe.width.asks:
-        del chosen["width"]
+    for part in () if recipe.narrows else ("width", "experts"):
+        del chosen[part]
     return {
         "recipe": chosen,
         "revision": checkpoint.source.revision,

@@ -24,6 +24,7 @@ from llmprune.solvers import Solver
 from llmprune.stats import LEVELS
 from llmprune.stats import Needs as Level
 from llmprune.structured.depth import Shortening
+from llmprune.structured.experts import Chooser
 
 NOT_ASKED = "no sparsity is asked for"
 """Why a linear is left dense in a model that gets smaller otherwise."""
@@ -118,6 +119,7 @@ class Plan:
         shortening: the blocks that are still to be taken out of the model; None where none are, or where that is done.
         abreast: how many shorter models may be measured together to choose them.
         narrow: the model with narrower blocks that comes of it; None where they keep their widths.
+        sender: how experts are chosen, where some go.
     """
 
     blocks: tuple[tuple[Choice, ...], ...]
@@ -132,6 +134,7 @@ class Plan:
     shortening: Shortening | None = None
     abreast: int = 1
     narrow: Narrow | None = None
+    sender: Chooser | None = None
 
     def written(self, checkpoint: Checkpoint) -> Checkpoint:
         """What is written of the model that the plan is for."""
@@ -161,7 +164,8 @@ class Plan:
     @property
     def calibrates(self) -> bool:
         """Whether any method asks for calibration."""
-        return self.fit is not None or any(choice.needs != "nothing" for choice in self.pruned)
+        routed = self.narrow is not None and self.narrow.routed
+        return routed or self.fit is not None or any(choice.needs != "nothing" for choice in self.pruned)
 
     @property
     def fit(self) -> BlockReconstructor | None:

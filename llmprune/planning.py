@@ -29,7 +29,7 @@ from llmprune.plan import NOT_ASKED, Budget, Choice, Plan, known_of, settled
 from llmprune.recipe import DEFAULT_SPARSITY, Recipe
 from llmprune.solvers import Solver
 from llmprune.stats import LEVELS
-from llmprune.structured import width
+from llmprune.structured import experts, width
 from llmprune.structured.depth import Shortening
 
 DEFAULT_LENGTH = 2048
@@ -133,7 +133,7 @@ def make_plan(
     weights = sum(info.numel for info in checkpoint.index.values())
     others = _others(checkpoint, blocks)
     parts = tuple(blocks), chain, weights, others, schedule, had, budget, tuple(writers), tuple(channels)
-    made = Plan(*parts, shortening, together, narrow)
+    made = Plan(*parts, shortening, together, narrow, experts.load(recipe.experts.by))
     _check_permuted(made, recipe)
     return made
 
@@ -154,8 +154,9 @@ def _check_narrowed(recipe: Recipe) -> None:
         "refine": recipe.refine,
     }
     if found := [name for name, value in given.items() if value]:
+        what = "width" if recipe.width.asks else "experts"
         raise UserError(
-            f"{found[0]} does not go together with width: every block gets the same widths, and no linear is pruned in "
+            f"{found[0]} does not go together with {what}: all blocks get the same widths, and no linear is pruned in "
             "another way meanwhile. Leave it out, and prune the narrower model afterwards, which is one like any other"
         )
 
@@ -228,6 +229,7 @@ def _schedule(
     fits = [choice.after.block for block in blocks for choice in block if choice.fitted]
     fitted = max((fit.runs for fit in fits if fit is not None), default=0)
     calibrates = look == "norms" or fitted > 0 or any(choice.needs != "nothing" for choice in pruned)
+    calibrates = calibrates or (narrow is not None and narrow.routed)
     text = None if recipe.evaluate.text is None else sequence_length(checkpoint, recipe.evaluate.length)
     samples = -(-recipe.calibration.samples // distributed.size())
     together = (0, 0)

@@ -116,6 +116,19 @@ class Width:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Experts that each mixture does without, as many in every block; none while `drop` is not given.
+
+    Args:
+        drop: how many go, of those that a router chooses among: a number of them, or a share (`25%`).
+        by: how they are chosen: `reap`, `frequency` or `norm`, or a mapping of its `name` and options.
+    """
+
+    drop: str | int | float | None = None
+    by: Named = "reap"
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Perplexity before and after pruning; off while `text` is not given.
 
@@ -151,6 +164,7 @@ class Recipe:
             model gets smaller otherwise.
         depth: blocks that it does without, see `Depth`; what is pruned is what is left.
         width: channels and heads that its blocks do without, see `Width`.
+        experts: experts that they do without, see `Experts`.
         method: a method's name, or a mapping of its `name` and options.
         scope: what an unstructured sparsity is counted over, `row` or `matrix`; by default the method's own.
         permute: let channels change places before N:M groups are made of them, where a block returns the same then;
@@ -175,6 +189,7 @@ class Recipe:
     sparsity: str | float | None = None
     depth: Depth = field(default_factory=Depth)
     width: Width = field(default_factory=Width)
+    experts: Experts = field(default_factory=Experts)
     method: Named = "sparsegpt"
     scope: str | None = None
     permute: bool | str = False
@@ -200,9 +215,14 @@ class Recipe:
         if self.max_memory is not None:
             parse_size(self.max_memory)
 
+    @property
+    def narrows(self) -> bool:
+        """Whether blocks become narrower."""
+        return self.width.asks or self.experts.drop is not None
+
     def settled(self) -> Recipe:
         """With the sparsity that is meant where none is said: 50 %, or none where the model gets smaller otherwise."""
-        meant = self.sparsity is None and self.depth.drop is None and not self.width.asks
+        meant = self.sparsity is None and self.depth.drop is None and not self.narrows
         return replace(self, sparsity=DEFAULT_SPARSITY) if meant else self
 
     @classmethod

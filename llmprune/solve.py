@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -247,28 +247,52 @@ def check(weight: Tensor, choice: Choice) -> None:
         raise Failure(f"pruning {name} did not reach {choice.pattern}; this is a mistake in {choice.method}, report it")
 
 
-def narrower(narrow: Narrow, number: int, block: LoadedBlock, choices: tuple[Choice, ...]) -> LoadedBlock:
-    """A block of the narrower model, with what its linears have left once they are solved."""
+def narrower(
+    narrow: Narrow, number: int, block: LoadedBlock, choices: tuple[Choice, ...], experts: Mapping[str, Tensor]
+) -> LoadedBlock:
+    """A block of the narrower model, with what its linears have left once they are solved.
+
+    Args:
+        experts: (experts,) bool, those that stay, by the names of the modules that hold them.
+    """
     here = {choice.linear.name: choice.linear for choice in choices}
     staying = {
         name: cuts.pattern.staying(here[name].view(block.state[here[name].parameter]))
         for name, cuts in narrow.cuts[number].items()
     }
-    return narrow.take(number, block, staying)
+    return narrow.take(number, block, {**staying, **experts})
 
 
 def as_narrower(
-    block: LoadedBlock, choices: tuple[Choice, ...], done: dict[str, LinearRecord]
+    block: LoadedBlock,
+    choices: tuple[Choice, ...],
+    done: Mapping[str, LinearRecord],
+    experts: Mapping[str, Tensor],
 ) -> dict[str, LinearRecord]:
-    """The records of all linears of a block that has become narrower: smaller matrices, and no zeros are promised."""
+    """The records of all linears of a block that has become narrower: smaller matrices, and no zeros are promised.
+
+    Args:
+        done: by the names of the linears in the block as it was.
+        experts: see `narrower`; those that stay are counted anew.
+    """
     shapes = {linear.name: linear.shape for linear in find_linears(block.module, block.name)}
+    numbers = {
+        f"{module}.{old}.": f"{module}.{new}."
+        for module, stays in experts.items()
+        for new, old in enumerate(stays.nonzero()[:, 0].tolist())
+    }
     found = {}
     for choice in choices:
-        name = choice.linear.name
-        record = done.get(name) or LinearRecord(name, choice.linear.shape, kept=choice.kept)
+        was = name = choice.linear.name
+        if choice.linear.module in experts:
+            start = next((prefix for prefix in numbers if was.startswith(prefix)), None)
+            if start is None:
+                continue
+            name = numbers[start] + was.removeprefix(start)
+        record = done.get(was) or LinearRecord(was, choice.linear.shape, kept=choice.kept)
         kept = f"narrower: {choice.pattern}" if choice.kept is None else choice.kept
-        plain = replace(record, shape=shapes[name], pattern=None, scope=None, sparsity=0.0, mask_sha256=None)
-        found[name] = replace(plain, kept=kept)
+        plain = replace(record, name=name, shape=shapes[name], pattern=None, scope=None, sparsity=0.0)
+        found[name] = replace(plain, kept=kept, mask_sha256=None)
     return found
 
 

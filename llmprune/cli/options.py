@@ -40,6 +40,9 @@ def add_recipe(parser: argparse.ArgumentParser, several: bool = False, sought: b
     groups = "heads of each attention that go, with their queries: how many of those with keys of their own, or a share"
     add("--drop-heads", metavar="N", help=groups)
     add("--narrow-by", metavar="NAME", help="how these are chosen: osscar, flap, wanda, magnitude [osscar]")
+    routed = "experts of each mixture that go, of those that a router chooses among: how many, or a share"
+    add("--drop-experts", metavar="N", help=routed)
+    add("--experts-by", metavar="NAME", help="how these are chosen: reap, frequency, norm [reap]")
     if not several:
         qualities = (
             "fast, balanced or best: a method and what follows it; `plan` shows what it takes, options below it win"
@@ -96,9 +99,14 @@ def recipe_options(chosen: argparse.Namespace, default: Mapping[str, Any] | None
             options[name] = listed(named)
     if chosen.drop_blocks is not None:
         options["depth.drop"] = _blocks(chosen.drop_blocks)
-    options["depth.by"], options["width.by"] = chosen.drop_by, chosen.narrow_by
-    for name, said in (("width.channels", chosen.drop_channels), ("width.heads", chosen.drop_heads)):
-        options[name] = None if said is None else read_value(said)
+    options["depth.by"], options["width.by"], options["experts.by"] = (
+        chosen.drop_by,
+        chosen.narrow_by,
+        chosen.experts_by,
+    )
+    for part in ("channels", "heads"):
+        options[f"width.{part}"] = _value(getattr(chosen, f"drop_{part}"))
+    options["experts.drop"] = _value(chosen.drop_experts)
     options["trust_remote_code"] = chosen.trust_remote_code or None
     recipe = assemble(chosen.recipe if chosen.recipe is not None else default, options)
     if chosen.ignore:
@@ -112,6 +120,11 @@ def recipe_options(chosen: argparse.Namespace, default: Mapping[str, Any] | None
         except UserError as error:
             raise UserError(f"--set {entry}: {error}") from None
     return {"recipe": recipe}
+
+
+def _value(text: str | None) -> Any:
+    """What an option says, None where it is not given."""
+    return None if text is None else read_value(text)
 
 
 def _blocks(text: str) -> Any:

@@ -99,5 +99,5 @@ def show(report: object) -> None:
     assert isinstance(report, Report)
     console = Console()
     console.print(tables.result_table(report), tables.summary(report))
-    for note in tables.notes(report.linears):
+    for note in [*tables.notes(report.linears), *tables.expert_notes(report.blocks)]:
         console.print(f"[yellow]note[/yellow] {note}")

@@ -412,19 +412,18 @@ class Checkpoint:
     def _adopt_shapes(self) -> None:
         """Give each tensor of the blocks the shape that the skeleton has for it; those that change are in no file yet.
 
-        Raises:
-            UserError: a tensor cannot be written back.
+        Keys that nothing is left for, those of experts past the last, are forgotten.
         """
-        kind = type(self.model).__name__
         for keys in self.block_keys:
             names = {name: key in self._converted for key in keys for name in self._targets[key]}
             meta = {name: torch.empty_like(self._get(name), device="meta") for name in sorted(names)}
             reverted = self._revert({name: value for name, value in meta.items() if names[name]})
-            for key in keys:
+            for key in list(keys):
                 made = reverted.get(key) if key in self._converted else meta[self._targets[key][0]]
                 if made is None:
-                    raise UserError(f"{kind} cannot be written back: transformers does not restore {key}")
-                if (shape := tuple(made.shape)) != self.index[key].shape:
+                    keys.remove(key)
+                    del self.index[key], self._targets[key], self._converted[key]
+                elif (shape := tuple(made.shape)) != self.index[key].shape:
                     self.index[key] = replace(self.index[key], file=Path(_NOWHERE), shape=shape)
 
     def _check_complete(self) -> None:

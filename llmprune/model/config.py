@@ -32,9 +32,11 @@ def altered(checkpoint: Checkpoint, changes: Mapping[str, Any], what: str) -> tu
         if name is None:
             raise UserError(f"the config of {kind} does not say where that of its decoder is")
         part = said.setdefault(name, {})
+    other = type(text).attribute_map
     for name, value in changes.items():
-        names = {name, type(text).attribute_map.get(name, name)}
-        part.update(dict.fromkeys(names & part.keys() or names - {name} or names, value))
+        own = other.get(name, name)  # as the family calls it; files may have any of the names
+        names = {own, *(spelled for spelled, meant in other.items() if meant == own)}
+        part.update(dict.fromkeys(names & part.keys() or {own}, value))
     try:
         with quiet():
             config = type(checkpoint.config).from_dict(_decoded(said))

@@ -77,6 +77,14 @@ class Watch(ABC):
     def ready(self, inputs: Shown) -> None:
         """Take in the inputs of linears that could all be run now, before any of them is."""
 
+    def returned(self, module: str, expert: int, output: Tensor, weights: Tensor) -> None:  # noqa: B027
+        """Take in what an expert of a fused module returns, before the router's weights are multiplied in.
+
+        Args:
+            output: (tokens, hidden) for the tokens that were sent to it.
+            weights: (tokens,) float32, the router's, as parts of the sum over the experts of each token.
+        """
+
     def waits(self, names: Iterable[str]) -> bool:
         """Whether any of these linears is to be shown before it is run."""
         return not self.linears.keys().isdisjoint(names)
@@ -170,6 +178,8 @@ def _run_experts(
         output = _project(module, "down_proj", expert, held.pop(expert) if held else inner(expert))
         if getattr(module, "has_post_expert_norm", False):
             output = module.post_expert_norm(output)
+        share = top_k_weights[token].float()
+        watch.returned(path, expert, output, share.gather(1, place[:, None])[:, 0] / share.sum(1))
         total.index_add_(0, token, (output * top_k_weights[token, place, None]).float())
     return total.to(hidden.dtype)
 

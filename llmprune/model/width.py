@@ -1,9 +1,9 @@
-"""A model with narrower blocks: fewer channels in its MLPs, fewer heads in its attention, and a config that says so.
+"""A model with narrower blocks: fewer channels, heads or experts in each, and a config that says so.
 
 No architecture is known by name. What a number of the config governs is found by making the skeleton with a smaller
 one: the tensors whose shapes change are what has to be cut. A linear whose inputs become fewer reads what the others
 make, and which rows of these belong to which of its inputs is tried: a narrower block must return what the block as it
-was returns when that linear does not look at the inputs that went.
+was returns when that linear does not look at the inputs that went, or when no token is sent to the experts that did.
 """
 
 from __future__ import annotations
@@ -19,12 +19,19 @@ from torch import Tensor
 
 from llmprune.errors import Failure, LLMPruneError, UserError
 from llmprune.model import blocks
+from llmprune.model.activations import Call
 from llmprune.model.checkpoint import Checkpoint, LoadedBlock, Shape
 from llmprune.model.config import altered
 from llmprune.model.linears import Linear, find_linears
 from llmprune.model.quiet import quiet
 from llmprune.model.skeleton import make_skeleton
 from llmprune.patterns import Columns
+
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "top_k_experts")
+"""What configs call the number of experts that a token is sent to."""
+
+_EXPERTS = re.compile(r"^(?!.*(shared|per_tok)).*(^|_)experts$")
+"""What configs call the number of experts that a router chooses among."""
 
 _WIDTHS = re.compile(r"(^|_)(intermediate|ffn|inner|n_inner)(_|$)")
 """What configs call the number of channels of an MLP; which of them is one is tried."""
@@ -37,7 +44,7 @@ class Cut:
     Attributes:
         parameter: its full name.
         expert: its place in a fused parameter.
-        dim: of the parameter, or of the expert's part of it.
+        dim: of the parameter; never the first one of an expert's part.
         places: (units, each) along that dimension.
     """
 
@@ -49,17 +56,25 @@ class Cut:
 
 @dataclass(frozen=True)
 class Cuts:
-    """What goes with the inputs of a linear, unit by unit; its own columns are part of it.
+    """What goes with the inputs of a linear, unit by unit; its own columns are part of it. Or with experts.
 
     Attributes:
-        linear: its name.
+        name: of the linear, or of the module that holds the experts.
         pattern: how many units stay.
         cuts: of parameters.
+        groups: as many units stay in each of so many parts; routers that choose a group first need that.
     """
 
-    linear: str
+    name: str
     pattern: Columns
     cuts: tuple[Cut, ...]
+    groups: int = 1
+
+    def staying(self, scores: Tensor) -> Tensor:
+        """(units,) bool, the units that stay by (units,) scores."""
+        count = self.pattern.units // self.groups
+        part = Columns(self.pattern.kept // self.groups, count)
+        return torch.cat([part.of_scores(each) for each in scores.view(self.groups, count)])
 
 
 @dataclass(frozen=True)
@@ -69,31 +84,42 @@ class Narrow:
     Attributes:
         checkpoint: the narrower model; its blocks are in no file until they are written.
         cuts: per block, by the names of the linears whose inputs go.
+        experts: per block, by the names of the modules that hold them, what goes with experts.
         widths: by the config's name for it, the number that is less: what it was, and what it is.
     """
 
     checkpoint: Checkpoint
     cuts: tuple[Mapping[str, Cuts], ...]
+    experts: tuple[Mapping[str, Cuts], ...]
     widths: Mapping[str, tuple[int, int]]
+
+    @property
+    def routed(self) -> bool:
+        """Whether any experts go."""
+        return any(map(len, self.experts))
+
+    def of(self, number: int) -> dict[str, Cuts]:
+        """All cuts of a block by their names."""
+        return {**self.cuts[number], **self.experts[number]}
 
     def changed(self, number: int) -> set[str]:
         """The names of a block's parameters that are smaller than they were."""
-        return {cut.parameter for cuts in self.cuts[number].values() for cut in cuts.cuts}
+        return {cut.parameter for cuts in self.of(number).values() for cut in cuts.cuts}
 
     def take(self, number: int, block: LoadedBlock, staying: Mapping[str, Tensor]) -> LoadedBlock:
         """A block of the narrower model with what stays of the weights.
 
         Args:
             block: the block as it was, loaded.
-            staying: by the names of the linears whose inputs go, (units,) bool.
+            staying: by the names of the cuts, (units,) bool.
         """
         state = dict(block.state)
         chosen: dict[tuple[str, int], dict[int | None, Tensor]] = {}
-        for name, cuts in self.cuts[number].items():
+        for name, cuts in self.of(number).items():  # the experts themselves last, when all of them are smaller
             for cut in cuts.cuts:
                 keep = chosen.setdefault((cut.parameter, cut.dim), {})
-                whole = state[cut.parameter] if cut.expert is None else state[cut.parameter][cut.expert]
-                stays = keep.setdefault(cut.expert, torch.ones(whole.shape[cut.dim], dtype=torch.bool))
+                size = state[cut.parameter].shape[cut.dim]
+                stays = keep.setdefault(cut.expert, torch.ones(size, dtype=torch.bool))
                 stays[cut.places[~staying[name]].flatten()] = False
         for (parameter, dim), keep in chosen.items():
             state[parameter] = _selected(state[parameter], dim, keep)
@@ -104,7 +130,7 @@ def _selected(tensor: Tensor, dim: int, keep: Mapping[int | None, Tensor]) -> Te
     """What stays of a tensor along a dimension, or of each expert's part of it."""
     if None in keep:
         return tensor.index_select(dim, keep[None].nonzero()[:, 0])
-    parts = [tensor[expert].index_select(dim, keep[expert].nonzero()[:, 0]) for expert in range(len(tensor))]
+    parts = [tensor[expert].index_select(dim - 1, keep[expert].nonzero()[:, 0]) for expert in range(len(tensor))]
     return torch.stack(parts)
 
 
@@ -112,26 +138,30 @@ Target = Callable[[int], int]
 """How many of so many stay."""
 
 
-def narrowed(whole: Checkpoint, channels: Target | None, heads: Target | None) -> Narrow:
-    """The model with fewer channels or heads.
+def narrowed(
+    whole: Checkpoint, channels: Target | None = None, heads: Target | None = None, experts: Target | None = None
+) -> Narrow:
+    """The model with fewer channels, heads or experts.
 
     Args:
         whole: nothing of it is loaded before or after.
         channels: how many of an MLP's channels stay; None for all.
         heads: how many of the heads that have keys and values of their own; their queries go with them.
+        experts: how many of those that a router chooses among.
 
     Raises:
         UserError: it has none that can go, or its config cannot say so.
     """
     kind = type(whole.model).__name__
     sought = [*(_channels(whole, channels) if channels else ()), *(_heads(whole, heads) if heads else ())]
+    sought += _experts(whole, experts) if experts else ()
     found: list[tuple[_Number, list[_Changed]]] = []
     for number in sought:
         config, _ = altered(whole, number.changes, number.words)
         changed = _changed(whole, config, number)
         if any(changed):
             found.append((number, changed))
-    for what, asked in (("channels", channels), ("heads", heads)):
+    for what, asked in (("channels", channels), ("heads", heads), ("experts", experts)):
         if asked is not None and not any(number.what == what for number, _ in found):
             why = "no number in its config says how many there are"
             if what == "heads":
@@ -148,12 +178,17 @@ def narrowed(whole: Checkpoint, channels: Target | None, heads: Target | None) -
         raise UserError(f"{kind} cannot be made narrower: {str(error).partition(';')[0]}") from None
     widths = {name: width for number, _ in found for name, width in number.widths.items()}
     why = ""
-    for layouts in itertools.product((_side_by_side, _in_sections), repeat=len(found)):
+    routed: list[dict[str, Cuts]] = [{} for _ in whole.blocks]
+    inner = [entry for entry in found if entry[0].what != "experts"]
+    for number, changed in (entry for entry in found if entry[0].what == "experts"):
+        for place, here in enumerate(changed):
+            routed[place].update(_expert_cuts(whole, place, number, here))
+    for layouts in itertools.product((_side_by_side, _in_sections), repeat=len(inner)):
         cuts: list[dict[str, Cuts]] = [{} for _ in whole.blocks]
-        for (number, changed), layout in zip(found, layouts, strict=True):
+        for (number, changed), layout in zip(inner, layouts, strict=True):
             for place, here in enumerate(changed):
                 cuts[place].update(_cuts(whole, place, number, here, layout))
-        narrow = Narrow(made, tuple(cuts), widths)
+        narrow = Narrow(made, tuple(cuts), tuple(routed), widths)
         if not (why := _otherwise(whole, narrow)):
             return narrow
     raise UserError(f"{kind} cannot be made narrower without changing what is left: {why}")
@@ -164,11 +199,12 @@ class _Number:
     """A number of the config, and what it is to be.
 
     Attributes:
-        what: channels or heads.
+        what: channels, heads or experts.
         count: how many units there are; `kept` how many stay.
         changes: of the config.
         sections: in how many parts a linear may hold what it makes of all units, by sizes relative to each other.
         widths: the numbers before and after.
+        groups: see `Cuts`.
     """
 
     what: str
@@ -177,6 +213,7 @@ class _Number:
     changes: Mapping[str, int]
     sections: tuple[int, ...]
     widths: Mapping[str, tuple[int, int]]
+    groups: int = 1
 
     @property
     def words(self) -> str:
@@ -212,6 +249,28 @@ def _heads(whole: Checkpoint, target: Target) -> Iterator[_Number]:
     yield _Number("heads", count, kept, changes, (each, 1, 1), widths)
 
 
+def _experts(whole: Checkpoint, target: Target) -> Iterator[_Number]:
+    text = whole.config.get_text_config()
+    at_once, groups = experts_per_token(text), int(getattr(text, "n_group", None) or 1)
+    for name, count in sorted(vars(text).items()):
+        if not _EXPERTS.search(name) or isinstance(count, bool) or not isinstance(count, int) or count < 2:
+            continue
+        kept = target(count)
+        if kept < at_once:
+            raise UserError(f"each token is sent to {at_once} experts, so that at least as many must stay, not {kept}")
+        if kept % groups:
+            raise UserError(
+                f"the router chooses among {groups} groups of experts, of which as many must go of each: {kept} that "
+                f"stay do not divide by {groups}"
+            )
+        yield _Number("experts", count, kept, {name: kept}, (1,), {name: (count, kept)}, groups)
+
+
+def experts_per_token(config: Any) -> int:
+    """How many experts a token is sent to, by the config of a decoder; 1 where it does not say."""
+    return next((count for name in _CHOSEN if isinstance(count := getattr(config, name, None), int)), 1)
+
+
 # -- what changes, and where ------------------------------------------------------------------------------------------
 
 
@@ -233,13 +292,13 @@ def _changed(whole: Checkpoint, config: Any, number: _Number) -> list[_Changed]:
         raise UserError(f"{kind} cannot have {number.words}: it would have other weights")
     found: list[_Changed] = [{} for _ in whole.blocks]
     places = {f"{name}.": number for number, name in enumerate(whole.blocks)}
-    parameters = {name for name, _ in whole.model.named_parameters(remove_duplicate=False)}
+    stored = {name for keys in whole.block_keys for key in keys for name in whole.targets(key)}
     for name, old in before.items():
         shapes = tuple(old.shape), tuple(after[name].shape)
         if shapes[0] == shapes[1]:
             continue
         place = next((place for prefix, place in places.items() if name.startswith(prefix)), None)
-        if place is None or name not in parameters or len(shapes[0]) != len(shapes[1]):
+        if place is None or name not in stored or len(shapes[0]) != len(shapes[1]):
             raise UserError(f"{kind} cannot have {number.words}: {name} would change with it")
         found[place][name] = shapes
     return found
@@ -290,12 +349,12 @@ def _cuts(whole: Checkpoint, place: int, number: _Number, changed: _Changed, lay
             inputs = bool(held) and inside == (0 if held[0].transposed else 1)
             for expert in experts:
                 if not inputs:
-                    makers.append((parameter, expert, inside, old[dim]))
+                    makers.append((parameter, expert, dim, old[dim]))
                     continue
                 mine = [linear for linear in held if linear.expert == expert]
                 if len(mine) != 1:
                     raise UserError(_no_cut(whole, parameter, number))
-                own = Cut(parameter, expert, inside, _side_by_side(old[dim], number))
+                own = Cut(parameter, expert, dim, _side_by_side(old[dim], number))
                 readers[mine[0].name] = mine[0], [own]
     for parameter, expert, dim, size in makers:
         near = [key for key, (linear, _) in readers.items() if linear.expert == expert]
@@ -310,6 +369,27 @@ def _cuts(whole: Checkpoint, place: int, number: _Number, changed: _Changed, lay
         raise UserError(_no_cut(whole, alone, number))
     pattern = Columns(number.kept, number.count, number.what)
     return {key: Cuts(key, pattern, tuple(cuts)) for key, (_, cuts) in readers.items()}
+
+
+def _expert_cuts(whole: Checkpoint, place: int, number: _Number, changed: _Changed) -> dict[str, Cuts]:
+    """What goes of a block with experts.
+
+    Raises:
+        UserError: what changes are not the experts and their router.
+    """
+    name = whole.blocks[place]
+    held = {linear.module for linear in find_linears(whole.block(name), name) if linear.expert is not None}
+    if not changed:
+        return {}
+    if len(held) != 1:
+        raise UserError(_no_cut(whole, next(iter(changed)), number))
+    found = []
+    for parameter, (old, new) in changed.items():
+        if old[0] == new[0] or old[1:] != new[1:] or old[0] != number.count:
+            raise UserError(_no_cut(whole, parameter, number))
+        found.append(Cut(parameter, None, 0, _side_by_side(number.count, number)))
+    module = held.pop()
+    return {module: Cuts(module, Columns(number.kept, number.count, "experts"), tuple(found), number.groups)}
 
 
 def _shared(one: str, other: str) -> int:
@@ -332,6 +412,9 @@ def _no_cut(whole: Checkpoint, parameter: str, number: _Number) -> str:
 
 
 # -- is what is left what it was? -------------------------------------------------------------------------------------
+
+_NEVER = 1e4
+"""How far the scores of an expert that went are below all others."""
 
 _APART = 8
 """How many times the rounding of the dtype the answers of a block may be apart, as a fraction of them."""
@@ -357,7 +440,7 @@ def _tried(whole: Checkpoint, narrow: Narrow) -> str:
     chance = torch.Generator().manual_seed(0)
     given = torch.randn((*tokens.shape, whole.hidden_size), generator=chance).to(whole.device, whole.dtype)
     for number in sorted(set(blocks.kinds(whole))):
-        if not narrow.cuts[number]:
+        if not narrow.of(number):
             continue
         block = whole.load_block(number)
         linears = {linear.name: linear for linear in find_linears(block.module, block.name)}
@@ -367,6 +450,9 @@ def _tried(whole: Checkpoint, narrow: Narrow) -> str:
             weight = linears[name].view(block.state[linears[name].parameter])
             weight[:, cuts.pattern.inputs(weight.shape[1])[~staying[name]].flatten()] = 0
         block.refresh({linears[name].parameter for name in staying})
+        for name, cuts in narrow.experts[number].items():
+            staying[name] = cuts.staying(torch.rand(cuts.pattern.units, generator=chance))
+            _send_nothing(block, cuts, ~staying[name], calls[number][0], given)
         wanted = blocks.run(block.module, calls[number][0], given).float()
         made = narrow.take(number, block, staying)
         found = blocks.run(made.module, calls[number][0], given).float()
@@ -376,3 +462,24 @@ def _tried(whole: Checkpoint, narrow: Narrow) -> str:
         whole.unload_block(number)
         narrow.checkpoint.unload_block(number)
     return ""
+
+
+def _send_nothing(block: LoadedBlock, cuts: Cuts, gone: Tensor, call: Call, given: Tensor) -> None:
+    """Change the router's rows for some experts of a loaded block so that it sends no token of a trial to them."""
+    running = block.module.state_dict(prefix=f"{block.name}.", keep_vars=True)
+    outside = [cut.parameter for cut in cuts.cuts if not cut.parameter.startswith(f"{cuts.name}.")]
+    for parameter in outside:
+        if running[parameter].ndim == 1:  # what is added to the scores
+            running[parameter].data[gone] = 0
+        else:
+            owner = parameter.rpartition(".")[0].removeprefix(block.name).removeprefix(".")
+            seen: list[Tensor] = []
+            router = block.module.get_submodule(owner)
+            hook = router.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0]))
+            try:
+                blocks.run(block.module, call, given)
+            finally:
+                hook.remove()
+            tokens = seen[0].flatten(0, -2).float()
+            row = torch.linalg.lstsq(tokens, tokens.new_full((len(tokens), 1), -_NEVER)).solution[:, 0]
+            running[parameter].data[gone] = row.to(running[parameter].dtype)

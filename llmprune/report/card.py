@@ -24,7 +24,7 @@ from llmprune.patterns import NM, Scope, parse
 from llmprune.recipe import Recipe
 from llmprune.report.record import Divergence, Perplexity, Score, allocation_of, maybe, narrowed, shortened
 from llmprune.report.results import read_comparison, read_evaluated
-from llmprune.structured import depth, width
+from llmprune.structured import depth, experts, width
 
 HUB = "https://huggingface.co"
 
@@ -254,8 +254,12 @@ def _how(report: Mapping[str, Any], pruned: list[dict[str, Any]], methods: list[
         lines.append(f"- **Blocks** that are left, by their numbers in the dense model: {', '.join(map(str, kept))}")
         lines.append(f"- **Those that went** were chosen {way}")
     if widths := report.get("widths"):
-        by = named.name_of(report["recipe"]["width"]["by"])
-        lines.append(f"- **Widths**: {narrowed(widths)}; those that went were chosen by {_method(width, by)}")
+        lines.append(f"- **Widths**: {narrowed(widths)}")
+        recipe = report["recipe"]
+        asked = [("width", width)] if any(recipe["width"].get(part) for part in ("channels", "heads")) else []
+        asked += [("experts", experts)] if recipe.get("experts", {}).get("drop") else []
+        lines += [f"- **{key.capitalize()}** chosen by {_method(room, named.name_of(recipe[key]['by']))}"
+                  for key, room in asked]  # fmt: skip
     if moved := sum(record.get("permuted", False) for record in pruned):
         lines.append(
             f"- **Channel permutation**: for N:M groups that lose less, the inputs of {moved:,} linears have changed "

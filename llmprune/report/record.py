@@ -6,7 +6,7 @@ import hashlib
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,6 +65,23 @@ class LinearRecord:
 
 
 @dataclass(frozen=True)
+class ExpertsRecord:
+    """What became of the experts of a block, where some went.
+
+    Attributes:
+        name: the module that holds them.
+        kept: the numbers of those that stay, in the dense model.
+        tokens: of the calibration that were sent to each.
+        few: the numbers of those that hardly any token reached, so that little is known of them.
+    """
+
+    name: str
+    kept: list[int]
+    tokens: list[int]
+    few: list[int]
+
+
+@dataclass(frozen=True)
 class BlockRecord:
     """How a block was worked on.
 
@@ -77,6 +94,7 @@ class BlockRecord:
         away_before, away: the mean over the calibration's tokens of ‖f(x; Ŵ) − f(x₀; W)‖² / ‖f(x₀; W)‖², of what the
             pruned block returns behind the pruned blocks before it and the dense block behind the dense ones, before
             and after its weights were fitted; None where blocks are not. A fit that looks ahead minimises more.
+        experts: where experts went, what became of each module of them.
     """
 
     name: str
@@ -85,6 +103,7 @@ class BlockRecord:
     peak_device_memory: int | None = None
     away_before: float | None = None
     away: float | None = None
+    experts: list[ExpertsRecord] | None = None
 
 
 @dataclass(frozen=True)
@@ -274,7 +293,7 @@ class Report:
         """
         made = taken(cls, {**data, "out": out}, "it")
         made.linears = [taken(LinearRecord, entry, f"linear {place}") for place, entry in enumerate(made.linears)]
-        made.blocks = [taken(BlockRecord, entry, f"block {place}") for place, entry in enumerate(made.blocks)]
+        made.blocks = [_block(entry, f"block {place}") for place, entry in enumerate(made.blocks)]
         made.dense = taken(Perplexity, data["dense"], "dense") if data.get("dense") else None
         made.sparse = taken(Perplexity, data["sparse"], "sparse") if data.get("sparse") else None
         return made
@@ -282,7 +301,7 @@ class Report:
     def add_block(self, record: Mapping[str, Any]) -> None:
         """Take in the plain data of a block and its linears, as the journal has it."""
         self.linears += map(LinearRecord.read, record["linears"])
-        self.blocks.append(BlockRecord(**{key: value for key, value in record.items() if key != "linears"}))
+        self.blocks.append(_block(record, "a block"))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -299,6 +318,12 @@ class Report:
             "model_sparsity": self.model_sparsity,
             **data,
         }
+
+
+def _block(data: Any, where: str) -> BlockRecord:
+    """A block's record from plain data."""
+    made = taken(BlockRecord, data, where)
+    return replace(made, experts=every(ExpertsRecord, made.experts, "module")) if made.experts else made
 
 
 def taken(kind: type[T], data: Any, where: str) -> T:

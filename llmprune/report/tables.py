@@ -19,7 +19,7 @@ from llmprune.plan import Choice, Plan
 from llmprune.promise import Verdict
 from llmprune.report.comparison import Compared, Comparison
 from llmprune.report.inspect import Inspection, Matrix
-from llmprune.report.record import LinearRecord, Report, Score, narrowed, shortened
+from llmprune.report.record import BlockRecord, LinearRecord, Report, Score, narrowed, shortened
 
 T = TypeVar("T")
 
@@ -213,6 +213,17 @@ def notes(records: Iterable[LinearRecord]) -> list[str]:
     return [
         f"{group[0].name}{f' and {len(group) - 1} like it' if len(group) > 1 else ''}: {group[0].note}"
         for group in groups
+    ]
+
+
+def expert_notes(blocks: Iterable[BlockRecord]) -> list[str]:
+    """Where experts went, those that calibration hardly reached."""
+    return [
+        f"{told.name}: hardly any calibration token was sent to {len(told.few)} of {len(told.tokens)} experts "
+        f"({', '.join(map(str, told.few[:8]))}{', ...' if len(told.few) > 8 else ''}): little is known of them"
+        for block in blocks
+        for told in block.experts or ()
+        if told.few
     ]
 
 

@@ -17,10 +17,11 @@ from torch import Tensor
 from llmprune import named
 from llmprune.errors import UserError
 from llmprune.model.checkpoint import Checkpoint
-from llmprune.model.width import Narrow, narrowed
+from llmprune.model.width import Narrow, Target, narrowed
 from llmprune.patterns import Columns, Pattern
-from llmprune.recipe import Width
+from llmprune.recipe import Experts, Recipe, Width
 from llmprune.solvers import Solver
+from llmprune.structured import experts
 
 MULTIPLE = 32
 """What the channels that stay are a multiple of, where the dense width is: kernels and quantised formats want that."""
@@ -51,27 +52,34 @@ def without(weight: Tensor, pattern: Pattern, scores: Tensor) -> Tensor:
     return weight * stays
 
 
-def narrow(checkpoint: Checkpoint, asked: Width) -> Narrow | None:
+def narrow(checkpoint: Checkpoint, recipe: Recipe) -> Narrow | None:
     """The narrower model that a recipe asks for, None where it asks for nothing.
 
     Raises:
-        UserError: the model has no such channels or heads, or what is asked for makes no sense.
+        UserError: the model has no such channels, heads or experts, or what is asked for makes no sense.
     """
+    asked, sent = recipe.width, recipe.experts
     load(asked.by)
-    if not asked.asks:
-        if asked.by != Width().by:
-            raise UserError(
-                "width.by says how channels and heads are chosen that go, and neither width.channels nor width.heads "
-                "how many: say that too"
-            )
+    experts.load(sent.by)
+    if not asked.asks and asked.by != Width().by:
+        raise UserError(
+            "width.by says how channels and heads are chosen that go, and neither width.channels nor width.heads "
+            "how many: say that too"
+        )
+    if sent.drop is None and sent.by != Experts().by:
+        raise UserError("experts.by says how experts are chosen that go, and experts.drop not how many: say that too")
+    if not recipe.narrows:
         return None
 
-    def target(name: str, value: str | int | float, multiple: int) -> Any:
-        return lambda count: _left(name, value, count, multiple)
+    def target(name: str, value: str | int | float | None, multiple: int) -> Target | None:
+        return None if value is None else lambda count: _left(name, value, count, multiple)
 
-    channels = None if asked.channels is None else target("channels", asked.channels, MULTIPLE)
-    heads = None if asked.heads is None else target("heads", asked.heads, 1)
-    return narrowed(checkpoint, channels, heads)
+    return narrowed(
+        checkpoint,
+        target("width.channels", asked.channels, MULTIPLE),
+        target("width.heads", asked.heads, 1),
+        target("experts.drop", sent.drop, 1),
+    )
 
 
 def _left(name: str, asked: str | int | float, count: int, multiple: int) -> int:
@@ -85,12 +93,10 @@ def _left(name: str, asked: str | int | float, count: int, multiple: int) -> int
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", asked) if isinstance(asked, str) else None
         share = float(found[1]) / 100 if found else asked if isinstance(asked, float) else None
         if share is None or not 0 < share < 1:
-            raise UserError(
-                f"width.{name} must be how many go of each block (6), or a share of them (20%), not {asked!r}"
-            )
+            raise UserError(f"{name} must be how many go of each block (6), or a share of them (20%), not {asked!r}")
         step = max(1, min(multiple, 2 ** int(math.log2(max(1, count / multiple)))))
         step = math.gcd(step, count)
         left = min(max(step, round(count * (1 - share) / step) * step), count - step)
     if not 0 < left < count:
-        raise UserError(f"width.{name}: of {count} at least one must go, and at least one must stay; {asked} go")
+        raise UserError(f"{name}: of {count} at least one must go, and at least one must stay; {asked} go")
     return left
