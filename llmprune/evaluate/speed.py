@@ -38,7 +38,7 @@ from llmprune.model.skeleton import load_config, load_tokenizer, pick_device
 from llmprune.model.source import Source, resolve
 from llmprune.progress import Progress, Silent
 from llmprune.report.record import versions
-from llmprune.report.speed import Phase, Ratio, Speed, Spread, Timed, Verdict
+from llmprune.report.speed import PHASES, Phase, Ratio, Speed, Spread, Timed, Verdict
 
 RESULT = "speed.json"
 
@@ -137,6 +137,7 @@ def speed(
         notes = _check_tokens(candidates, prompts)
     if kind == "cpu":
         _check_memory(candidates, dtype)
+    notes += _busy()
     folder = None if out is None else Path(out).expanduser().absolute()
     with contextlib.nullcontext() if folder is None else holding(folder):
         asked = [Load(one.source.folder, device, dtype, threads, trust_remote_code) for one in candidates]
@@ -201,12 +202,12 @@ def ratios(models: Sequence[Timed]) -> list[Ratio]:
     dense, *others = models
     pairs: list[tuple[str, Phase, Spread, Spread]] = []
     for model in others:
-        pairs.append((model.name, "prefill", dense.prefill, model.prefill))
-        if dense.decode is not None and model.decode is not None:
-            pairs.append((model.name, "decode", dense.decode, model.decode))
-    return [
-        Ratio(name, phase, *compared(before.values, after.values, len(pairs))) for name, phase, before, after in pairs
-    ]
+        for phase in PHASES:
+            before, after = dense.rate(phase), model.rate(phase)
+            if before is not None and after is not None:
+                pairs.append((model.name, phase, before, after))
+    count = len(pairs)
+    return [Ratio(name, phase, *compared(before.values, after.values, count)) for name, phase, before, after in pairs]
 
 
 def compared(
@@ -323,6 +324,17 @@ def _check_memory(candidates: Sequence[Candidate], dtype: str) -> None:
             f"the weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free: the models take "
             "turns and stay in memory; measure fewer at once"
         )
+
+
+def _busy() -> list[str]:
+    """What to note where the machine had other work."""
+    load, cores = (
+        os.getloadavg()[0],
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    )
+    if load < 0.5:
+        return []
+    return [f"other programs were at work when it began (load {load:.1f}, {cores} cores): noise is less without them"]
 
 
 def _run(

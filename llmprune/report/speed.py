@@ -16,6 +16,8 @@ from llmprune.report.tables import size
 
 Phase = Literal["prefill", "decode"]
 
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+
 Verdict = Literal["faster", "slower", "no difference beyond noise", "not known"]
 
 
@@ -84,6 +86,10 @@ class Timed:
     prefill: Spread
     decode: Spread | None
 
+    def rate(self, phase: Phase) -> Spread | None:
+        """Tokens per second in a phase."""
+        return self.prefill if phase == "prefill" else self.decode
+
     @classmethod
     def read(cls, data: Any) -> Timed:
         """The same from plain data.
@@ -120,7 +126,7 @@ class Ratio:
 
     def __str__(self) -> str:
         span = "" if self.low is None else f" ({self.low:.3g} to {self.high:.3g})"
-        return f"{self.ratio:.3g} times{span}: {self.verdict}"
+        return f"{self.ratio:.3g}{span}, {self.verdict}"
 
 
 @dataclass
