@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from llmprune.evaluate.compare import compare
     from llmprune.evaluate.divergence import divergence
     from llmprune.evaluate.perplexity import perplexity
+    from llmprune.evaluate.speed import speed
     from llmprune.pipeline import prune
     from llmprune.push import push
     from llmprune.recipe import Recipe
@@ -38,6 +39,7 @@ __all__ = [
     "prune",
     "push",
     "search",
+    "speed",
     "sweep",
     "verify",
 ]
@@ -52,6 +54,7 @@ _PLACES = {
     "prune": "llmprune.pipeline",
     "push": "llmprune.push",
     "search": "llmprune.search",
+    "speed": "llmprune.evaluate.speed",
     "sweep": "llmprune.sweep",
     "verify": "llmprune.report.verify",
 }

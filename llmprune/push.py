@@ -16,7 +16,8 @@ from llmprune.errors import Failure, UserError
 from llmprune.model.source import CARRIED
 from llmprune.model.writer import EVALUATION, JOURNAL
 from llmprune.progress import Progress, Silent
-from llmprune.report.card import is_ours, known_results, make_card, marked
+from llmprune.report.card import is_ours, known_results, known_speed, make_card, marked
+from llmprune.report.results import read_speed
 from llmprune.report.verify import read_report, verify
 
 LEFT_OUT = [".*", "*/.*", JOURNAL, f"{EVALUATION}/lm_eval.json"]
@@ -113,7 +114,8 @@ def push(
     else:
         base = _base(report, base_model, license, pushed.notes)
         changed = bool(verdict.changed)
-        pushed.card = marked(make_card(report, known_results(place, report, changed), to, base, changed))
+        speed = known_speed(place, read_speed(place))
+        pushed.card = marked(make_card(report, known_results(place, report, changed), to, base, changed, speed))
         if not dry_run:
             _write(place / CARD, pushed.card)
     pushed.files = _files(place) | {CARD: len(pushed.card.encode())}

@@ -150,7 +150,7 @@ def compare(
         with distributed.first():
             opened = [asked.open(model, shown) for model in (dense, *models)]
         reference = Reference(opened.pop(0), asked, folder, shown)
-        names = _names([str(dense), *map(str, models)])
+        names = short_names([str(dense), *map(str, models)])
         measured = [reference.measure(reference.checkpoint, names[0])]
         while opened:
             measured.append(reference.measure(opened.pop(0), names[len(measured)]))
@@ -388,7 +388,7 @@ def _weighed(value: Any) -> tuple[float, float] | None:
     return None
 
 
-def _names(paths: Sequence[str]) -> list[str]:
+def short_names(paths: Sequence[str]) -> list[str]:
     """Short names for models, each of them once."""
     short = [Path(path).name or path for path in paths]
     names: list[str] = []

@@ -46,7 +46,7 @@ REPORT = "llmprune.json"
 PAGE = "report.html"
 ALLOCATION = "allocation.yaml"
 EVALUATION = "evaluation"
-MEASURED = ("eval.json", "lm_eval.json", "comparison.json", "generations.json")
+MEASURED = ("eval.json", "lm_eval.json", "comparison.json", "generations.json", "speed.json")
 """What is found out about a checkpoint later on, in its folder `EVALUATION`."""
 
 CONFIG = "config.json"

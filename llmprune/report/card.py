@@ -24,6 +24,7 @@ from llmprune.patterns import NM, Scope, parse
 from llmprune.recipe import Recipe
 from llmprune.report.record import Divergence, Perplexity, Score, allocation_of, maybe, narrowed, shortened
 from llmprune.report.results import read_comparison, read_evaluated
+from llmprune.report.speed import PHASES, Speed
 from llmprune.structured import depth, experts, width
 
 HUB = "https://huggingface.co"
@@ -141,7 +142,12 @@ def _score(found: Score, dense: float | None) -> Result:
 
 
 def make_card(
-    report: Mapping[str, Any], results: list[Result], to: str, base: Mapping[str, Any], changed: bool = False
+    report: Mapping[str, Any],
+    results: list[Result],
+    to: str,
+    base: Mapping[str, Any],
+    changed: bool = False,
+    speed: str = "",
 ) -> ModelCard:
     """The card of a pruned model.
 
@@ -151,6 +157,7 @@ def make_card(
         to: what it will be called, owner/name.
         base: what the dense model's card says: `name` on the Hub where it has one, `license`, ...
         changed: the weights are others than the run wrote: somebody has trained them since.
+        speed: what was measured of its speed; see `known_speed`.
     """
     recipe = report["recipe"]
     pruned = [record for record in report["linears"] if not record.get("kept")]
@@ -167,8 +174,8 @@ def make_card(
             _quality(results),
             "## How to load it",
             _load(to, _has_code(report)),
-            "## What speed-up not to expect",
-            _speed(patterns, report),
+            "## What speed-up not to expect" if not speed else "## Speed",
+            _speed(patterns, report, speed),
             "## How to make it again",
             _again(report, recipe, base),
         ]
@@ -345,22 +352,47 @@ tokenizer = AutoTokenizer.from_pretrained("{to}"{more})
 ```"""
 
 
-def _speed(patterns: Sequence[str], report: Mapping[str, Any]) -> str:
+def known_speed(folder: Path, found: Speed | None) -> str:
+    """What was measured of a pruned model's speed, in a sentence; empty where it was not, or in one round.
+
+    Args:
+        folder: the checkpoint.
+        found: what `speed` told.
+    """
+    own = found.own(folder) if found is not None else None
+    if found is None or own is None:
+        return ""
+    told = []
+    for phase in PHASES:
+        ratio = found.ratio(own, phase)
+        if ratio is None or ratio.low is None:
+            continue
+        if ratio.verdict in ("faster", "slower"):
+            told.append(f"{phase} is {ratio.ratio:.3g} times as fast ({ratio.low:.3g} to {ratio.high:.3g})")
+        else:
+            told.append(f"no difference beyond noise in {phase}")
+    if not told:
+        return ""
+    return f"Against the dense model, both run by plain transformers ({found.where}): {'; '.join(told)}."
+
+
+def _speed(patterns: Sequence[str], report: Mapping[str, Any], measured: str) -> str:
     kept, widths, said = report.get("kept_blocks"), report.get("widths"), []
     if kept:
         said.append(
             f"A token goes through {len(kept)} blocks instead of {report['dense_blocks']}, and the cache has no keys "
-            "and values of the others; how much faster that is was not measured."
+            f"and values of the others{'' if measured else '; how much faster that is was not measured'}."
         )
     if widths:
-        said.append("Its matrices are smaller, which every runtime gains from; how much that is was not measured.")
+        unknown = "" if measured else "; how much that is was not measured"
+        said.append(f"Its matrices are smaller, which every runtime gains from{unknown}.")
     if patterns or not said:
         said.append(
             "Zeros bring none by themselves: they are stored and multiplied like any other number."
             if said
             else "None by itself: zeros are stored and multiplied like any other number, so that this checkpoint is as "
-            "large as the dense one, and runs as fast, in transformers and in servers that load it as it is. No "
-            "speed-up was measured for this model."
+            "large as the dense one, and runs as fast, in transformers and in servers that load it as it is."
+            + ("" if measured else " No speed-up was measured for this model.")
         )
         said.append(
             "NVIDIA GPUs from Ampere on have instructions for 2:4, which a runtime uses only after it has compressed "
@@ -368,7 +400,7 @@ def _speed(patterns: Sequence[str], report: Mapping[str, Any]) -> str:
             if "2:4" in patterns
             else "A runtime with kernels for this kind of sparsity may gain from it; GPUs have no instructions for it."
         )
-    return " ".join(said)
+    return " ".join([measured, *said] if measured else said)
 
 
 def _again(report: Mapping[str, Any], recipe: dict[str, Any], base: Mapping[str, Any]) -> str:

@@ -29,6 +29,7 @@ from llmprune.report import plots, tables
 from llmprune.report.comparison import Compared, Difference
 from llmprune.report.record import LinearRecord, Perplexity, Report, Score
 from llmprune.report.results import Evaluated, Results, find_dense, read_results
+from llmprune.report.speed import PHASES, spread
 from llmprune.report.weights import MOST, Histogram, choose, weigh
 
 LISTED = 600
@@ -235,9 +236,28 @@ def verdict(results: Results) -> tuple[list[str], list[Row], list[str]]:
         missing.append("tasks")
     elif not other:
         missing.append("tasks on the dense model")
+    if timed := _speed_rows(results):
+        rows += timed
+    else:
+        missing.append("speed")
     if len(sentences) == 1:
         sentences.append("What that costs in quality has not been measured.")
     return sentences, rows, missing
+
+
+def _speed_rows(results: Results) -> list[Row]:
+    """How fast both models are, where that was measured."""
+    found = results.speed
+    own = found.own(results.report.out) if found is not None else None
+    if found is None or own is None:
+        return []
+    rows = []
+    for phase in PHASES:
+        before, after, ratio = found.dense.rate(phase), own.rate(phase), found.ratio(own, phase)
+        if before is not None and after is not None and ratio is not None:
+            name = f"{_upper(phase)}, tokens/s"
+            rows.append(Row(name, found.where, spread(before), spread(after), f"× {ratio}"))
+    return rows
 
 
 def _percent(part: float) -> str:
@@ -300,10 +320,10 @@ def _score(score: Score) -> str:
 def measure_command(results: Results) -> str:
     """The command that measures what a run by itself does not."""
     report = results.report
-    out = shlex.quote(str(report.out))
+    out, model = shlex.quote(str(report.out)), shlex.quote(report.model)
     return (
-        f"llmprune compare {shlex.quote(report.model)} {out} --perplexity wikitext2 --tasks arc_easy,hellaswag "
-        f"-o {out}/evaluation\nllmprune report {out}"
+        f"llmprune compare {model} {out} --perplexity wikitext2 --tasks arc_easy,hellaswag -o {out}/evaluation\n"
+        f"llmprune speed {model} {out} -o {out}/evaluation\nllmprune report {out}"
     )
 
 

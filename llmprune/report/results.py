@@ -13,6 +13,7 @@ from llmprune.model.source import Source, present
 from llmprune.model.writer import EVALUATION, JOURNAL, REPORT
 from llmprune.report.comparison import Comparison
 from llmprune.report.record import Divergence, Perplexity, Report, Score, every, maybe
+from llmprune.report.speed import Speed
 
 T = TypeVar("T")
 
@@ -67,13 +68,14 @@ class Results:
 
     Attributes:
         report: of the run that wrote it.
-        evaluated, compared, generations: what was found out later, if anything.
+        evaluated, compared, generations, speed: what was found out later, if anything.
     """
 
     report: Report
     evaluated: Evaluated | None = None
     comparison: Comparison | None = None
     generations: list[Generation] = field(default_factory=list)
+    speed: Speed | None = None
 
 
 def read_results(out: Path) -> Results:
@@ -86,7 +88,7 @@ def read_results(out: Path) -> Results:
         unfinished = "; its run has not finished" if (out / JOURNAL).exists() else ""
         raise UserError(f"no {REPORT} in {out}: it was not written by llmprune{unfinished}")
     report = _read(out / REPORT, lambda data: Report.read(data, out), "it may be of another version of llmprune")
-    return Results(report, read_evaluated(out), read_comparison(out), read_generations(out))
+    return Results(report, read_evaluated(out), read_comparison(out), read_generations(out), read_speed(out))
 
 
 def find_dense(report: Report, trusted: bool = False) -> Source | None:
@@ -120,6 +122,15 @@ def read_generations(out: Path) -> list[Generation]:
         UserError: the file cannot be read.
     """
     return _later(out, "generations.json", lambda data: every(Generation, data, "answer")) or []
+
+
+def read_speed(out: Path) -> Speed | None:
+    """What `speed` found out later about a checkpoint.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    return _later(out, "speed.json", Speed.read)
 
 
 def _later(out: Path, name: str, build: Callable[[Any], T]) -> T | None:
