@@ -102,17 +102,26 @@ class Width:
     Args:
         channels: how many of an MLP's channels go: a number of them, or a share (`20%`).
         heads: how many heads go, likewise: those that have keys and values of their own; their queries go with them.
+        params: instead of `channels`, the share of all weights that may stay (`80%`): as many channels go as it takes.
+        flops: likewise, of the products that a token takes, attention scores aside.
         by: how they are chosen: `osscar`, `flap`, `wanda` or `magnitude`, or a mapping of its `name` and options.
     """
 
     channels: str | int | float | None = None
     heads: str | int | float | None = None
+    params: str | float | None = None
+    flops: str | float | None = None
     by: Named = "osscar"
+
+    def __post_init__(self) -> None:
+        said = [name for name in ("channels", "params", "flops") if getattr(self, name) is not None]
+        if len(said) > 1:
+            raise UserError(f"width.{said[0]} and width.{said[1]} both say how many channels go: give one of them")
 
     @property
     def asks(self) -> bool:
         """Whether anything goes."""
-        return self.channels is not None or self.heads is not None
+        return any(value is not None for value in (self.channels, self.heads, self.params, self.flops))
 
 
 @dataclass(frozen=True)

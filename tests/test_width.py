@@ -271,10 +271,61 @@ def test_columns() -> None:
 
 @pytest.mark.parametrize(
     ("asked", "count", "left"),
-    [("20%", 1536, 1216), (0.2, 11008, 8800), ("25%", 64, 48), (100, 1536, 1436), ("99%", 64, 2), ("0.1%", 1000, 992)],
+    [("20%", 1536, 1216), (0.2, 11008, 8800), ("25%", 64, 48), (100, 1536, 1436), ("99%", 64, 4), ("0.1%", 1000, 992)],
 )
 def test_how_many_stay(asked: Any, count: int, left: int) -> None:
     assert width._left("channels", asked, count, width.MULTIPLE) == left
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe", "gpt2"])
+@pytest.mark.parametrize("allowed", ["90%", 0.8])
+@pytest.mark.parametrize("key", ["params", "flops"])
+def test_budgets(key: str, allowed: Any, family: str, tmp_path: Path) -> None:
+    source = make(family, tmp_path / "model")
+    recipe = Recipe.from_dict({"width": {key: allowed}})
+    whole = Checkpoint(resolve(source), "cpu")
+    made = width.narrow(whole, recipe).checkpoint
+
+    def size(checkpoint: Checkpoint) -> float:
+        if key == "params":
+            return sum(info.numel for info in checkpoint.index.values())
+        config = checkpoint.config
+        linears = [linear for name in checkpoint.blocks for linear in find_linears(checkpoint.block(name), name)]
+        part = {True: 1.0, False: 2 / 4}  # of four experts a token is sent to two
+        head = config.vocab_size * config.hidden_size
+        return sum(linear.numel * part[linear.expert is None] for linear in linears) + head
+
+    share = 0.9 if allowed == "90%" else allowed
+    assert size(made) <= share * size(whole)
+    if family != "qwen3_moe":  # it has two widths
+        assert size(one_step_wider(whole, made)) > share * size(whole)
+
+
+def one_step_wider(whole: Checkpoint, made: Checkpoint) -> Checkpoint:
+    """The model in which one more step of channels stays."""
+    kept = {was: now for was, now in zip(*(_widths(one) for one in (whole, made)), strict=True) if was != now}
+    return narrowed(whole, lambda count: min(count - 1, kept.get(count, count) + 4)).checkpoint
+
+
+def _widths(checkpoint: Checkpoint) -> list[int]:
+    names = ("intermediate_size", "moe_intermediate_size", "n_inner")
+    return [getattr(checkpoint.config, name, None) or 4 * checkpoint.hidden_size for name in names]
+
+
+def test_a_budget_counts_heads_that_go_besides(model: Path) -> None:
+    whole = Checkpoint(resolve(model), "cpu")
+    total = sum(info.numel for info in whole.index.values())
+    for heads in (None, 1):
+        made = width.narrow(whole, Recipe.from_dict({"width": {"params": "75%", "heads": heads}}))
+        assert sum(info.numel for info in made.checkpoint.index.values()) <= 0.75 * total
+    with pytest.raises(
+        UserError, match=r"width\.params: channels alone bring the model to .* at the least, and 5% may"
+    ):
+        width.narrow(whole, Recipe.from_dict({"width": {"params": "5%"}}))
+    with pytest.raises(UserError, match=r"width\.flops must be the share that may stay \(80%\), not 'half'"):
+        width.narrow(whole, Recipe.from_dict({"width": {"flops": "half"}}))
+    with pytest.raises(UserError, match=r"width\.channels and width\.params both say how many channels go"):
+        Recipe.from_dict({"width": {"channels": 1, "params": "80%"}})
 
 
 @pytest.mark.parametrize(("asked", "count", "left"), [("20%", 3, 2), ("50%", 4, 2), (1, 2, 1), ("90%", 8, 1)])

@@ -37,6 +37,9 @@ def add_recipe(parser: argparse.ArgumentParser, several: bool = False, sought: b
     add("--drop-by", metavar="NAME", help="how they are chosen: greedy, influence, evolve [greedy]")
     narrower = "channels of each MLP that go: how many, or a share of them (20%%); no linear is pruned besides"
     add("--drop-channels", metavar="N", help=narrower)
+    budget = "instead: as many channels as it takes for this share of all weights to stay (80%%)"
+    add("--params", metavar="SHARE", help=budget)
+    add("--flops", metavar="SHARE", help="likewise, of the products that a token takes")
     groups = "heads of each attention that go, with their queries: how many of those with keys of their own, or a share"
     add("--drop-heads", metavar="N", help=groups)
     add("--narrow-by", metavar="NAME", help="how these are chosen: osscar, flap, wanda, magnitude [osscar]")
@@ -106,6 +109,8 @@ def recipe_options(chosen: argparse.Namespace, default: Mapping[str, Any] | None
     )
     for part in ("channels", "heads"):
         options[f"width.{part}"] = _value(getattr(chosen, f"drop_{part}"))
+    for part in ("params", "flops"):
+        options[f"width.{part}"] = _value(getattr(chosen, part))
     options["experts.drop"] = _value(chosen.drop_experts)
     options["trust_remote_code"] = chosen.trust_remote_code or None
     recipe = assemble(chosen.recipe if chosen.recipe is not None else default, options)

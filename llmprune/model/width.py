@@ -9,8 +9,9 @@ was returns when that linear does not look at the inputs that went, or when no t
 from __future__ import annotations
 
 import itertools
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -192,6 +193,70 @@ def narrowed(
         if not (why := _otherwise(whole, narrow)):
             return narrow
     raise UserError(f"{kind} cannot be made narrower without changing what is left: {why}")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What each unit less of a number of the config saves, over all blocks.
+
+    Attributes:
+        count: how many units there are.
+        weights: that go with one.
+        products: of a token with weights that go with one; of experts those that a token is sent to count.
+    """
+
+    count: int
+    weights: float
+    products: float
+
+
+def channel_units(whole: Checkpoint) -> list[Unit]:
+    """The widths of a model's MLPs, and what a channel of each is worth."""
+    return _units(whole, _channels(whole, lambda count: count // 2))
+
+
+def head_units(whole: Checkpoint) -> list[Unit]:
+    """The heads that have keys and values of their own, and what each is worth; none where none can go."""
+    return _units(whole, _heads(whole, lambda count: max(1, count // 2)))
+
+
+def products(whole: Checkpoint) -> float:
+    """Products of a token with the weights of a model, in its linears and the output layer."""
+    head = whole.model.get_output_embeddings()
+    last = 0.0 if head is None else float(head.weight.numel())
+    return last + sum(_used(whole, name, numel) for name, numel in _matrices(whole))
+
+
+def _matrices(whole: Checkpoint) -> Iterator[tuple[str, int]]:
+    for name in whole.blocks:
+        held = {linear.parameter for linear in find_linears(whole.block(name), name)}
+        state = whole.block(name).state_dict(prefix=f"{name}.")
+        yield from ((parameter, state[parameter].numel()) for parameter in sorted(held))
+
+
+def _used(whole: Checkpoint, parameter: str, numel: float) -> float:
+    """The part of a weight that a token is multiplied with."""
+    shape: torch.Size = whole.model.state_dict()[parameter].shape
+    if len(shape) < 3:
+        return numel
+    return numel * min(1.0, experts_per_token(whole.config.get_text_config()) / shape[0])
+
+
+def _units(whole: Checkpoint, numbers: Iterable[_Number]) -> list[Unit]:
+    matrices = dict(_matrices(whole))
+    found = []
+    for number in numbers:
+        config, _ = altered(whole, number.changes, number.words)
+        weights = used = 0.0
+        for changed in _changed(whole, config, number):
+            for name, (old, new) in changed.items():
+                saved = math.prod(old) - math.prod(new)
+                weights += saved
+                used += _used(whole, name, saved) if name in matrices else 0
+        gone = number.count - number.kept
+        if weights and gone:
+            found.append(Unit(number.count, weights / gone, used / gone))
+    return found
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from llmprune import named
 from llmprune.errors import UserError
 from llmprune.model.checkpoint import Checkpoint
-from llmprune.model.width import Narrow, Target, narrowed
+from llmprune.model.width import Narrow, Target, Unit, channel_units, head_units, narrowed, products
 from llmprune.patterns import Columns, Pattern
 from llmprune.recipe import Experts, Recipe, Width
 from llmprune.solvers import Solver
@@ -25,6 +25,9 @@ from llmprune.structured import experts
 
 MULTIPLE = 32
 """What the channels that stay are a multiple of, where the dense width is: kernels and quantised formats want that."""
+
+_LEAST = 4
+"""What it is of small widths: kernels for experts take numbers whose rows are whole pieces of memory."""
 
 
 def names() -> list[str]:
@@ -74,28 +77,71 @@ def narrow(checkpoint: Checkpoint, recipe: Recipe) -> Narrow | None:
     def target(name: str, value: str | int | float | None, multiple: int) -> Target | None:
         return None if value is None else lambda count: _left(name, value, count, multiple)
 
+    channels, key = asked.channels, "width.channels"
+    for key_, budget in (("params", asked.params), ("flops", asked.flops)):
+        if budget is not None:
+            channels, key = _within(checkpoint, f"width.{key_}", budget, asked.heads), f"width.{key_}"
     return narrowed(
         checkpoint,
-        target("width.channels", asked.channels, MULTIPLE),
+        target(key, channels, MULTIPLE),
         target("width.heads", asked.heads, 1),
         target("experts.drop", sent.drop, 1),
     )
 
 
+def _within(checkpoint: Checkpoint, key: str, asked: str | float, heads: str | int | float | None) -> float:
+    """The smallest share of channels whose loss brings a model within a budget.
+
+    Args:
+        key: what the budget is of.
+        asked: the part of it that may stay.
+        heads: those that go besides.
+
+    Raises:
+        UserError: no such share, or there are not enough channels.
+    """
+    allowed = _share(asked)
+    if allowed is None:
+        raise UserError(f"{key} must be the share that may stay (80%), not {asked!r}")
+    by_products = key == "width.flops"
+
+    def worth(unit: Unit) -> float:
+        return unit.products if by_products else unit.weights
+
+    total = products(checkpoint) if by_products else sum(info.numel for info in checkpoint.index.values())
+    left = float(total)
+    if heads is not None:
+        left -= sum(
+            (unit.count - _left("width.heads", heads, unit.count, 1)) * worth(unit) for unit in head_units(checkpoint)
+        )
+    units = channel_units(checkpoint)
+    for share in (step / 1000 for step in range(1, 1000)):
+        gone = sum((unit.count - _left(key, share, unit.count, MULTIPLE)) * worth(unit) for unit in units)
+        if left - gone <= allowed * total:
+            return share
+    least = (left - gone) / total if units else 1.0
+    raise UserError(f"{key}: channels alone bring the model to {least:.1%} at the least, and {asked} may stay")
+
+
+def _share(asked: Any) -> float | None:
+    """A share that is written as `20%` or 0.2, None where it is none."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", asked) if isinstance(asked, str) else None
+    share = float(found[1]) / 100 if found else asked if isinstance(asked, float) else None
+    return share if share is not None and 0 < share < 1 else None
+
+
 def _left(name: str, asked: str | int | float, count: int, multiple: int) -> int:
     """How many of so many stay.
 
-    A share comes to a multiple, as far as that changes it by no more than a sixtieth of all.
+    A share comes to a multiple, as far as that changes it by no more than a sixtieth of all, but of four.
     """
     if isinstance(asked, int) and not isinstance(asked, bool):
         left = count - asked
     else:
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", asked) if isinstance(asked, str) else None
-        share = float(found[1]) / 100 if found else asked if isinstance(asked, float) else None
-        if share is None or not 0 < share < 1:
+        share = _share(asked)
+        if share is None:
             raise UserError(f"{name} must be how many go of each block (6), or a share of them (20%), not {asked!r}")
-        step = max(1, min(multiple, 2 ** int(math.log2(max(1, count / multiple)))))
-        step = math.gcd(step, count)
+        step = math.gcd(count, min(multiple, max(_LEAST, 2 ** int(math.log2(max(1, count / multiple))))))
         left = min(max(step, round(count * (1 - share) / step) * step), count - step)
     if not 0 < left < count:
         raise UserError(f"{name}: of {count} at least one must go, and at least one must stay; {asked} go")
