@@ -224,19 +224,18 @@ def products(whole: Checkpoint) -> float:
     """Products of a token with the weights of a model, in its linears and the output layer."""
     head = whole.model.get_output_embeddings()
     last = 0.0 if head is None else float(head.weight.numel())
-    return last + sum(_used(whole, name, numel) for name, numel in _matrices(whole))
+    return last + sum(_used(whole, shape, shape.numel()) for _, shape in _matrices(whole))
 
 
-def _matrices(whole: Checkpoint) -> Iterator[tuple[str, int]]:
+def _matrices(whole: Checkpoint) -> Iterator[tuple[str, torch.Size]]:
     for name in whole.blocks:
         held = {linear.parameter for linear in find_linears(whole.block(name), name)}
         state = whole.block(name).state_dict(prefix=f"{name}.")
-        yield from ((parameter, state[parameter].numel()) for parameter in sorted(held))
+        yield from ((parameter, state[parameter].shape) for parameter in sorted(held))
 
 
-def _used(whole: Checkpoint, parameter: str, numel: float) -> float:
-    """The part of a weight that a token is multiplied with."""
-    shape: torch.Size = whole.model.state_dict()[parameter].shape
+def _used(whole: Checkpoint, shape: torch.Size, numel: float) -> float:
+    """The part of weights in a matrix, or in one of each expert, that a token is multiplied with."""
     if len(shape) < 3:
         return numel
     return numel * min(1.0, experts_per_token(whole.config.get_text_config()) / shape[0])
@@ -252,7 +251,7 @@ def _units(whole: Checkpoint, numbers: Iterable[_Number]) -> list[Unit]:
             for name, (old, new) in changed.items():
                 saved = math.prod(old) - math.prod(new)
                 weights += saved
-                used += _used(whole, name, saved) if name in matrices else 0
+                used += _used(whole, matrices[name], saved) if name in matrices else 0
         gone = number.count - number.kept
         if weights and gone:
             found.append(Unit(number.count, weights / gone, used / gone))
@@ -535,7 +534,7 @@ def _send_nothing(block: LoadedBlock, cuts: Cuts, gone: Tensor, call: Call, give
     outside = [cut.parameter for cut in cuts.cuts if not cut.parameter.startswith(f"{cuts.name}.")]
     for parameter in outside:
         if running[parameter].ndim == 1:  # what is added to the scores
-            running[parameter].data[gone] = 0
+            running[parameter].data[gone] = -_NEVER
         else:
             owner = parameter.rpartition(".")[0].removeprefix(block.name).removeprefix(".")
             seen: list[Tensor] = []

@@ -13,6 +13,9 @@ from llmprune.solvers import Buffers
 from llmprune.stats import LinearStats, Needs, product
 from llmprune.structured.width import columns
 
+_WORTH = 1e-4
+"""An exchange is worth it from this part of the output energy of an average input on."""
+
 _CANDIDATES = 4
 """Units that went which are tried in an exchange: those that would bring the most if they came back."""
 
@@ -36,7 +39,7 @@ class Solver:
     updates: ClassVar[bool] = True
     row_independent: ClassVar[bool] = False
     products: ClassVar[float] = 12
-    buffers: ClassVar[Buffers] = Buffers(factorising=3, factor=4, weights=4)
+    buffers: ClassVar[Buffers] = Buffers(factorising=3, factor=5, weights=4)
 
     damping: float = 0.01
     rounds: int = 128
@@ -65,6 +68,7 @@ class Solver:
             if not left.exchange(gram, scaled):
                 break
         kept = units[left.stays].flatten()
+        del left
         found = torch.zeros_like(weight)
         found[:, kept] = _fitted(gram, scaled, kept) * stats.inverse_norms[kept]
         return found
@@ -76,6 +80,7 @@ class _Left:
     def __init__(self, weight: Tensor, inverse: Tensor, units: Tensor) -> None:
         self.weight, self.inverse, self.units = weight.clone(), inverse, units
         self.stays = torch.ones(len(units), dtype=torch.bool, device=weight.device)
+        self._through: Tensor | None = None  # the Gram times H, once it is asked for
 
     def costs(self) -> Tensor:
         """(units,) what the loss grows by when a unit goes; infinite for those that are gone."""
@@ -86,9 +91,11 @@ class _Left:
         inputs = self.units[gone].flatten()
         rows = self.inverse[inputs]  # (gone, in)
         share = torch.linalg.solve(rows[:, inputs], rows)
-        self.weight -= self.weight[:, inputs] @ share
-        self.inverse -= rows.T @ share
-        self.weight[:, inputs] = 0
+        for matrix in (self.weight, self._through):
+            if matrix is not None:
+                matrix.addmm_(matrix[:, inputs], share, alpha=-1)
+                matrix[:, inputs] = 0
+        self.inverse.addmm_(rows.T, share, alpha=-1)
         self.inverse[inputs] = 0
         self.inverse[:, inputs] = 0
         self.stays[gone] = False
@@ -96,50 +103,47 @@ class _Left:
     def exchange(self, gram: Tensor, dense: Tensor) -> bool:
         """Let one unit come back for another that goes, where the loss falls; whether it does."""
         gone = (~self.stays).nonzero()[:, 0]
-        if not len(gone) or bool(self.stays.sum() == 0):
+        if not len(gone) or len(gone) == len(self.stays):
             return False
+        if self._through is None:
+            self._through = product(gram, self.inverse)
         back = self.units[gone]  # (gone, each)
-        across = gram[back.flatten()]  # what they have to do with all inputs
-        lacking = product(dense - self.weight, across)  # (out, gone · each)
-        through = product(across, self.inverse)  # (gone · each, in); zero where nothing stays
-        each = back.shape[1]
-        inside = torch.einsum("gai,gbi->gab", through.view(len(gone), each, -1), across.view(len(gone), each, -1))
+        across = gram[back]  # (gone, each, in): what they have to do with all inputs
+        through = self._through[back]  # likewise; zero where nothing stays
+        lacking = product(dense - self.weight, across.flatten(0, 1)).T.reshape(*back.shape, -1)  # (gone, each, out)
+        inside = torch.einsum("gai,gbi->gab", through, across)
         schur = gram[back[:, :, None], back[:, None, :]] - inside
-        moved = lacking.T.reshape(len(gone), each, -1)
-        gains = (moved * torch.linalg.solve(schur, moved)).sum((1, 2))
-        best: tuple[float, int, int] = (-1e-4 * float(dense.square().mean()) * dense.shape[0], -1, -1)
+        gains = (lacking * torch.linalg.solve(schur, lacking)).sum((1, 2))
+        best: tuple[float, int, int] = (-_WORTH * float(dense.square().sum()) / dense.shape[1], -1, -1)
         for place in gains.topk(min(_CANDIDATES, len(gone))).indices.tolist():
-            weight, inverse = self._with(
-                back[place], moved[place], through.view(len(gone), each, -1)[place], schur[place]
-            )
+            weight, inverse = self._with(lacking[place], through[place], schur[place])
             costs = _costs(weight, inverse, self.units).masked_fill(~self.stays, torch.inf)
-            change = float(costs.min() - gains[place])
-            best = min(best, (change, place, int(costs.argmin())))
+            best = min(best, (float(costs.min() - gains[place]), place, int(costs.argmin())))
         _, place, other = best
         if place < 0:
             return False
-        self._bring_back(gone[place], moved[place], through.view(len(gone), each, -1)[place], schur[place])
+        self._bring_back(gone[place], lacking[place], through[place], schur[place], gram)
         self.remove(torch.tensor([other], device=self.units.device))
         return True
 
-    def _with(self, inputs: Tensor, moved: Tensor, through: Tensor, schur: Tensor) -> tuple[Tensor, Tensor]:
+    def _with(self, lacking: Tensor, through: Tensor, schur: Tensor) -> tuple[Tensor, Tensor]:
         """The weights of those that stay, and the blocks of H, if a unit came back."""
-        step = torch.linalg.solve(schur, moved)  # (each, out): the weights that it would have
-        weight = self.weight - step.T @ through
+        step = torch.linalg.solve(schur, lacking)  # (each, out): the weights that it would have
         ahead = through[:, self.units]  # (each, units, each')
         back = torch.linalg.solve(schur, ahead.flatten(1)).view_as(ahead)
-        return weight, _blocks(self.inverse, self.units) + torch.einsum("aui,auj->uij", ahead, back)
+        blocks = _blocks(self.inverse, self.units) + torch.einsum("aui,auj->uij", ahead, back)
+        return self.weight - step.T @ through, blocks
 
-    def _bring_back(self, unit: Tensor, moved: Tensor, through: Tensor, schur: Tensor) -> None:
+    def _bring_back(self, unit: Tensor, lacking: Tensor, through: Tensor, schur: Tensor, gram: Tensor) -> None:
         inputs = self.units[unit]
-        step = torch.linalg.solve(schur, moved)
-        self.weight -= step.T @ through
-        self.weight[:, inputs] = step.T
-        back = torch.linalg.solve(schur, through)
-        self.inverse += through.T @ back
-        self.inverse[inputs] = -back
-        self.inverse[:, inputs] = -back.T
-        self.inverse[inputs[:, None], inputs] = torch.linalg.inv(schur)
+        step = torch.linalg.solve(schur, lacking)
+        change = through.clone()  # H grows by changeᵀ schur⁻¹ change
+        change[:, inputs] = -torch.eye(len(inputs), device=through.device)
+        back = torch.linalg.solve(schur, change)
+        self.weight.addmm_(step.T, change, alpha=-1)
+        if self._through is not None:
+            self._through.addmm_(product(gram, change), back)
+        self.inverse.addmm_(change.T, back)
         self.stays[unit] = True
 
 
@@ -162,7 +166,6 @@ def _costs(weight: Tensor, blocks: Tensor, units: Tensor) -> Tensor:
 
 def _fitted(gram: Tensor, target: Tensor, kept: Tensor) -> Tensor:
     """(out, kept) the best weights of the inputs that stay, by the Gram itself and not by updates."""
-    lower = torch.linalg.cholesky(gram[kept][:, kept].double())
-    right = product(target, gram[kept]).T.double()
-    found: Tensor = torch.cholesky_solve(right, lower)
-    return found.T.to(target.dtype)
+    rows = gram[kept]
+    lower = torch.linalg.cholesky(rows[:, kept])
+    return torch.cholesky_solve(product(target, rows).T, lower).T
