@@ -11,7 +11,9 @@ from collections.abc import Sequence
 import llmprune
 from llmprune.errors import LLMPruneError
 
-COMMANDS = ("prune", "plan", "eval", "compare", "sweep", "search", "verify", "report", "push", "inspect", "demo")
+COMMANDS = (
+    "prune", "plan", "recover", "eval", "compare", "sweep", "search", "verify", "report", "push", "inspect", "demo",
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
