@@ -22,12 +22,13 @@ class Adapter(nn.Module):
         scale: what the product counts.
     """
 
+    mask: Tensor | None
+
     def __init__(self, weight: Tensor, mask: Tensor | None, rank: int, scale: float) -> None:
         super().__init__()
         *experts, rows, columns = weight.shape
-        like = {"device": weight.device, "dtype": torch.float32}
-        self.up = nn.Parameter(torch.zeros(*experts, rows, rank, **like))
-        self.down = nn.Parameter(torch.empty(*experts, rank, columns, **like))
+        self.up = nn.Parameter(torch.zeros((*experts, rows, rank), device=weight.device))
+        self.down = nn.Parameter(torch.empty((*experts, rank, columns), device=weight.device))
         nn.init.uniform_(self.down, -1 / math.sqrt(columns), 1 / math.sqrt(columns))
         self.scale = scale
         # Not in the state dict: the zeros of the weight beside it say the same.
@@ -66,5 +67,7 @@ def merge(model: nn.Module) -> None:
     with torch.no_grad():
         for module in list(model.modules()):
             if parametrize.is_parametrized(module):
-                for leaf in list(module.parametrizations):
+                held = module.parametrizations
+                assert isinstance(held, nn.ModuleDict)
+                for leaf in list(held):
                     parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)

@@ -77,7 +77,8 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
 
     Raises:
         UserError: here or when training begins: a pattern that does not fit a linear, steps that don't fit the
-            training, nothing to prune, `wanda` on fused experts, or parameters that are dealt to processes (FSDP, DeepSpeed).
+            training, nothing to prune, `wanda` on fused experts, or parameters that are dealt to processes (FSDP,
+            DeepSpeed).
     """
 
     def __init__(

@@ -6,6 +6,7 @@ A parameter's mask has the parameter's own shape, transposed or fused as it may 
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -86,7 +87,7 @@ class Keeper:
         self._parameters = {name: parameters[name] for name in masks}
         self.masks = {name: mask.to(parameters[name].device) for name, mask in masks.items()}
         self._hooks = [
-            parameter.register_hook(lambda grad, name=name: torch.where(self.masks[name], grad, 0))
+            parameter.register_hook(functools.partial(_masked, self.masks[name]))  # type: ignore[no-untyped-call]
             for name, parameter in self._parameters.items()
             if parameter.requires_grad
         ]
@@ -101,6 +102,11 @@ class Keeper:
         """Let gradients pass as they are again."""
         for hook in self._hooks:
             hook.remove()
+
+
+def _masked(mask: Tensor, grad: Tensor) -> Tensor:
+    """Not a product: what is pruned may have an infinite gradient."""
+    return torch.where(mask, grad, 0)
 
 
 def check_whole(model: nn.Module) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -153,14 +153,16 @@ def recover(
             _check_out(Path(out), plan, restart)
         folder = Path(out).expanduser().absolute()
         with distributed.first():
-            drawn = fingerprint = None
-            if distributed.is_first():
+            drawn: tuple[texts.Tokens, dict[str, Any]] | None = None
+            if distributed.is_first():  # the others need no data
                 with shown.waiting("reading the text"):
-                    drawn = _draw(plan, data)
+                    tokens = _draw(plan, data)
                 with shown.waiting("hashing the models' files"):
-                    fingerprint = _fingerprint(plan, data, drawn)
-        tokens, prints = distributed.share((drawn, fingerprint))
-        with _claimed(folder, prints, restart) as work:
+                    drawn = tokens, _fingerprint(plan, data, tokens)
+        drawn = distributed.share(drawn)
+        assert drawn is not None
+        tokens, fingerprint = drawn
+        with _claimed(folder, fingerprint, restart) as work:
             return _run(plan, data, weights, tokens, work, folder, shown, began)
 
 
@@ -489,7 +491,7 @@ def _measure(trainer: Any, held: Tensor, source: str, title: str, shown: Progres
     began = time.monotonic()
     model, teacher = trainer.model.eval(), trainer.objective.teacher
     lost = apart = 0.0
-    batches: Sequence[Tensor] = list(held.split(trainer.args.per_device_train_batch_size))
+    batches = torch.split(held, trainer.args.per_device_train_batch_size)
     for batch in shown.over(batches, title):
         ids = batch.to(trainer.args.device)
         logits = model(input_ids=ids, use_cache=False).logits

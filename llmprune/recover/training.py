@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from llmprune import distributed
+from llmprune.errors import UserError
 from llmprune.progress import Progress
 from llmprune.recover.objective import Objective
 from llmprune.recover.options import Training
@@ -117,8 +118,6 @@ def make_trainer(
         max_steps=training.steps,
         per_device_train_batch_size=training.batch,
         gradient_accumulation_steps=training.accumulate,
-        gradient_checkpointing=training.checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         learning_rate=training.peak,
         lr_scheduler_type="cosine",
         warmup_steps=min(training.steps - 1, math.ceil(training.steps / 20)),
@@ -137,6 +136,11 @@ def make_trainer(
         label_names=[],
         dataloader_pin_memory=not on_cpu,
     )
+    if training.checkpointing:
+        if not model.supports_gradient_checkpointing:
+            kind = type(model).__name__
+            raise UserError(f"transformers cannot compute the blocks of a {kind} once more: leave checkpointing out")
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     if arguments.n_gpu > 1:  # torch's DataParallel copies the model for each batch, hooks and all; torchrun is the way
         arguments._n_gpu = 1
     trainer = SparseTrainer(
