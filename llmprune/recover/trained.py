@@ -71,7 +71,8 @@ def round_to(model: nn.Module, names: set[str], dtypes: Mapping[str, torch.dtype
         Failure: a weight is NaN or infinite.
     """
     raised = 0
-    for name in sorted(names):
+    tied = {id(model.get_parameter(name)): name for name in names if name in dtypes}  # the name that the files know
+    for name in sorted(tied.values()):
         value = model.get_parameter(name)
         if not_finite(value):
             raise Failure(f"training has broken down: {name} holds NaN or infinite values; take a lower --rate")

@@ -140,7 +140,9 @@ def make_trainer(
         if not model.supports_gradient_checkpointing:
             kind = type(model).__name__
             raise UserError(f"transformers cannot compute the blocks of a {kind} once more: leave checkpointing out")
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # The newer name of the same; transformers 5.0 has only the older.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if arguments.n_gpu > 1:  # torch's DataParallel copies the model for each batch, hooks and all; torchrun is the way
         arguments._n_gpu = 1
     trainer = SparseTrainer(
