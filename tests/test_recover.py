@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from llmprune.model.linears import find_linears
 from llmprune.recover import KeepZeros, Training, recover
 from llmprune.recover import run as running
 from llmprune.recover.adapters import attach, merge
-from llmprune.recover.masks import Keeper, masks_of, trained_linears
+from llmprune.recover.masks import Keeper, check_whole, masks_of, trained_linears
 from llmprune.recover.objective import Objective, divergence, next_token_loss, states_apart
 from llmprune.recover.trained import choose, round_to
 from llmprune.recover.write import write
@@ -216,6 +216,20 @@ def test_keep_zeros_says_what_it_cannot_do(pair: tuple[Path, Path], tmp_path: Pa
         trainer(dense, tmp_path, KeepZeros({"nowhere": torch.ones(1, dtype=torch.bool)})).train()
     with pytest.raises(UserError, match=r"has the shape \(1,\)"):
         trainer(dense, tmp_path, KeepZeros({"model.norm.weight": torch.ones(1, dtype=torch.bool)})).train()
+
+
+def test_parameters_that_are_dealt_to_processes(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An FSDP run takes several GPUs; that it is one is all that counts here."""
+    model = AutoModelForCausalLM.from_pretrained(pair[1], dtype=torch.float32)
+    check_whole(model)
+
+    class Fsdp:
+        _shared_state: ClassVar[dict[str, Any]] = {"any": 1}
+        distributed_type = "DistributedType.FSDP"
+
+    monkeypatch.setattr("accelerate.state.AcceleratorState", Fsdp)
+    with pytest.raises(UserError, match=r"dealt to the processes \(FSDP\)"):
+        check_whole(model)
 
 
 def test_only_notable_zeros_are_a_pattern(pair: tuple[Path, Path]) -> None:
@@ -437,7 +451,7 @@ def test_a_run_that_was_stopped(method: str, pair: tuple[Path, Path], text: str,
         patch.setattr(running, "make_trainer", stopping)
         with pytest.raises(Interrupted, match="goes on after step 4"):
             recover(pair[1], out=tmp_path / "broken", data=text, **options)
-    assert not list((tmp_path / "broken").glob("*.*"))[1:]  # nothing but the folder that it works in
+    assert [path.name for path in (tmp_path / "broken").iterdir()] == [running.WORK]
     with pytest.raises(UserError, match=r"unfinished recovery with another training\.rate"):
         recover(pair[1], out=tmp_path / "broken", data=text, **{**options, "rate": 0.5})
     found = recover(pair[1], out=tmp_path / "broken", data=text, **options)
@@ -581,11 +595,11 @@ def test_mistakes_about_folders(pair: tuple[Path, Path], text: str, tmp_path: Pa
 
 
 def test_command_line(pair: tuple[Path, Path], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = ["recover", pair[1], "-o", tmp_path / "r", "--data", text, "--steps", 3, "--length", 16, "--batch", 2]
+    line = ["recover", pair[1], "-o", tmp_path / "r", "--data", text, "--steps", 3, "--batch", 2]
     line += ["--held-out", 4, "--distill", pair[0], "--log-json"]
     assert llmprune.cli.main([*map(str, line), "--json"]) == 0
     printed = capsys.readouterr()
-    assert json.loads(printed.out)["after"]["perplexity"]["tokens"] == 60
+    assert json.loads(printed.out)["after"]["perplexity"]["tokens"] == 4 * 63
     marks = [json.loads(row) for row in printed.err.splitlines() if row.startswith("{")]
     training = [mark for mark in marks if mark.get("title") == "training"]
     assert [(mark["done"], mark["of"]) for mark in training] == [(1, 3), (2, 3), (3, 3)]

@@ -28,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--weight-decay", type=float, metavar="W", help="of AdamW [0]")
     add("--batch", type=int, metavar="N", help="sequences at once on each GPU [4]")
     add("--accumulate", type=int, metavar="N", help="batches that make a step [1]")
-    add("--length", type=int, metavar="N", help="tokens of a sequence [512]")
+    add("--length", type=int, metavar="N", help="tokens of a sequence [512, or what the model can take]")
     add("--samples", type=int, metavar="N", help="sequences to train on [as many as the steps take]")
     add("--held-out", type=int, metavar="N", help="sequences to measure on, before and after [16]")
     add("--seed", type=int, metavar="N", help="draws the text and its order [0]")

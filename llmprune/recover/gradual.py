@@ -134,7 +134,9 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
         if found is None:
             self.masks = {name: torch.ones_like(value, dtype=torch.bool) for name, value in self._parameters.items()}
             if self.saliency == "movement":
-                self._scores = {name: torch.zeros_like(value) for name, value in self._parameters.items()}
+                self._scores = {
+                    name: torch.zeros_like(value, dtype=torch.float32) for name, value in self._parameters.items()
+                }
             if self.straight_through:
                 self._dense = {name: value.detach().clone() for name, value in self._parameters.items()}
         else:
@@ -151,7 +153,7 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
         for name, score in self._scores.items():
             value = self._parameters[name]
             if value.grad is not None:
-                score.sub_(value.detach() * value.grad)
+                score.sub_(value.detach().float() * value.grad)
         for name, dense in self._dense.items():
             value = self._parameters[name]
             with torch.no_grad():

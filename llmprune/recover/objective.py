@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llmprune.errors import UserError
+
 
 def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
     """The mean negative log likelihood of each token but the first.
@@ -89,5 +91,10 @@ class Objective:
             dense = said.hidden_states
             if self.places is not None:
                 dense = [dense[place] for place in self.places]
+            if len(dense) != len(told.hidden_states):
+                raise UserError(
+                    f"the models return {len(told.hidden_states)} and {len(dense)} hidden states, which cannot be "
+                    "compared: leave hidden_weight out"
+                )
             loss = loss + self.hidden * states_apart(told.hidden_states[1:], dense[1:])
         return loss

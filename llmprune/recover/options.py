@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llmprune.errors import UserError, unknown
 from llmprune.recipe import DTYPES, build
+
+LENGTH = 512
+"""Tokens of a sequence, where the model can take that."""
 
 METHODS = ("full", "lora", "norms")
 
@@ -29,7 +32,7 @@ class Training:
         weight_decay: of AdamW.
         batch: sequences at once on each GPU (or CPU process).
         accumulate: batches whose gradients make a step.
-        length: tokens of a sequence.
+        length: tokens of a sequence; by default 512, or what the model can take.
         samples: sequences of the text that are trained on; by default as many as the steps take, so that each is seen
             once.
         held_out: sequences that are not trained on, to measure on before and after.
@@ -54,7 +57,7 @@ class Training:
     weight_decay: float = 0.0
     batch: int = 4
     accumulate: int = 1
-    length: int = 512
+    length: int | None = None
     samples: int | None = None
     held_out: int = 16
     seed: int = 0
@@ -79,7 +82,7 @@ class Training:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, not {value}")
-        if self.length < 2:
+        if self.length is not None and self.length < 2:
             raise UserError(f"length must be at least 2, not {self.length}: a sequence of one token predicts nothing")
         if self.save_every < 0:
             raise UserError(f"save_every must be at least 0, not {self.save_every}")
@@ -107,6 +110,18 @@ class Training:
             UserError: an unknown option, or a value that makes no sense.
         """
         return build(cls, {name: value for name, value in options.items() if value is not None}, "recover")
+
+    def of_length(self, longest: int | None) -> Training:
+        """The same with a length, for a model that takes so many tokens at the most, as far as that is known.
+
+        Raises:
+            UserError: the length is more than that.
+        """
+        if self.length is None:
+            return replace(self, length=min(LENGTH, longest or LENGTH))
+        if longest is not None and self.length > longest:
+            raise UserError(f"length {self.length:,} is more than the {longest:,} tokens that the model takes")
+        return self
 
     @property
     def peak(self) -> float:

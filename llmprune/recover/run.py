@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -174,9 +175,7 @@ def _plan(pruned: str | Path, distill: str | Path | None, training: Training) ->
     checkpoint = Checkpoint(resolve(pruned, trust_remote_code=trusted), "cpu")
     folder = checkpoint.source.folder
     report = read_report(folder) if (folder / REPORT).is_file() else None
-    longest = checkpoint.max_length
-    if longest is not None and training.length > longest:
-        raise UserError(f"length {training.length:,} is more than the {longest:,} tokens that the model takes")
+    training = training.of_length(checkpoint.max_length)
     linears = [linear for name in checkpoint.blocks for linear in find_linears(checkpoint.block(name), name)]
     check_writable(checkpoint, set(checkpoint.model.state_dict()))
     if distill is None:
@@ -205,6 +204,7 @@ def _plan(pruned: str | Path, distill: str | Path | None, training: Training) ->
 def _draw(plan: _Plan, source: str) -> texts.Tokens:
     """The sequences that are held out, and behind them those that are trained on: (held_out + samples, length)."""
     training = plan.training
+    assert training.length is not None
     taken = training.steps * training.batch * training.accumulate * distributed.size()
     samples = training.samples or taken
     count = training.held_out + samples
@@ -216,7 +216,7 @@ def _draw(plan: _Plan, source: str) -> texts.Tokens:
         if "samples of" not in str(error):
             raise
         raise UserError(
-            f"{str(error).partition(':')[0]} ({training.held_out} held out, {samples:,} trained on): give more text, "
+            f"{str(error).partition(': ask for')[0]} ({training.held_out} held out, {samples:,} trained on): give more text, "
             "fewer --steps, or fewer --samples, which are then seen several times"
         ) from None
     plan.checkpoint.check_tokens(drawn.ids)
@@ -246,6 +246,14 @@ def _check_out(out: Path, plan: _Plan, restart: bool) -> None:
         raise UserError(f"{out} is the model itself; write the result to another folder")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{out} is a file; -o takes a folder")
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    if not place.is_dir():
+        raise UserError(f"{place} is a file, so that there can be no folder {out}")
+    if not os.access(place, os.W_OK):
+        raise UserError(f"{place} cannot be written to")
+    needed = sum(info.nbytes for info in plan.checkpoint.index.values())
+    if (free := shutil.disk_usage(place).free) < needed:
+        raise UserError(f"no space left for {out}: it needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")
     if not folder.is_dir() or (folder / WORK / REQUEST).is_file():
         return
     if _record_of(folder) is not None:
@@ -253,9 +261,6 @@ def _check_out(out: Path, plan: _Plan, restart: bool) -> None:
             raise UserError(f"{out} holds a finished recovery: choose another folder, or begin anew with --restart")
     elif any(path.name not in (LOCK, WORK) for path in folder.iterdir()):
         raise UserError(f"{out} is not empty, and what it holds is no recovery of llmprune: choose another folder")
-    needed = sum(info.nbytes for info in plan.checkpoint.index.values())
-    if (free := shutil.disk_usage(folder).free) < needed:
-        raise UserError(f"no space left for {out}: it needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")
 
 
 def _record_of(folder: Path) -> dict[str, Any] | None:
@@ -367,8 +372,9 @@ def _run(
         for linear in plan.linears
         if linear.parameter in masks
     }
-    request = json.loads((work / REQUEST).read_text(encoding="utf-8"))
-    resumed = latest(work)
+    request, resumed = distributed.share(_found(work) if distributed.is_first() else ({}, None))
+    if resumed is not None and not all(distributed.gather(resumed.is_dir())):
+        raise UserError(f"{resumed} is not seen by all processes: put it where they are, or begin anew with --restart")
     before = request.get("before")
     if before is None:
         before = _measure(trainer, held, source, "measuring before", shown)
@@ -393,7 +399,7 @@ def _run(
         "distilled_from": None if plan.dense is None else plan.dense.source.name,
         "data": {
             "source": source,
-            "length": training.length,
+            "length": train.shape[1],
             "samples": len(train),
             "held_out": len(held),
             "tokens_sha256": tokens.sha256,
@@ -472,6 +478,11 @@ def _check_masks(folder: Path, hashes: Mapping[str, str], trusted: bool) -> None
 def _load(source: Source, dtype: Any) -> Any:
     """A whole model, by plain transformers."""
     return AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, trust_remote_code=source.trusted)
+
+
+def _found(work: Path) -> tuple[dict[str, Any], Path | None]:
+    """What an earlier process noted, and the checkpoint to go on from."""
+    return json.loads((work / REQUEST).read_text(encoding="utf-8")), latest(work)
 
 
 def latest(work: Path) -> Path | None:
