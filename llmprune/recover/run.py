@@ -216,8 +216,8 @@ def _draw(plan: _Plan, source: str) -> texts.Tokens:
         if "samples of" not in str(error):
             raise
         raise UserError(
-            f"{str(error).partition(': ask for')[0]} ({training.held_out} held out, {samples:,} trained on): give more text, "
-            "fewer --steps, or fewer --samples, which are then seen several times"
+            f"{str(error).partition(': ask for')[0]} ({training.held_out} held out, {samples:,} trained on): give more "
+            "text, fewer --steps, or fewer --samples, which are then seen several times"
         ) from None
     plan.checkpoint.check_tokens(drawn.ids)
     return drawn
