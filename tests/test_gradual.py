@@ -233,6 +233,10 @@ def test_mistakes_that_show_when_training_begins(llama: Path, tmp_path: Path) ->
     ):
         with pytest.raises(UserError, match=words):
             trainer(load(folder), tmp_path, GradualPruning(**options), save_strategy="no").train()
+    model = load(llama)
+    model.peft_config = {"default": None}
+    with pytest.raises(UserError, match="adapters"):
+        trainer(model, tmp_path, GradualPruning(), save_strategy="no").train()
     model = load(experts)
     trainer(model, tmp_path, GradualPruning(saliency="wanda", ignore=["*.experts.*"]), save_strategy="no").train()
     assert {name: bool((weight == 0).any()) for name, weight in matrices(model).items()} == {

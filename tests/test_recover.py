@@ -232,6 +232,25 @@ def test_parameters_that_are_dealt_to_processes(pair: tuple[Path, Path], monkeyp
         check_whole(model)
 
 
+def test_an_adapter_that_begins_at_zero_is_trained(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    class Adapted(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base, self.down, self.up = base, nn.Linear(32, 2, bias=False), nn.Linear(2, 32, bias=False)
+            nn.init.zeros_(self.up.weight)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base(x) + self.up(self.down(x))
+
+    model = AutoModelForCausalLM.from_pretrained(pair[1], dtype=torch.float32)
+    model.model.layers[0].self_attn.q_proj = Adapted(model.model.layers[0].self_attn.q_proj)
+    before = model.model.layers[0].self_attn.q_proj.base.weight.detach().clone()
+    trainer(model, tmp_path, KeepZeros(), save_strategy="no").train()
+    adapted = model.model.layers[0].self_attn.q_proj
+    assert bool((adapted.up.weight != 0).all())
+    assert torch.equal(adapted.base.weight != 0, before != 0)
+
+
 def test_only_notable_zeros_are_a_pattern(pair: tuple[Path, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32)
     linears = trained_linears(model)

@@ -77,8 +77,8 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
 
     Raises:
         UserError: here or when training begins: a pattern that does not fit a linear, steps that don't fit the
-            training, nothing to prune, `wanda` on fused experts, or parameters that are dealt to processes (FSDP,
-            DeepSpeed).
+            training, nothing to prune, `wanda` on fused experts, adapters of peft, or parameters that are dealt to
+            processes (FSDP, DeepSpeed).
     """
 
     def __init__(
@@ -129,6 +129,8 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
         check_whole(model)
         if args.fp16 and not args.max_grad_norm and (self.straight_through or self.saliency == "movement"):
             raise UserError("in float16 gradients are seen as they are only where they are clipped: set max_grad_norm")
+        if getattr(model, "peft_config", None):
+            raise UserError("GradualPruning prunes weights that are trained, but of this model adapters are (peft)")
         self._find(model, state.max_steps)
         found = resumed_from(args, state)
         if found is None:
@@ -141,7 +143,7 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
                 self._dense = {name: value.detach().clone() for name, value in self._parameters.items()}
         else:
             self._resume(found, state.global_step)
-        if self.saliency == "wanda":
+        if self.saliency == "wanda" and state.global_step < self._last:
             self._watch(model)
         if self.straight_through:
             self._prune_through()
@@ -153,7 +155,8 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
         for name, score in self._scores.items():
             value = self._parameters[name]
             if value.grad is not None:
-                score.sub_(value.detach().float() * value.grad)
+                # In float16 a step is skipped where a gradient is infinite.
+                score.sub_(value.detach().float() * value.grad.float().nan_to_num(0, 0, 0))
         for name, dense in self._dense.items():
             value = self._parameters[name]
             with torch.no_grad():

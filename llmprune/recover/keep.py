@@ -37,7 +37,8 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
 
     Args:
         masks: {parameter name: (the parameter's shape) bool, True = kept}; by default the zeros that the model holds
-            when training begins, of the linears that llmprune can prune, where they make up at least `least` of one.
+            when training begins, of the linears that llmprune can prune, where they make up at least `least` of one,
+            and not all of it.
         least: see there, a fraction.
 
     Raises:
@@ -58,7 +59,14 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
         if found is not None and (found / FILE).is_file():
             self.masks = read_tensors(found / FILE)
         elif self.masks is None:
-            self.masks = masks_of(dict(model.named_parameters()), trained_linears(model), self._least)
+            parameters = dict(model.named_parameters())
+            # One that is nothing but zeros is no pruned one, but an adapter that is to grow.
+            linears = [
+                linear
+                for linear in trained_linears(model)
+                if linear.parameter in parameters and bool(linear.view(parameters[linear.parameter].detach()).any())
+            ]
+            self.masks = masks_of(parameters, linears, self._least)
             if not self.masks:
                 raise UserError(
                     f"there are no zeros to keep: no linear of this {type(model).__name__} is zero to "
