@@ -181,6 +181,7 @@ def make_card(
         ]
     )
     index = [EvalResult(**result.told, metric_value=result.sparse) for result in results if result.told]
+    texts = [report.get("calibration"), *(found["data"] for found in _recoveries(report))]
     metadata = ModelCardData(
         base_model=base.get("name"),
         # The Hub knows adapter, finetune, merge and quantized; of these, new values for all weights is the nearest.
@@ -198,7 +199,7 @@ def make_card(
             *methods,
             *dict.fromkeys(name if ":" in name else "unstructured" for name in patterns),
         ],
-        datasets=[name] if (name := _data_set(report.get("calibration"))) else None,
+        datasets=list(dict.fromkeys(filter(None, map(_data_set, texts)))) or None,
         eval_results=index or None,
         model_name=title if index else None,
     )
@@ -229,7 +230,9 @@ def _what(
     uniform = allocation_of(report["recipe"]) == "uniform"
     told = ", ".join(patterns) if uniform else spanned(patterns)
     pruned = f" ({', '.join(methods)}; {told})" if methods else ""
-    since = "Its weights were changed after that, within the same masks" if changed else "It was not trained after that"
+    trained = report.get("recovery")
+    since = "It was trained after that, within the same masks" if trained else "It was not trained after that"
+    since = "Its weights were changed after that, within the same masks" if changed else since
     return (
         f"{dense}{at}, pruned with llmprune {report['llmprune']}{pruned}: {' '.join(_less(report))} {since}.{plain} "
         f"It is a plain Hugging Face checkpoint{' in the dense layout, with exact zeros' if methods else ''}."
@@ -295,6 +298,7 @@ def _how(report: Mapping[str, Any], pruned: list[dict[str, Any]], methods: list[
     if errors:
         mean = sum(errors) / len(errors)
         what = "‖(Ŵ−W)X‖² / ‖WX‖² on the calibration text"
+        what += ", before it was trained" if report.get("recovery") else ""
         lines.append(f"- **Relative error** of the linears' outputs, {what}: mean {mean:.4f}, worst {max(errors):.4f}")
     chosen = report.get("calibration")
     if chosen is None:
@@ -307,8 +311,37 @@ def _how(report: Mapping[str, Any], pruned: list[dict[str, Any]], methods: list[
         if share := chosen.get("asymmetric"):
             aim = f"kept weights aim {share:.0%} of the way at what the dense model makes of its own inputs"
             lines.append(f"- **Asymmetric calibration**: {aim}")
+    lines += [_trained(found) for found in _recoveries(report)]
     lines.append("- **Every linear**, with its error and the hash of its mask: `llmprune.json`")
     return "\n".join(lines)
+
+
+def _recoveries(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The records of all trainings after the pruning, the first first."""
+    found: list[Mapping[str, Any]] = []
+    record = report.get("recovery")
+    while record:
+        found.insert(0, record)
+        record = record.get("earlier")
+    return found
+
+
+def _trained(record: Mapping[str, Any]) -> str:
+    told, sequences = record["data"], record["batch"] * record["accumulate"] * record["ranks"]
+    methods = {
+        "full": "all kept weights",
+        "lora": f"adapters of rank {record['rank']} within the masks, merged",
+        "norms": "norms and biases",
+    }
+    aim = "" if record["distilled_from"] is None else f" towards the answers of {_text_name(record['distilled_from'])}"
+    before, after = (record[moment]["perplexity"] for moment in ("before", "after"))
+    where = f"{told['held_out']:,} sequences of it that were held out, {after['tokens']:,} predicted tokens"
+    return (
+        f"- **Recovery**: {methods[record['method']]}, trained{aim} for {record['steps']:,} steps of {sequences:,} x "
+        f"{told['length']:,} tokens of {_text_name(told['source'])} (learning rate {record['rate']:g}, seed "
+        f"{record['seed']}; sha256 of the tokens: `{told['tokens_sha256']}`); perplexity {before['value']:.4g} before "
+        f"and {after['value']:.4g} after, on {where}"
+    )
 
 
 def _method(room: ModuleType, name: str) -> str:
@@ -417,10 +450,42 @@ def _again(report: Mapping[str, Any], recipe: dict[str, Any], base: Mapping[str,
         text = json.dumps(shown, indent=2) + "\n"
     names = ("llmprune", "torch", "transformers")
     versions = ", ".join(f"{name} {report['versions'][name]}" for name in names if name in report["versions"])
+    commands = [f"llmprune prune {model} --recipe recipe.yaml -o OUT", *_recover_commands(report, model)]
     return (
-        f"```bash\nllmprune prune {model} --recipe recipe.yaml -o OUT\n```\n\n"
-        f"with this `recipe.yaml`, and {versions}:\n\n```yaml\n{text}```"
+        "```bash\n" + "\n".join(commands) + f"\n```\n\nwith this `recipe.yaml`, and {versions}:\n\n```yaml\n{text}```"
     )
+
+
+def _recover_commands(report: Mapping[str, Any], model: str) -> list[str]:
+    """What trains OUT as this model was trained."""
+    commands, before = [], "OUT"
+    for number, record in enumerate(_recoveries(report), 1):
+        told, weights, method = record["data"], record["loss_weights"], record["method"]
+        out = "RECOVERED" if number == 1 else f"RECOVERED-{number}"
+        options: dict[str, Any] = {
+            "data": _text_name(told["source"]),
+            "method": method,
+            "steps": record["steps"],
+            "rate": f"{record['rate']:g}",
+            "weight-decay": f"{record['weight_decay']:g}",
+            "batch": record["batch"],
+            "accumulate": record["accumulate"] * record["ranks"],  # as in one process
+            "length": told["length"],
+            "samples": told["samples"],
+            "held-out": told["held_out"],
+            "seed": record["seed"],
+        }
+        if method == "lora":
+            options |= {"rank": record["rank"], "alpha": f"{record['alpha'] or 2 * record['rank']:g}"}
+        if record["distilled_from"] is not None:
+            teacher = model if record["distilled_from"] == report["model"] else _text_name(record["distilled_from"])
+            options |= {"distill": teacher, "temperature": f"{record['temperature']:g}"}
+            options |= {f"{part}-weight": f"{value:g}" for part, value in weights.items()}
+        switch = " --embeddings" if record["embeddings"] else ""
+        told_options = " ".join(f"--{name} {value}" for name, value in options.items())
+        commands.append(f"llmprune recover {before} -o {out} {told_options}{switch}")
+        before = out
+    return commands
 
 
 def _text_name(text: str) -> str:

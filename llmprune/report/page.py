@@ -242,6 +242,13 @@ def verdict(results: Results) -> tuple[list[str], list[Row], list[str]]:
         missing.append("speed")
     if len(sentences) == 1:
         sentences.append("What that costs in quality has not been measured.")
+    if report.recovery is not None:
+        before, after = (report.recovery[moment]["perplexity"] for moment in ("before", "after"))
+        sentences.append(
+            f"It was trained after that for {report.recovery['steps']:,} steps, within the same masks: perplexity on "
+            f"{short_name(report.recovery['data']['source'])} that was held out went from {before['value']:.2f} to "
+            f"{after['value']:.2f}."
+        )
     return sentences, rows, missing
 
 

@@ -214,6 +214,8 @@ class Report:
         side_files: what was copied from the source.
         base: what the model's own card says and this one's must: `name` on the Hub, `license`, ...
         versions: of everything that took part.
+        recovery: how the weights were trained after that, as plain data; None where they were not. The records of
+            linears, but for their masks, are of the weights before.
         page_problem: why report.html could not be drawn; llmprune.json, which was written before, never has it.
     """
 
@@ -242,6 +244,7 @@ class Report:
     kept_blocks: list[int] | None = None
     dense_blocks: int | None = None
     dense_weights: int | None = None
+    recovery: dict[str, Any] | None = None
     widths: dict[str, list[int]] | None = None
 
     @property

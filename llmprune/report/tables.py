@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from rich.box import SIMPLE_HEAD
 from rich.console import JustifyMethod
@@ -19,7 +20,7 @@ from llmprune.plan import Choice, Plan
 from llmprune.promise import Verdict
 from llmprune.report.comparison import Compared, Comparison
 from llmprune.report.inspect import Inspection, Matrix
-from llmprune.report.record import BlockRecord, LinearRecord, Report, Score, narrowed, shortened
+from llmprune.report.record import BlockRecord, LinearRecord, Perplexity, Report, Score, narrowed, shortened
 
 T = TypeVar("T")
 
@@ -194,6 +195,28 @@ def summary(report: Report) -> Table:
     table.add_row("written to", f"{report.out} (masks verified)")
     problem = report.page_problem
     table.add_row("report", str(report.out / PAGE) if problem is None else f"[red]not drawn[/red]: {escape(problem)}")
+    return table
+
+
+def recovery_table(out: Path, record: Mapping[str, Any]) -> Table:
+    """The result of a recovery in a few lines, by its record."""
+    table = Table.grid(padding=(0, 2))
+    told = record["data"]
+    tokens = record["steps"] * record["batch"] * record["accumulate"] * record["ranks"] * told["length"]
+    table.add_row("trained", f"{record['trained']:,} weights ({record['method']}), {record['steps']:,} steps")
+    table.add_row("on", f"{told['source']}, {tokens:,} tokens in sequences of {told['length']:,}")
+    if record["distilled_from"] is not None:
+        table.add_row("towards", str(record["distilled_from"]))
+    for moment in ("before", "after"):
+        found = record[moment]
+        apart = "" if found["kl"] is None else f", KL from the dense model {found['kl']:.4f} nats"
+        table.add_row(f"perplexity {moment}", f"{Perplexity(**found['perplexity'])}{apart}")
+    if record["raised"]:
+        what = "the smallest number of the dtype, so that masks stay what they were"
+        table.add_row("note", f"{record['raised']:,} kept weights became zero, and were set to {what}")
+    table.add_row("time", f"{record['seconds']:.0f} s")
+    table.add_row("peak memory", size(record["peak_memory"]))
+    table.add_row("written to", f"{out} ({record['masked_linears']:,} masks verified)")
     return table
 
 

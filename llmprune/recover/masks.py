@@ -1,0 +1,165 @@
+"""Masks of a whole model, by parameter: where its zeros are, and what keeps them there while it is trained.
+
+A parameter's mask has the parameter's own shape, transposed or fused as it may be; True is kept. Names are those of
+`model.named_parameters()`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llmprune.errors import Failure, UserError
+from llmprune.model.linears import Linear, find_linears
+from llmprune.parts import zeros
+
+NOTABLE = 0.05
+"""From this fraction of exact zeros on, a linear that nobody promises anything of is taken for a pruned one.
+
+Dense weights hold next to none: less than one in a thousand even in float16.
+"""
+
+Masks = dict[str, Tensor]
+
+
+def trained_linears(model: nn.Module) -> list[Linear]:
+    """The linears of a model that llmprune can prune, whatever it is wrapped in; its output layer is none of them."""
+    heads = {id(head) for head in (_output_layer(module) for module in model.modules()) if head is not None}
+    names = {name for name, module in model.named_modules() if id(module) in heads}
+    return [linear for linear in find_linears(model, "") if linear.module not in names]
+
+
+def _output_layer(module: nn.Module) -> nn.Module | None:
+    get = getattr(module, "get_output_embeddings", None)
+    return get() if callable(get) else None
+
+
+def masks_of(parameters: Mapping[str, Tensor], linears: Iterable[Linear], least: float = NOTABLE) -> Masks:
+    """Masks that keep the zeros which weights hold.
+
+    Args:
+        parameters: of the model, by name.
+        linears: those that are looked at; all else is kept.
+        least: the fraction of zeros from which on a linear's are kept; at 0, those of all that hold any.
+
+    Returns:
+        For each parameter that holds such a linear: (the parameter's shape) bool, True = kept.
+    """
+    masks: Masks = {}
+    for linear in linears:
+        parameter = parameters[linear.parameter].detach()
+        weight = linear.view(parameter)
+        count = zeros(weight)
+        if count and count >= least * weight.numel():
+            if linear.parameter not in masks:
+                masks[linear.parameter] = torch.ones_like(parameter, dtype=torch.bool)
+            linear.view(masks[linear.parameter]).copy_(weight != 0)
+    return masks
+
+
+class Keeper:
+    """Holds the zeros of a model in training: gradients are masked as they come, weights whenever `apply` is called.
+
+    Args:
+        model: its parameters are changed in place.
+        masks: by parameter; moved to where the parameters are.
+
+    Raises:
+        UserError: the model has no such parameter, or it has another shape.
+    """
+
+    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name, mask in masks.items():
+            if name not in parameters:
+                raise UserError(f"there is a mask for {name}, but the model has no such parameter")
+            if parameters[name].shape != mask.shape:
+                shapes = f"{tuple(mask.shape)}, the parameter {tuple(parameters[name].shape)}"
+                raise UserError(f"the mask of {name} has the shape {shapes}")
+        self._parameters = {name: parameters[name] for name in masks}
+        self.masks = {name: mask.to(parameters[name].device) for name, mask in masks.items()}
+        self._hooks = [
+            parameter.register_hook(functools.partial(_masked, self.masks[name]))  # type: ignore[no-untyped-call]
+            for name, parameter in self._parameters.items()
+            if parameter.requires_grad
+        ]
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Put zeros where they belong, whatever a step made of them."""
+        for name, parameter in self._parameters.items():
+            parameter.masked_fill_(~self.masks[name], 0)
+
+    def release(self) -> None:
+        """Let gradients pass as they are again."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _masked(mask: Tensor, grad: Tensor) -> Tensor:
+    """Not a product: what is pruned may have an infinite gradient."""
+    return torch.where(mask, grad, 0)
+
+
+def check_whole(model: nn.Module) -> None:
+    """See that every process holds whole parameters.
+
+    Raises:
+        UserError: they are dealt to the processes, so that masks would be laid over parts of them.
+    """
+    from accelerate.state import AcceleratorState
+
+    spread = str(getattr(AcceleratorState(), "distributed_type", "")) if AcceleratorState._shared_state else ""
+    parted = next((name for name, value in model.named_parameters() if hasattr(value, "placements")), None)
+    if parted or any(kind in spread for kind in ("FSDP", "DEEPSPEED", "MEGATRON")):
+        raise UserError(
+            f"zeros cannot be kept where parameters are dealt to the processes ({parted or spread.split('.')[-1]}): "
+            "train with plain data parallelism (torchrun without FSDP or DeepSpeed)"
+        )
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors beside a Trainer's checkpoint, whole or not at all."""
+    draft = path.with_name(f".{path.name}.draft")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, draft)
+    draft.rename(path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """What `write_tensors` wrote.
+
+    Raises:
+        Failure: it is broken.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise Failure(f"{path} cannot be read: {error}; resume from another checkpoint") from None
+
+
+def resumed_from(args: Any, state: Any) -> Path | None:
+    """The checkpoint that a Trainer goes on from, in `on_train_begin`; None where it begins anew.
+
+    Raises:
+        UserError: it is not where the Trainer puts its checkpoints, and not in `args.resume_from_checkpoint` either.
+    """
+    if not state.global_step:
+        return None
+    places = [Path(args.output_dir, f"checkpoint-{state.global_step}")]
+    if isinstance(asked := args.resume_from_checkpoint, str | os.PathLike):
+        places.insert(0, Path(asked))
+    found = next((place for place in places if place.is_dir()), None)
+    if found is None:
+        raise UserError(
+            f"the checkpoint of step {state.global_step} is not in {args.output_dir}: name it in "
+            "TrainingArguments(resume_from_checkpoint=...) too, for what llmprune keeps beside it"
+        )
+    return found
