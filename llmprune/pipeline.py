@@ -286,7 +286,10 @@ def prune_blocks(
             changed |= narrow.changed(number)
         if number < finished:
             with clock("read"):
-                block = block if wanted is None and narrow is None else result.load_block(number)
+                if narrow is not None and not distributed.is_first():  # which may not see OUT
+                    block = narrow.blank(number, block)
+                elif narrow is not None or wanted is not None:
+                    block = result.load_block(number)
                 _as_written(block, changed)
         staying: dict[str, Tensor] = {}
         sent: list[ExpertsRecord] | None = None

@@ -275,7 +275,7 @@ def as_narrower(
         done: by the names of the linears in the block as it was.
         experts: see `narrower`; those that stay are counted anew.
     """
-    shapes = {linear.name: linear.shape for linear in find_linears(block.module, block.name)}
+    linears = {linear.name: linear for linear in find_linears(block.module, block.name)}
     numbers = {
         f"{module}.{old}.": f"{module}.{new}."
         for module, stays in experts.items()
@@ -291,7 +291,11 @@ def as_narrower(
             name = numbers[start] + was.removeprefix(start)
         record = done.get(was) or LinearRecord(was, choice.linear.shape, kept=choice.kept)
         kept = f"narrower: {choice.pattern}" if choice.kept is None else choice.kept
-        plain = replace(record, name=name, shape=shapes[name], pattern=None, scope=None, sparsity=0.0)
+        weight = linears[name].view(block.state[linears[name].parameter])
+        if not_finite(weight):
+            raise Failure(f"{name} has NaN or infinite weights; try a larger damping (--set width.by.damping=0.1)")
+        share = zeros(weight) / weight.numel()
+        plain = replace(record, name=name, shape=linears[name].shape, pattern=None, scope=None, sparsity=share)
         found[name] = replace(plain, kept=kept, mask_sha256=None)
     return found
 

@@ -271,7 +271,7 @@ def test_columns() -> None:
 
 @pytest.mark.parametrize(
     ("asked", "count", "left"),
-    [("20%", 1536, 1216), (0.2, 11008, 8800), ("25%", 64, 48), (100, 1536, 1436), ("99%", 64, 4), ("0.1%", 1000, 992)],
+    [("20%", 1536, 1216), (0.2, 11008, 8800), ("25%", 64, 48), (100, 1536, 1436), ("99%", 64, 2), ("0.1%", 1000, 992)],
 )
 def test_how_many_stay(asked: Any, count: int, left: int) -> None:
     assert width._left("channels", asked, count, width.MULTIPLE) == left
@@ -534,3 +534,87 @@ def test_the_command_line(
     assert json.loads(capsys.readouterr().out)["widths"]["intermediate_size"] == [64, 48]
     assert main(["plan", str(model), "--drop-channels", "99"]) == 2
     assert "width.channels: of 64" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [{"width": BOTH}, {"experts": {"drop": 1}}], ids=["width", "experts"])
+def test_it_goes_on_with_more_ranks(more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make("mixtral", tmp_path / "model")
+    advance, seen = blocks.advance, []
+
+    def stop(*told: Any) -> None:
+        seen.append(told)
+        if len(seen) > 1:
+            raise KeyboardInterrupt
+        advance(*told)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(blocks, "advance", stop)
+        with pytest.raises(Interrupted, match="1 of 3 blocks are finished"):
+            llmprune.prune(source, out=tmp_path / "out", **SETTINGS, **more)
+    with Ranks(tmp_path, 2, smaller_on, source, tmp_path / "out", more) as ranks:
+        ranks.all_well()
+    report = Report.read(json.loads((tmp_path / "out" / "llmprune.json").read_text()), tmp_path / "out")
+    assert (report.resumed, report.ranks) == (1, 2)
+    assert llmprune.verify(tmp_path / "out").ok
+
+
+def smaller_on(model: Path, out: Path, more: dict[str, Any]) -> None:
+    llmprune.prune(model, out=out, **SETTINGS, **more)
+
+
+def test_shared_experts_of_several(tmp_path: Path) -> None:
+    source = make("deepseek_v3", tmp_path / "model", n_shared_experts=2)
+    report = llmprune.prune(source, out=tmp_path / "out", width={"channels": "25%"}, **SETTINGS)
+    assert report.widths["moe_intermediate_size"] == [16, 12]
+    assert llmprune.verify(tmp_path / "out").ok
+
+
+@pytest.mark.parametrize("bias", [-1.0, 1.0])
+def test_a_bias_of_the_router_does_not_matter(bias: float, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = make("deepseek_v3", tmp_path / "model", n_routed_experts=8)
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    for key in [key for key in tensors if key.endswith("e_score_correction_bias")]:
+        tensors[key] = torch.full_like(tensors[key], bias)
+    save_file(tensors, file, metadata={"format": "pt"})
+    report = llmprune.prune(source, out=tmp_path / "out", experts={"drop": 2}, **SETTINGS)
+    assert report.widths == {"n_routed_experts": [8, 6]}
+
+
+def test_routers_that_nearly_tie_do_not_matter(tmp_path: Path) -> None:
+    for seed in range(3):
+        source = make(
+            "gpt_oss", tmp_path / f"{seed}", torch.bfloat16, seed, num_local_experts=32, num_experts_per_tok=4
+        )
+        narrowed(Checkpoint(resolve(source), "cpu"), heads=lambda count: count - 1)
+
+
+def test_widths_that_kernels_do_not_take(tmp_path: Path) -> None:
+    source = make("mixtral", tmp_path / "model", torch.bfloat16)
+    with pytest.raises(UserError, match="kernels for experts take widths that are a multiple of 8, and 60 is none"):
+        pipeline.plan(source, width={"channels": 4}, **SETTINGS)
+    assert pipeline.plan(source, width={"channels": "10%"}, **SETTINGS)[1].to_dict()["widths"] == {
+        "intermediate_size": [64, 56]
+    }
+
+
+def test_widths_of_nothing_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "granitemoeshared", FAMILIES["granitemoe"])
+    source = make("granitemoeshared", tmp_path / "model", shared_intermediate_size=0)
+    assert pipeline.plan(source, width={"channels": "25%"}, **SETTINGS)[1].to_dict()["widths"] == {
+        "intermediate_size": [64, 48]
+    }
+
+
+def test_inputs_that_never_came_keep_their_weights(tmp_path: Path) -> None:
+    weight, x, _ = linear()
+    x[:, :6] = 0
+    stats = LinearStats(12, "gram")
+    stats.add(x)
+    stats.finish()
+    found = Osscar().solve(weight, stats, Columns(8, 12))
+    dead = [place for place in range(6) if bool((found[:, place] != 0).any())]
+    assert len(dead) == 2
+    assert torch.equal(found[:, dead], weight[:, dead])

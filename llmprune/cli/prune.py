@@ -98,6 +98,8 @@ def show(report: object) -> None:
 
     assert isinstance(report, Report)
     console = Console()
-    console.print(tables.result_table(report), tables.summary(report))
+    if report.solved:
+        console.print(tables.result_table(report))
+    console.print(tables.summary(report))
     for note in [*tables.notes(report.linears), *tables.expert_notes(report.blocks)]:
         console.print(f"[yellow]note[/yellow] {note}")

@@ -33,5 +33,8 @@ def run(chosen: argparse.Namespace) -> int:
                 f"{len(verdict.changed)} files were changed since they were written: {', '.join(verdict.changed[:3])}"
             )
         good = verdict.linears - len(verdict.problems)
-        print(f"{good:,} of {verdict.linears:,} pruned linears are as promised")
+        if verdict.linears:
+            print(f"{good:,} of {verdict.linears:,} pruned linears are as promised")
+        elif verdict.ok:
+            print("no zeros were promised; every tensor is there, and has the shape that the config asks for")
     return 0 if verdict.ok else 1

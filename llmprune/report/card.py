@@ -27,6 +27,9 @@ from llmprune.report.results import read_comparison, read_evaluated
 from llmprune.report.speed import PHASES, Speed
 from llmprune.structured import depth, experts, width
 
+WIDTHS = ("channels", "heads", "params", "flops")
+"""Keys of a recipe's `width` that make matrices smaller."""
+
 HUB = "https://huggingface.co"
 
 _MARK = re.compile(r"<!-- llmprune card ([0-9a-f]{64}) -->\n")
@@ -195,7 +198,7 @@ def make_card(
         tags=[
             "llmprune",
             "pruned",
-            "sparse",
+            *(["sparse"] if pruned else []),
             *methods,
             *dict.fromkeys(name if ":" in name else "unstructured" for name in patterns),
         ],
@@ -266,8 +269,8 @@ def _how(report: Mapping[str, Any], pruned: list[dict[str, Any]], methods: list[
     if widths := report.get("widths"):
         lines.append(f"- **Widths**: {narrowed(widths)}")
         recipe = report["recipe"]
-        asked = [("width", width)] if any(recipe["width"].get(part) for part in ("channels", "heads")) else []
-        asked += [("experts", experts)] if recipe.get("experts", {}).get("drop") else []
+        asked = [("width", width)] if any(recipe["width"].get(part) is not None for part in WIDTHS) else []
+        asked += [("experts", experts)] if recipe["experts"].get("drop") is not None else []
         lines += [f"- **{key.capitalize()}** chosen by {_method(room, named.name_of(recipe[key]['by']))}"
                   for key, room in asked]  # fmt: skip
     if moved := sum(record.get("permuted", False) for record in pruned):
@@ -416,9 +419,11 @@ def _speed(patterns: Sequence[str], report: Mapping[str, Any], measured: str) ->
             f"A token goes through {len(kept)} blocks instead of {report['dense_blocks']}, and the cache has no keys "
             f"and values of the others{'' if measured else '; how much faster that is was not measured'}."
         )
-    if widths:
-        unknown = "" if measured else "; how much that is was not measured"
+    unknown = "" if measured else "; how much that is was not measured"
+    if widths and any(report["recipe"]["width"].get(part) is not None for part in WIDTHS):
         said.append(f"Its matrices are smaller, which every runtime gains from{unknown}.")
+    if widths and report["recipe"]["experts"].get("drop") is not None:
+        said.append("It has fewer experts, which takes less memory; a token is sent to as many as before.")
     if patterns or not said:
         said.append(
             "Zeros bring none by themselves: they are stored and multiplied like any other number."

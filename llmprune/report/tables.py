@@ -95,7 +95,10 @@ def width_lines(plan: Plan) -> list[str]:
         return []
     left = sum(info.numel for info in plan.narrow.checkpoint.index.values())
     told = narrowed(plan.narrow.widths)
-    return [f"widths       {told}: {left:,} of {plan.weights:,} weights ({left / plan.weights:.1%}) are left"]
+    lines = [f"widths       {told}: {left:,} of {plan.weights:,} weights ({left / plan.weights:.1%}) are left"]
+    if others := plan.narrow.checkpoint.unclaimed_keys:
+        lines.append(f"note         {len(others)} tensors that no module asks for are copied with their old shapes")
+    return lines
 
 
 def allocation_lines(plan: Plan) -> list[str]:

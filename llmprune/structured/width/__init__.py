@@ -17,7 +17,7 @@ from torch import Tensor
 from llmprune import named
 from llmprune.errors import UserError
 from llmprune.model.checkpoint import Checkpoint
-from llmprune.model.width import Narrow, Target, Unit, channel_units, head_units, narrowed, products
+from llmprune.model.width import Narrow, Target, Unit, channel_units, head_units, narrowed, products, width_step
 from llmprune.patterns import Columns, Pattern
 from llmprune.recipe import Experts, Recipe, Width
 from llmprune.solvers import Solver
@@ -25,9 +25,6 @@ from llmprune.structured import experts
 
 MULTIPLE = 32
 """What the channels that stay are a multiple of, where the dense width is: kernels and quantised formats want that."""
-
-_LEAST = 4
-"""What it is of small widths: kernels for experts take numbers whose rows are whole pieces of memory."""
 
 
 def names() -> list[str]:
@@ -75,7 +72,8 @@ def narrow(checkpoint: Checkpoint, recipe: Recipe) -> Narrow | None:
         return None
 
     def target(name: str, value: str | int | float | None, multiple: int) -> Target | None:
-        return None if value is None else lambda count: _left(name, value, count, multiple)
+        least = min(multiple, width_step(checkpoint))
+        return None if value is None else lambda count: _left(name, value, count, multiple, least)
 
     channels, key = asked.channels, "width.channels"
     for key_, budget in (("params", asked.params), ("flops", asked.flops)):
@@ -116,7 +114,10 @@ def _within(checkpoint: Checkpoint, key: str, asked: str | float, heads: str | i
         )
     units = channel_units(checkpoint)
     for share in (step / 1000 for step in range(1, 1000)):
-        gone = sum((unit.count - _left(key, share, unit.count, MULTIPLE)) * worth(unit) for unit in units)
+        gone = sum(
+            (unit.count - _left(key, share, unit.count, MULTIPLE, width_step(checkpoint))) * worth(unit)
+            for unit in units
+        )
         if left - gone <= allowed * total:
             return share
     least = (left - gone) / total if units else 1.0
@@ -130,10 +131,10 @@ def _share(asked: Any) -> float | None:
     return share if share is not None and 0 < share < 1 else None
 
 
-def _left(name: str, asked: str | int | float, count: int, multiple: int) -> int:
+def _left(name: str, asked: str | int | float, count: int, multiple: int, least: int = 1) -> int:
     """How many of so many stay.
 
-    A share comes to a multiple, as far as that changes it by no more than a sixtieth of all, but of four.
+    A share comes to a multiple, as far as that changes it by no more than a sixtieth of all, but to one of `least`.
     """
     if isinstance(asked, int) and not isinstance(asked, bool):
         left = count - asked
@@ -141,7 +142,7 @@ def _left(name: str, asked: str | int | float, count: int, multiple: int) -> int
         share = _share(asked)
         if share is None:
             raise UserError(f"{name} must be how many go of each block (6), or a share of them (20%), not {asked!r}")
-        step = math.gcd(count, min(multiple, max(_LEAST, 2 ** int(math.log2(max(1, count / multiple))))))
+        step = math.gcd(count, min(multiple, max(least, 2 ** int(math.log2(max(1, count / multiple))))))
         left = min(max(step, round(count * (1 - share) / step) * step), count - step)
     if not 0 < left < count:
         raise UserError(f"{name}: of {count} at least one must go, and at least one must stay; {asked} go")

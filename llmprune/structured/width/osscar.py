@@ -70,7 +70,8 @@ class Solver:
         kept = units[left.stays].flatten()
         del left
         found = torch.zeros_like(weight)
-        found[:, kept] = _fitted(gram, scaled, kept) * stats.inverse_norms[kept]
+        fitted = _fitted(gram, scaled, kept) * stats.inverse_norms[kept]
+        found[:, kept] = torch.where(stats.dead[kept], weight[:, kept], fitted)  # of what never came nothing is known
         return found
 
 
