@@ -271,7 +271,8 @@ def test_it_is_counted_in_the_plan(model: Path) -> None:
     for allocation in ("global", FEW, many):
         chosen = assemble(None, {**SETTINGS, "sparsity": "60%", "allocation": allocation})
         checkpoint, plan = pipeline.plan(model, recipe=chosen)
-        found.append((plan.schedule.memory["allocate"].host, cost(checkpoint, plan, chosen).forwards))
+        held = plan.schedule.base  # by this process so far, which has given some of it back meanwhile
+        found.append((plan.schedule.memory["allocate"].host - held, cost(checkpoint, plan, chosen).forwards))
     states = 2 * (2 * 10**5 + 8) * 32 * 32 * 4  # of offspring on two sequences of eight, before and after a block
     assert found[0][0] <= found[1][0] < found[2][0] - states / 2
     assert found[0][1] < found[1][1] < found[2][1]
