@@ -12,7 +12,7 @@ from llmprune import distributed
 from llmprune.allocate import Improver
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.linears import Linear
-from llmprune.model.width import experts_per_token
+from llmprune.model.widths import experts_per_token
 from llmprune.plan import Plan
 from llmprune.recipe import Recipe
 from llmprune.stats import product

@@ -114,7 +114,7 @@ def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, sh
             plan = allocated(plan, writer.allocation)
         if not begun:
             writer.begin(fingerprint)
-        weights = _weights(plan.written(checkpoint))
+        weights = plan.written(checkpoint).weights
         report = Report(writer.out, checkpoint.source.name, checkpoint.source.revision, recipe.to_dict(), weights)
         report.base = dict(checkpoint.source.base)
         report.origin = checkpoint.source.origin
@@ -124,7 +124,7 @@ def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, sh
         if plan.narrow is not None:
             report.widths = {name: list(width) for name, width in plan.narrow.widths.items()}
         if (writer.kept or plan.narrow) is not None:
-            report.dense_blocks, report.dense_weights = len(whole.blocks), _weights(whole)
+            report.dense_blocks, report.dense_weights = len(whole.blocks), whole.weights
         with quick(checkpoint.device, checkpoint.dtype):
             way = DenseWay(whole, writer.kept)
             prune_blocks(checkpoint, plan, tokens if plan.calibrates else None, writer, clock, shown, way)
@@ -177,11 +177,6 @@ def _prepare(
     if checkpoint.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(checkpoint.device)
     return distributed.share((tokens, text, fingerprint))
-
-
-def _weights(checkpoint: Checkpoint) -> int:
-    """How many weights a model has, whatever they are of."""
-    return sum(info.numel for info in checkpoint.index.values())
 
 
 def _targets(plan: Plan) -> dict[str, str] | None:
@@ -331,11 +326,10 @@ def prune_blocks(
         if number >= finished:
             held = memory.peak(), _peak_device_memory(checkpoint.device)
             spent = BlockRecord(block.name, clock.lap(), *held, away_before=away[0], away=away[1], experts=sent)
-            if narrow is not None:
-                done = as_narrower(block, choices, done, staying)
             moved = {channels.linear for channels, _ in permuted}
             found = [done.get(choice.linear.name) or _left_dense(choice) for choice in choices]
-            found = found if narrow is None else list(done.values())
+            if narrow is not None:
+                found = as_narrower(block, found, staying)
             records = [vars(replace(record, permuted=record.name in moved)) for record in found]
             with clock("write"):
                 writer.commit_block(number, block, changed, {**asdict(spent), "linears": records}, progress.block)

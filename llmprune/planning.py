@@ -59,8 +59,8 @@ def make_plan(
     budget = _budget(recipe)
     by_file = budget is not None and budget.allocator.needs == "nothing"  # which may ask for anything
     unasked = recipe.sparsity is None and not by_file
-    if unasked and all(rule.sparsity is None for rule in recipe.rules):
-        _check_unasked(recipe, narrow)
+    if unasked and narrow is None and all(rule.sparsity is None for rule in recipe.rules):
+        _check_unasked(recipe)
     default = _resolve(recipe, None, budget)
     rules = [_resolve(recipe, number, budget) for number in range(len(recipe.rules))]
     chooser = width.load(recipe.width.by)
@@ -130,9 +130,8 @@ def make_plan(
             "never fitted that way): take a method such as sparsegpt or alps, or add --reconstruct cg"
         )
     schedule, together = _schedule(checkpoint, recipe, blocks, works, budget, permutes, had, shortening, narrow)
-    weights = sum(info.numel for info in checkpoint.index.values())
     others = _others(checkpoint, blocks)
-    parts = tuple(blocks), chain, weights, others, schedule, had, budget, tuple(writers), tuple(channels)
+    parts = tuple(blocks), chain, checkpoint.weights, others, schedule, had, budget, tuple(writers), tuple(channels)
     made = Plan(*parts, shortening, together, narrow, experts.load(recipe.experts.by))
     _check_permuted(made, recipe)
     return made
@@ -161,14 +160,12 @@ def _check_narrowed(recipe: Recipe) -> None:
         )
 
 
-def _check_unasked(recipe: Recipe, narrow: Narrow | None) -> None:
+def _check_unasked(recipe: Recipe) -> None:
     """See that nothing is asked for that only comes with pruned linears, where none are.
 
     Raises:
         UserError: something is.
     """
-    if narrow is not None:
-        return
     given = {
         "permute": recipe.permute,
         "refine": recipe.refine,

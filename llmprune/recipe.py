@@ -419,6 +419,13 @@ def _positive(part: Any, where: str, *names: str) -> None:
             raise UserError(f"{where}.{name} must be above 0, not {value}")
 
 
+def share_of(value: Any) -> float | None:
+    """A share that is written as `20%` or 0.2; None where it is none, or not between 0 and 1."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", value) if isinstance(value, str) else None
+    share = float(found[1]) / 100 if found else value if isinstance(value, float) else None
+    return share if share is not None and 0 < share < 1 else None
+
+
 def parse_size(text: str) -> int:
     """Bytes of a size such as `5GB`, `512MiB` or `1000000`.
 

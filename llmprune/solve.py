@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -264,39 +264,34 @@ def narrower(
 
 
 def as_narrower(
-    block: LoadedBlock,
-    choices: tuple[Choice, ...],
-    done: Mapping[str, LinearRecord],
-    experts: Mapping[str, Tensor],
-) -> dict[str, LinearRecord]:
-    """The records of all linears of a block that has become narrower: smaller matrices, and no zeros are promised.
+    block: LoadedBlock, records: Sequence[LinearRecord], experts: Mapping[str, Tensor]
+) -> list[LinearRecord]:
+    """The records of the linears of a block that has become narrower: smaller matrices, and no zeros are promised.
 
     Args:
-        done: by the names of the linears in the block as it was.
+        records: of the linears in the block as it was.
         experts: see `narrower`; those that stay are counted anew.
     """
-    linears = {linear.name: linear for linear in find_linears(block.module, block.name)}
-    numbers = {
+    places = {
         f"{module}.{old}.": f"{module}.{new}."
         for module, stays in experts.items()
         for new, old in enumerate(stays.nonzero()[:, 0].tolist())
     }
-    found = {}
-    for choice in choices:
-        was = name = choice.linear.name
-        if choice.linear.module in experts:
-            start = next((prefix for prefix in numbers if was.startswith(prefix)), None)
-            if start is None:
-                continue
-            name = numbers[start] + was.removeprefix(start)
-        record = done.get(was) or LinearRecord(was, choice.linear.shape, kept=choice.kept)
-        kept = f"narrower: {choice.pattern}" if choice.kept is None else choice.kept
+    gone = {f"{module}.{old}." for module, stays in experts.items() for old in (~stays).nonzero()[:, 0].tolist()}
+    linears = {linear.name: linear for linear in find_linears(block.module, block.name)}
+    found = []
+    for record in records:
+        expert, part = record.name.rpartition(".")[0] + ".", record.name.rpartition(".")[2]
+        if expert in gone:
+            continue
+        name = places.get(expert, expert) + part
         weight = linears[name].view(block.state[linears[name].parameter])
         if not_finite(weight):
             raise Failure(f"{name} has NaN or infinite weights; try a larger damping (--set width.by.damping=0.1)")
+        kept = record.kept or f"narrower: {record.pattern}"
         share = zeros(weight) / weight.numel()
-        plain = replace(record, name=name, shape=linears[name].shape, pattern=None, scope=None, sparsity=share)
-        found[name] = replace(plain, kept=kept, mask_sha256=None)
+        plain = replace(record, name=name, shape=linears[name].shape, kept=kept, sparsity=share)
+        found.append(replace(plain, pattern=None, scope=None, mask_sha256=None))
     return found
 
 

@@ -282,8 +282,10 @@ def test_the_dense_model_is_measured_whole(model: Path, tmp_path: Path) -> None:
     assert whole.value != pytest.approx(left.value)
 
 
-def interrupted(model: Path, out: Path, blocks: int, monkeypatch: pytest.MonkeyPatch, **chosen: Any) -> None:
-    """A run that is stopped when so many of four blocks are finished."""
+def interrupted(
+    model: Path, out: Path, blocks: int, monkeypatch: pytest.MonkeyPatch, of: int = 4, **chosen: Any
+) -> None:
+    """A run that is stopped when so many of its blocks are finished."""
     advance, left = pipeline._propagate, [blocks]
 
     def stopping(*args: Any) -> None:
@@ -293,7 +295,7 @@ def interrupted(model: Path, out: Path, blocks: int, monkeypatch: pytest.MonkeyP
         advance(*args)
 
     monkeypatch.setattr(pipeline, "_propagate", stopping)
-    with pytest.raises(Interrupted, match=f"{blocks} of 4 blocks are finished"):
+    with pytest.raises(Interrupted, match=f"{blocks} of {of} blocks are finished"):
         llmprune.prune(model, out=out, **chosen)
     monkeypatch.setattr(pipeline, "_propagate", advance)
 

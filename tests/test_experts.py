@@ -14,14 +14,13 @@ from transformers import AutoConfig
 import llmprune
 from llmprune import pipeline
 from llmprune.cli import main
-from llmprune.errors import Interrupted, UserError
-from llmprune.model import blocks
+from llmprune.errors import UserError
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.source import resolve
 from llmprune.report.record import Report
 from llmprune.structured.experts import Seen, load
 from tests.families import VOCABULARY, make
-from tests.test_depth import apart, logits, states
+from tests.test_depth import apart, interrupted, logits, states
 from tests.test_depth import load as load_plain
 from tests.test_distributed import Ranks
 from tests.test_resume import digests
@@ -202,18 +201,7 @@ def test_it_goes_on_where_it_was(
 ) -> None:
     chosen = {"experts": {"drop": 1}, **SETTINGS, **more}
     llmprune.prune(model, out=tmp_path / "whole", **chosen)
-    advance, seen = blocks.advance, []
-
-    def stop(*told: Any) -> None:
-        seen.append(told)
-        if len(seen) > 1:
-            raise KeyboardInterrupt
-        advance(*told)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(blocks, "advance", stop)
-        with pytest.raises(Interrupted, match="blocks are finished"):
-            llmprune.prune(model, out=tmp_path / "out", **chosen)
+    interrupted(model, tmp_path / "out", 1, monkeypatch, of=3, **chosen)
     report = llmprune.prune(model, out=tmp_path / "out", **chosen)
     assert report.resumed == 1
     assert all(block.experts for block in report.blocks)

@@ -15,7 +15,6 @@ import llmprune
 from llmprune import pipeline
 from llmprune.cli import main
 from llmprune.errors import Interrupted, UserError
-from llmprune.model import blocks
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.linears import Linear, find_linears
 from llmprune.model.source import resolve
@@ -28,7 +27,7 @@ from llmprune.structured import width
 from llmprune.structured.width.osscar import Solver as Osscar
 from llmprune.structured.width.osscar import _Left
 from tests.families import FAMILIES, VOCABULARY, make
-from tests.test_depth import apart, load, logits, states
+from tests.test_depth import apart, interrupted, load, logits, states
 from tests.test_distributed import Ranks
 from tests.test_evolve import uneven
 from tests.test_resume import digests
@@ -402,18 +401,7 @@ def test_it_goes_on_where_it_was(
 ) -> None:
     chosen = {"width": BOTH, **SETTINGS, **more}
     llmprune.prune(model, out=tmp_path / "whole", **chosen)
-    advance, seen = blocks.advance, []
-
-    def stop(*told: Any) -> None:
-        seen.append(told)
-        if len(seen) > stopped:
-            raise KeyboardInterrupt
-        advance(*told)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(blocks, "advance", stop)
-        with pytest.raises(Interrupted, match="blocks are finished"):
-            llmprune.prune(model, out=tmp_path / "out", **chosen)
+    interrupted(model, tmp_path / "out", stopped, monkeypatch, of=3, **chosen)
     with pytest.raises(UserError, match=r"holds an unfinished run with another recipe\.width"):
         llmprune.prune(model, out=tmp_path / "out", **{**chosen, "width": {"channels": "50%"}})
     report = llmprune.prune(model, out=tmp_path / "out", **chosen)
@@ -540,18 +528,7 @@ def test_the_command_line(
 @pytest.mark.parametrize("more", [{"width": BOTH}, {"experts": {"drop": 1}}], ids=["width", "experts"])
 def test_it_goes_on_with_more_ranks(more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make("mixtral", tmp_path / "model")
-    advance, seen = blocks.advance, []
-
-    def stop(*told: Any) -> None:
-        seen.append(told)
-        if len(seen) > 1:
-            raise KeyboardInterrupt
-        advance(*told)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(blocks, "advance", stop)
-        with pytest.raises(Interrupted, match="1 of 3 blocks are finished"):
-            llmprune.prune(source, out=tmp_path / "out", **SETTINGS, **more)
+    interrupted(source, tmp_path / "out", 1, monkeypatch, of=3, **SETTINGS, **more)
     with Ranks(tmp_path, 2, smaller_on, source, tmp_path / "out", more) as ranks:
         ranks.all_well()
     report = Report.read(json.loads((tmp_path / "out" / "llmprune.json").read_text()), tmp_path / "out")

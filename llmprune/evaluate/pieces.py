@@ -100,19 +100,28 @@ def digest(key: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
-def write_json(path: Path, data: Any) -> None:
+ONWARD = "; what was measured is kept, and the same command goes on from there"
+
+
+def write_json(path: Path, data: Any, onward: str = ONWARD) -> None:
     """Write plain data; the file is never there by half.
+
+    Args:
+        onward: what to tell beside, where it cannot be written.
 
     Raises:
         Failure: it cannot be written.
     """
-    with writing(path) as draft:
+    with writing(path, onward) as draft:
         draft.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[Path]:
+def writing(path: Path, onward: str = ONWARD) -> Iterator[Path]:
     """A draft that takes the place of a file at the end.
+
+    Args:
+        onward: see `write_json`.
 
     Raises:
         Failure: it cannot be written.
@@ -124,10 +133,8 @@ def writing(path: Path) -> Iterator[Path]:
         draft.rename(path)
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        raise Failure(
-            f"writing {path} failed: {'no space left on the disk' if full else error}; what was measured is kept, and "
-            "the same command goes on from there"
-        ) from None
+        reason = "no space left on the disk" if full else error
+        raise Failure(f"writing {path} failed: {reason}{onward}") from None
     finally:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)

@@ -14,7 +14,6 @@ is called faster or slower only where it leaves 1. Rounds are taken for independ
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import statistics
@@ -29,12 +28,12 @@ from scipy import stats
 from torch import Tensor
 
 from llmprune import data, memory
-from llmprune.errors import Failure, UserError
+from llmprune.errors import UserError
 from llmprune.evaluate.compare import short_names
-from llmprune.evaluate.pieces import holding
+from llmprune.evaluate.pieces import holding, write_json
 from llmprune.evaluate.worker import Load, Loaded, Took, Turn, working
 from llmprune.model.index import TensorInfo, read_index
-from llmprune.model.skeleton import load_config, load_tokenizer, pick_device
+from llmprune.model.skeleton import load_config, load_tokenizer, longest, pick_device
 from llmprune.model.source import Source, resolve
 from llmprune.progress import Progress, Silent
 from llmprune.report.record import versions
@@ -74,13 +73,6 @@ class Candidate:
     def vocabulary(self) -> int:
         """How many tokens it knows."""
         return int(self.config.get_text_config().vocab_size)
-
-    @property
-    def longest(self) -> int | None:
-        """The longest sequence that it takes, None where its config does not say."""
-        config = self.config.get_text_config()
-        names = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
-        return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
 
 
 def speed(
@@ -167,26 +159,8 @@ def speed(
             seconds=round(time.monotonic() - began, 3),
         )
         if folder is not None:
-            keep(folder, found)
+            write_json(folder / RESULT, found.to_dict(), "")
     return found
-
-
-def keep(folder: Path, found: Speed) -> Path:
-    """Write speed.json into a folder; it is never there by half.
-
-    Raises:
-        Failure: it cannot be written.
-    """
-    path = folder / RESULT
-    draft = path.with_name(f".{path.name}.draft")
-    try:
-        draft.write_text(json.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        draft.rename(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
-        raise Failure(f"the speed cannot be written to {path}: {error.strerror}") from None
-    return path
 
 
 def turns(count: int, number: int) -> list[int]:
@@ -280,10 +254,11 @@ def _find(models: Sequence[str | Path], dtype: str, trusted: bool, shown: Progre
 
 
 def _check_length(candidate: Candidate, prompt: int, new: int) -> None:
-    if candidate.longest is not None and prompt + new > candidate.longest:
+    most = longest(candidate.config)
+    if most is not None and prompt + new > most:
         raise UserError(
             f"a prompt of {prompt:,} tokens and {new:,} new ones are more than {candidate.name} can take "
-            f"({candidate.longest:,}): ask for fewer (--prompt-tokens, --new-tokens)"
+            f"({most:,}): ask for fewer (--prompt-tokens, --new-tokens)"
         )
 
 

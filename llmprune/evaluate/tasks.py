@@ -170,7 +170,7 @@ class Streamed(HFLM):  # type: ignore[misc]
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes about the model."""
         return {
-            "model_num_parameters": sum(info.numel for info in self._checkpoint.index.values()),
+            "model_num_parameters": self._checkpoint.weights,
             "model_dtype": str(self._checkpoint.dtype),
             "model_revision": self._checkpoint.source.revision,
             "model_sha": self._checkpoint.source.revision or "",

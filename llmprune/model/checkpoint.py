@@ -34,6 +34,7 @@ from llmprune.model.skeleton import (
     decoder_prefix,
     find_blocks,
     load_tokenizer,
+    longest,
     make_skeleton,
     pick_device,
     read_config,
@@ -159,11 +160,12 @@ class Checkpoint:
     @property
     def max_length(self) -> int | None:
         """The longest sequence that the model takes, None where its config does not say."""
-        config = self.config.get_text_config()
-        for name in ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len"):
-            if isinstance(value := getattr(config, name, None), int):
-                return value
-        return None
+        return longest(self.config)
+
+    @property
+    def weights(self) -> int:
+        """How many weights the model has, whatever they are of."""
+        return sum(info.numel for info in self.index.values())
 
     @property
     def hidden_size(self) -> int:

@@ -70,6 +70,13 @@ def read_config(source: Source) -> Any:
     return config
 
 
+def longest(config: Any) -> int | None:
+    """The longest sequence that a model takes, None where its config does not say."""
+    text = config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
+    return next((value for name in names if isinstance(value := getattr(text, name, None), int)), None)
+
+
 def make_skeleton(config: Any, dtype: torch.dtype, trusted: bool = False) -> Any:
     """The model with all its parameters on the meta device; code that comes with it is run if it is trusted."""
     # Buffers stay real: rotary tables are computed at construction and stored in no file.

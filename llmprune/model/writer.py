@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -355,6 +355,26 @@ def writing(out: str | Path, checkpoint: Checkpoint, shard_size: str, restart: b
         yield Elsewhere(Path(out).expanduser().absolute())
         return
     folder = check_out(out, checkpoint, restart)
+    with claimed(folder, out):
+        check_out(out, checkpoint, restart)  # the state of things now that nobody else can change it
+        writer = Writer(folder, checkpoint, shard_size, restart)
+        try:
+            yield writer
+        finally:
+            writer.stop()
+
+
+@contextmanager
+def claimed(folder: Path, out: str | Path) -> Iterator[None]:
+    """A folder to the exclusion of other processes; one in which nothing came about is removed again.
+
+    Args:
+        out: how it was named, for messages.
+
+    Raises:
+        UserError: another process is writing to it.
+        Failure: it cannot be had.
+    """
     new = not folder.exists()
     lock = FileLock(folder / LOCK, timeout=0)
     try:
@@ -367,16 +387,11 @@ def writing(out: str | Path, checkpoint: Checkpoint, shard_size: str, restart: b
     except OSError as error:
         raise Failure(f"{out} cannot be written to: {error}") from None
     try:
-        check_out(out, checkpoint, restart)  # the state of things now that nobody else can change it
-        writer = Writer(folder, checkpoint, shard_size, restart)
-        try:
-            yield writer
-        finally:
-            writer.stop()
+        yield
     finally:
         (folder / LOCK).unlink(missing_ok=True)
         lock.release()
-        if new and not any(folder.iterdir()):
+        if new and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
 
@@ -432,17 +447,29 @@ def check_out(out: str | Path, checkpoint: Checkpoint, restart: bool) -> Path:
             )
         if not finished and not unfinished and any(path.name != LOCK for path in folder.iterdir()):
             raise UserError(f"{out} is not empty, and what it holds was not written by llmprune: choose another folder")
+    check_room(folder, out, checkpoint, _written(folder) if folder.is_dir() else ())
+    return folder
+
+
+def check_room(folder: Path, out: str | Path, checkpoint: Checkpoint, replaced: Iterable[Path] = ()) -> None:
+    """See that a checkpoint of this size can be written to a folder, which need not be there.
+
+    Args:
+        out: how it was named, for messages.
+        replaced: files that go before.
+
+    Raises:
+        UserError: it cannot be written to, or the disk is too small.
+    """
     place = next(path for path in (folder, *folder.parents) if path.exists())
     if not place.is_dir():
         raise UserError(f"{place} is a file, so that there can be no folder {out}")
     if not os.access(place, os.W_OK):
         raise UserError(f"{place} cannot be written to")
     needed = sum(info.nbytes for info in checkpoint.index.values())
-    freed = sum(path.stat().st_size for path in _written(folder)) if folder.is_dir() else 0
-    free = shutil.disk_usage(place).free + freed
+    free = shutil.disk_usage(place).free + sum(path.stat().st_size for path in replaced)
     if free < needed:
         raise UserError(f"no space left for {out}: it needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")
-    return folder
 
 
 def clear(folder: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 import transformers
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -28,7 +26,7 @@ from llmprune.model.linears import Linear, find_linears
 from llmprune.model.quiet import quiet
 from llmprune.model.skeleton import pick_device
 from llmprune.model.source import Source, resolve
-from llmprune.model.writer import LOCK, REPORT, clear, difference, fingerprint_files
+from llmprune.model.writer import LOCK, REPORT, check_room, claimed, clear, difference, fingerprint_files
 from llmprune.progress import Progress, of_first
 from llmprune.recover.adapters import merge
 from llmprune.recover.keep import KeepZeros
@@ -163,7 +161,7 @@ def recover(
         drawn = distributed.share(drawn)
         assert drawn is not None
         tokens, fingerprint = drawn
-        with _claimed(folder, fingerprint, restart) as work:
+        with _begun(folder, fingerprint, restart) as work:
             return _run(plan, data, weights, tokens, work, folder, shown, began)
 
 
@@ -246,14 +244,7 @@ def _check_out(out: Path, plan: _Plan, restart: bool) -> None:
         raise UserError(f"{out} is the model itself; write the result to another folder")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{out} is a file; -o takes a folder")
-    place = next(path for path in (folder, *folder.parents) if path.exists())
-    if not place.is_dir():
-        raise UserError(f"{place} is a file, so that there can be no folder {out}")
-    if not os.access(place, os.W_OK):
-        raise UserError(f"{place} cannot be written to")
-    needed = sum(info.nbytes for info in plan.checkpoint.index.values())
-    if (free := shutil.disk_usage(place).free) < needed:
-        raise UserError(f"no space left for {out}: it needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")
+    check_room(folder, out, plan.checkpoint)
     if not folder.is_dir() or (folder / WORK / REQUEST).is_file():
         return
     if _record_of(folder) is not None:
@@ -292,7 +283,7 @@ def _clear(folder: Path) -> None:
 
 
 @contextmanager
-def _claimed(folder: Path, fingerprint: Mapping[str, Any], restart: bool) -> Iterator[Path]:
+def _begun(folder: Path, fingerprint: Mapping[str, Any], restart: bool) -> Iterator[Path]:
     """The folder to work in, to the exclusion of other processes.
 
     Raises:
@@ -303,16 +294,7 @@ def _claimed(folder: Path, fingerprint: Mapping[str, Any], restart: bool) -> Ite
         distributed.share(None)
         yield work
         return
-    new = not folder.exists()
-    lock = FileLock(folder / LOCK, timeout=0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise UserError(f"another run of llmprune is writing to {folder}: wait for its end") from None
-    except OSError as error:
-        raise Failure(f"{folder} cannot be written to: {error}") from None
-    try:
+    with claimed(folder, folder):
         if restart:
             _clear(folder)
         request = work / REQUEST
@@ -328,11 +310,6 @@ def _claimed(folder: Path, fingerprint: Mapping[str, Any], restart: bool) -> Ite
             _note(work, {"fingerprint": told})
         distributed.share(None)  # the others may look
         yield work
-    finally:
-        (folder / LOCK).unlink(missing_ok=True)
-        lock.release()
-        if new and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
 
 
 def _note(work: Path, told: Mapping[str, Any]) -> None:

@@ -27,9 +27,6 @@ from llmprune.report.results import read_comparison, read_evaluated
 from llmprune.report.speed import PHASES, Speed
 from llmprune.structured import depth, experts, width
 
-WIDTHS = ("channels", "heads", "params", "flops")
-"""Keys of a recipe's `width` that make matrices smaller."""
-
 HUB = "https://huggingface.co"
 
 _MARK = re.compile(r"<!-- llmprune card ([0-9a-f]{64}) -->\n")
@@ -259,6 +256,11 @@ def _less(report: Mapping[str, Any]) -> list[str]:
     return said
 
 
+def _narrows(recipe: Mapping[str, Any]) -> bool:
+    """Whether a recipe makes matrices smaller."""
+    return any(value is not None for key, value in recipe["width"].items() if key != "by")
+
+
 def _how(report: Mapping[str, Any], pruned: list[dict[str, Any]], methods: list[str]) -> str:
     lines = [f"- **Method**: {_method(solvers, name)}" for name in methods]
     if kept := report.get("kept_blocks"):
@@ -269,7 +271,7 @@ def _how(report: Mapping[str, Any], pruned: list[dict[str, Any]], methods: list[
     if widths := report.get("widths"):
         lines.append(f"- **Widths**: {narrowed(widths)}")
         recipe = report["recipe"]
-        asked = [("width", width)] if any(recipe["width"].get(part) is not None for part in WIDTHS) else []
+        asked = [("width", width)] if _narrows(recipe) else []
         asked += [("experts", experts)] if recipe["experts"].get("drop") is not None else []
         lines += [f"- **{key.capitalize()}** chosen by {_method(room, named.name_of(recipe[key]['by']))}"
                   for key, room in asked]  # fmt: skip
@@ -420,7 +422,7 @@ def _speed(patterns: Sequence[str], report: Mapping[str, Any], measured: str) ->
             f"and values of the others{'' if measured else '; how much faster that is was not measured'}."
         )
     unknown = "" if measured else "; how much that is was not measured"
-    if widths and any(report["recipe"]["width"].get(part) is not None for part in WIDTHS):
+    if widths and _narrows(report["recipe"]):
         said.append(f"Its matrices are smaller, which every runtime gains from{unknown}.")
     if widths and report["recipe"]["experts"].get("drop") is not None:
         said.append("It has fewer experts, which takes less memory; a token is sent to as many as before.")

@@ -93,7 +93,7 @@ def width_lines(plan: Plan) -> list[str]:
     """How much narrower blocks become, where they do."""
     if plan.narrow is None:
         return []
-    left = sum(info.numel for info in plan.narrow.checkpoint.index.values())
+    left = plan.narrow.checkpoint.weights
     told = narrowed(plan.narrow.widths)
     lines = [f"widths       {told}: {left:,} of {plan.weights:,} weights ({left / plan.weights:.1%}) are left"]
     if others := plan.narrow.checkpoint.unclaimed_keys:

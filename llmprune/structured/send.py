@@ -12,9 +12,9 @@ from llmprune.errors import Failure
 from llmprune.model import blocks
 from llmprune.model.activations import Activations, Call
 from llmprune.model.checkpoint import LoadedBlock
+from llmprune.model.cuts import Cuts
 from llmprune.model.linears import find_linears
 from llmprune.model.watch import Shown, Watch
-from llmprune.model.width import Cuts
 from llmprune.report.record import ExpertsRecord
 from llmprune.solve import FEW_TOKENS
 from llmprune.structured.experts import Chooser, Seen

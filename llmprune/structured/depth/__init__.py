@@ -5,7 +5,6 @@ A file defines a frozen dataclass `Chooser` whose fields are its options in a re
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor
 from llmprune import named
 from llmprune.errors import UserError
 from llmprune.progress import Progress
-from llmprune.recipe import Depth
+from llmprune.recipe import Depth, share_of
 
 Score = Literal["kl", "perplexity"]
 """What answers are judged by, both in nats a token: KL(dense ‖ shorter), or how unlikely the next token is held."""
@@ -136,9 +135,8 @@ def read_shortening(drop: Any, by: str | Mapping[str, Any], total: int) -> Short
 def _count(drop: Any, total: int) -> int:
     if isinstance(drop, int) and not isinstance(drop, bool):
         return drop
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", drop) if isinstance(drop, str) else None
-    share = float(found[1]) / 100 if found else drop if isinstance(drop, float) else None
-    if share is None or not 0 < share < 1:
+    share = share_of(drop)
+    if share is None:
         raise UserError(
             "depth.drop must be a number of blocks (6), a share of them (20%), or a list of their numbers, not "
             f"{drop!r}"

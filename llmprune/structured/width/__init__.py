@@ -1,25 +1,23 @@
 """Which inputs of a linear go with all their weights, one file a way to choose them; the file's name is the way's name.
 
-A file defines a frozen dataclass `Solver` whose fields are its options in a recipe. It is given a pattern of whole
-columns, and gives back the weight with zeros in those that go.
+A file defines a frozen dataclass `Solver`, as the methods do. It is given a pattern of whole columns, which sums a
+saliency over all that goes together, and gives back the weight with zeros in what goes.
 """
 
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from llmprune import named
 from llmprune.errors import UserError
 from llmprune.model.checkpoint import Checkpoint
-from llmprune.model.width import Narrow, Target, Unit, channel_units, head_units, narrowed, products, width_step
-from llmprune.patterns import Columns, Pattern
-from llmprune.recipe import Experts, Recipe, Width
+from llmprune.model.cuts import width_step
+from llmprune.model.width import Narrow, narrowed
+from llmprune.model.widths import Target, Unit, channel_units, head_units, products
+from llmprune.recipe import Experts, Recipe, Width, share_of
 from llmprune.solvers import Solver
 from llmprune.structured import experts
 
@@ -36,20 +34,6 @@ def load(way: str | Mapping[str, Any]) -> Solver:
     """Make the way to choose that a recipe asks for; see `named.load`."""
     made: Solver = named.load(sys.modules[__name__], "Solver", "way to choose channels and heads", way)
     return made
-
-
-def columns(pattern: Pattern) -> Columns:
-    """The pattern, which is one of whole columns."""
-    if not isinstance(pattern, Columns):
-        raise TypeError(f"whole columns are chosen here, not {pattern}")
-    return pattern
-
-
-def without(weight: Tensor, pattern: Pattern, scores: Tensor) -> Tensor:
-    """A weight (out, in) without the units that have the lowest scores (units,), in memory of its own."""
-    chosen = columns(pattern)
-    stays = chosen.of_scores(scores).repeat_interleave(weight.shape[1] // chosen.units)
-    return weight * stays
 
 
 def narrow(checkpoint: Checkpoint, recipe: Recipe) -> Narrow | None:
@@ -98,7 +82,7 @@ def _within(checkpoint: Checkpoint, key: str, asked: str | float, heads: str | i
     Raises:
         UserError: no such share, or there are not enough channels.
     """
-    allowed = _share(asked)
+    allowed = share_of(asked)
     if allowed is None:
         raise UserError(f"{key} must be the share that may stay (80%), not {asked!r}")
     by_products = key == "width.flops"
@@ -106,7 +90,7 @@ def _within(checkpoint: Checkpoint, key: str, asked: str | float, heads: str | i
     def worth(unit: Unit) -> float:
         return unit.products if by_products else unit.weights
 
-    total = products(checkpoint) if by_products else sum(info.numel for info in checkpoint.index.values())
+    total = products(checkpoint) if by_products else checkpoint.weights
     left = float(total)
     if heads is not None:
         left -= sum(
@@ -124,13 +108,6 @@ def _within(checkpoint: Checkpoint, key: str, asked: str | float, heads: str | i
     raise UserError(f"{key}: channels alone bring the model to {least:.1%} at the least, and {asked} may stay")
 
 
-def _share(asked: Any) -> float | None:
-    """A share that is written as `20%` or 0.2, None where it is none."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", asked) if isinstance(asked, str) else None
-    share = float(found[1]) / 100 if found else asked if isinstance(asked, float) else None
-    return share if share is not None and 0 < share < 1 else None
-
-
 def _left(name: str, asked: str | int | float, count: int, multiple: int, least: int = 1) -> int:
     """How many of so many stay.
 
@@ -139,7 +116,7 @@ def _left(name: str, asked: str | int | float, count: int, multiple: int, least:
     if isinstance(asked, int) and not isinstance(asked, bool):
         left = count - asked
     else:
-        share = _share(asked)
+        share = share_of(asked)
         if share is None:
             raise UserError(f"{name} must be how many go of each block (6), or a share of them (20%), not {asked!r}")
         step = math.gcd(count, min(multiple, max(least, 2 ** int(math.log2(max(1, count / multiple))))))

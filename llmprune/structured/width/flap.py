@@ -10,12 +10,11 @@ from torch import Tensor
 from llmprune.patterns import Pattern, Scope
 from llmprune.solvers import Buffers
 from llmprune.stats import LinearStats, Needs
-from llmprune.structured.width import columns, without
 
 
 @dataclass(frozen=True)
 class Solver:
-    """A unit's score is Σ Var(X_j)·‖W_:j‖₂² over its inputs, weights not updated (WIFV of FLAP, arXiv:2312.11983).
+    """A unit's saliency is Σ Var(X_j)·‖W_:j‖₂² over its inputs, weights not updated (WIFV of FLAP, arXiv:2312.11983).
 
     The published method puts what goes on average through the pruned inputs into a bias, which most models have no
     place for; that part is left out.
@@ -29,5 +28,4 @@ class Solver:
     buffers: ClassVar[Buffers] = Buffers()
 
     def solve(self, weight: Tensor, stats: LinearStats, pattern: Pattern) -> Tensor:
-        inputs = weight.square().sum(0) * stats.variances
-        return without(weight, pattern, inputs.view(columns(pattern).units, -1).sum(1))
+        return weight * pattern.keep(weight.square() * stats.variances)

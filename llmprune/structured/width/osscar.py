@@ -8,10 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmprune.patterns import Pattern, Scope
+from llmprune.patterns import Columns, Pattern, Scope
 from llmprune.solvers import Buffers
 from llmprune.stats import LinearStats, Needs, product
-from llmprune.structured.width import columns
 
 _WORTH = 1e-4
 """An exchange is worth it from this part of the output energy of an average input on."""
@@ -54,12 +53,12 @@ class Solver:
             raise ValueError(f"exchanges must not be below 0, not {self.exchanges}")
 
     def solve(self, weight: Tensor, stats: LinearStats, pattern: Pattern) -> Tensor:
-        chosen = columns(pattern)
-        units = chosen.inputs(weight.shape[1]).to(weight.device)
+        assert isinstance(pattern, Columns)
+        units = pattern.inputs(weight.shape[1]).to(weight.device)
         inverse = stats.scaled_inverse(self.damping, 0.0).clone()
         scaled = weight * stats.norms  # in a space in which all inputs have a norm of one, and dead ones none
         left = _Left(scaled, inverse, units)
-        leaving = chosen.units - chosen.kept
+        leaving = pattern.units - pattern.kept
         step = -(-leaving // self.rounds)
         for start in range(0, leaving, step):
             left.remove(left.costs().topk(min(step, leaving - start), largest=False).indices)
