@@ -80,6 +80,12 @@ def victim(model: str, out: str, text: str, moment: str, count: int | float) -> 
             os.truncate(path, path.stat().st_size // 2)
             kill()
 
+    def with_a_draft_of_its_own(tensors: Any, path: Path, metadata: Any) -> None:
+        if due():
+            path.with_name(".tmpA1b2C3").touch()  # as safetensors does, under another name each time
+            kill()
+        save_file(tensors, path, metadata=metadata)
+
     def before_the_rename(path: Path, target: Path) -> Path:
         return kill() or path if due() else rename(path, target)  # type: ignore[func-returns-value]
 
@@ -105,6 +111,8 @@ def victim(model: str, out: str, text: str, moment: str, count: int | float) -> 
 
     if moment == "half a shard":
         writer.save_file = half_a_shard  # type: ignore[attr-defined]
+    elif moment == "a library's draft":
+        writer.save_file = with_a_draft_of_its_own  # type: ignore[attr-defined]
     elif moment == "before the rename":
         Path.rename = before_the_rename  # type: ignore[method-assign,assignment]
     elif moment == "before the line":
@@ -145,6 +153,7 @@ CHAINS = [
     [("half a line", 0), ("before the line", 0), ("before the line", 1), ("half a line", 6)],
     [("before the line", 7), ("before the report", 0), ("before the journal goes", 0)],
     [("half a shard", 6), ("before the rename", 0), ("before the rename", 5)],
+    [("a library's draft", 0), ("a library's draft", 2), ("a library's draft", 3)],
 ]
 
 

@@ -1,6 +1,6 @@
 """Writes the pruned checkpoint: one block is one shard (or a few), and OUT never holds a half-written file.
 
-A shard is written under a temporary name, flushed to disk and renamed; then a line is added to the journal
+A shard is written in a folder of drafts, flushed to disk and moved from there; then a line is added to the journal
 (`llmprune.journal.jsonl`, one JSON object a line). The first line is the header: `format` (1), `fingerprint`, all that
 the result depends on, `side_files`, which go with the weights, `dense`, the perplexity before, `allocation`, the target
 of each linear where it was found out, and `kept`, the numbers of the blocks that are left where some were taken out.
@@ -45,6 +45,9 @@ JOURNAL = "llmprune.journal.jsonl"
 REPORT = "llmprune.json"
 PAGE = "report.html"
 ALLOCATION = "allocation.yaml"
+DRAFTS = ".llmprune.drafts"
+"""Where a file lies until it is whole; with what a library leaves beside it when the process is killed."""
+
 EVALUATION = "evaluation"
 MEASURED = ("eval.json", "lm_eval.json", "comparison.json", "generations.json", "speed.json")
 """What is found out about a checkpoint later on, in its folder `EVALUATION`."""
@@ -281,15 +284,16 @@ class Writer:
 
     def _replace(self, name: str, write: Any) -> Path:
         path = self.out / name
-        draft = path.with_name(f".{path.name}.draft")
+        draft = self.out / DRAFTS / path.name
         try:
+            draft.parent.mkdir(exist_ok=True)
             write(draft)
             draft.chmod(0o644)
             _sync(draft)
             draft.rename(path)
             _sync(path.parent)
         finally:
-            draft.unlink(missing_ok=True)
+            shutil.rmtree(draft.parent, ignore_errors=True)
         return path
 
     def _append(self, line: dict[str, Any]) -> None:
@@ -357,6 +361,7 @@ def writing(out: str | Path, checkpoint: Checkpoint, shard_size: str, restart: b
     folder = check_out(out, checkpoint, restart)
     with claimed(folder, out):
         check_out(out, checkpoint, restart)  # the state of things now that nobody else can change it
+        shutil.rmtree(folder / DRAFTS, ignore_errors=True)
         writer = Writer(folder, checkpoint, shard_size, restart)
         try:
             yield writer
