@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import llmprune
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.linears import find_linears
 from llmprune.model.source import Source
+from llmprune.recover import GradualPruning, recover
+from llmprune.recover.masks import trained_linears
 from tests.families import make
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -78,3 +81,75 @@ def test_perplexity_agrees_with_the_cpu(tmp_path: Path) -> None:
     text.write_text("The answer, my friend, is blowing in the wind. " * 60)
     first, second = (llmprune.perplexity(source, str(text), length=32, device=device) for device in ("cpu", "cuda"))
     assert first.value == pytest.approx(second.value, rel=1e-3)
+
+
+SMALLER: list[dict[str, Any]] = [
+    {"width": {"channels": "25%", "heads": 1}},
+    {"width": {"channels": "25%", "by": "flap"}},
+    {"depth": {"drop": 1}},
+    {"depth": {"drop": 1, "by": "influence"}, "reconstruct": [{"name": "block", "steps": 4}]},
+]
+
+
+@pytest.mark.parametrize("chosen", SMALLER, ids=str)
+def test_smaller_dense_models_are_those_of_the_cpu(chosen: dict[str, Any], tmp_path: Path) -> None:
+    source = make("llama", tmp_path / "model")
+    reports = [shrink(source, tmp_path, device, **chosen) for device in ("cpu", "cuda")]
+    assert reports[0].kept_blocks == reports[1].kept_blocks
+    answers = [llmprune.divergence(tmp_path / d, source, "builtin", length=32, device="cpu") for d in ("cpu", "cuda")]
+    assert answers[1].kl == pytest.approx(answers[0].kl, rel=0.05)
+
+
+@pytest.mark.parametrize("by", ["reap", "frequency", "norm"])
+def test_the_same_experts_go_as_on_the_cpu(by: str, tmp_path: Path) -> None:
+    source = make("mixtral", tmp_path / "model")
+    reports = [shrink(source, tmp_path, device, experts={"drop": 1, "by": by}) for device in ("cpu", "cuda")]
+    told = [[(one.kept, one.tokens) for block in report.blocks for one in block.experts or ()] for report in reports]
+    assert told[0]
+    assert told[0] == told[1]
+
+
+def shrink(source: Path, folder: Path, device: str, **chosen: Any) -> llmprune.Report:
+    calibration = {"source": "builtin", "samples": 16, "length": 32}
+    report = llmprune.prune(source, out=folder / device, device=device, calibration=calibration, **chosen)
+    assert llmprune.verify(folder / device).ok
+    return report
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "norms"])
+def test_a_recovery_keeps_the_zeros(method: str, tmp_path: Path) -> None:
+    source = make("llama", tmp_path / "model")
+    llmprune.prune(source, out=tmp_path / "out", method="magnitude", sparsity="2:4")
+    found = recover(
+        tmp_path / "out", out=tmp_path / "recovered", data="builtin", distill=source, method=method, device="cuda",
+        steps=30, length=32, batch=4, held_out=8, rate=1e-2,
+    )  # fmt: skip
+    assert llmprune.verify(tmp_path / "recovered").ok
+    assert found.kl_before is not None
+    assert found.kl_after is not None
+    assert found.kl_after < found.kl_before
+
+
+@pytest.mark.parametrize("saliency", ["magnitude", "wanda", "movement"])
+def test_gradual_pruning_and_its_zeros(saliency: str, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(make("llama", tmp_path / "model")).cuda()
+    gradual = GradualPruning("2:4", saliency=saliency, begin=1, end=6, every=2)
+    options = TrainingArguments(tmp_path / "trained", max_steps=8, report_to=[], save_strategy="no", logging_steps=1)
+    tokens = torch.arange(32) % 100 + 3
+    data = [{"input_ids": tokens, "labels": tokens}] * 8
+    Trainer(model, options, train_dataset=data, callbacks=[gradual]).train()
+    found = dict(model.named_parameters())
+    for linear in trained_linears(model):
+        weight = linear.view(found[linear.parameter].detach())
+        assert weight.is_cuda
+        assert ((weight.view(len(weight), -1, 4) == 0).sum(2) == 2).all(), linear.name
+
+
+def test_speed_is_measured_with_the_memory_of_the_device(tmp_path: Path) -> None:
+    source = make("llama", tmp_path / "model")
+    llmprune.prune(source, out=tmp_path / "out", depth={"drop": [1]})
+    found = llmprune.speed(
+        source, [tmp_path / "out"], prompt_tokens=20, new_tokens=6, rounds=3, threads=1, device="cuda"
+    )
+    for one in found.models:
+        assert one.peak_device_memory

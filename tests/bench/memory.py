@@ -38,8 +38,8 @@ SEVEN = LlamaConfig(
 TEXT = "We are such stuff as dreams are made on, and our little life is rounded with a sleep. "
 
 
-def build(config: LlamaConfig, folder: Path) -> None:
-    """Write a random Llama, one shard a block and one for the rest."""
+def build(config: LlamaConfig, folder: Path, device: str = "cpu") -> None:
+    """Write a random Llama, one shard a block and one for the rest; its numbers are drawn on the device."""
     folder.mkdir(parents=True)
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
@@ -52,7 +52,7 @@ def build(config: LlamaConfig, folder: Path) -> None:
         number = re.search(r"layers\.(\d+)\.", name)
         groups.setdefault(f"block-{number[1]}" if number else "rest", []).append(name)
     for group, names in groups.items():
-        tensors = {name: _random(state[name].shape) for name in names}
+        tensors = {name: _random(state[name].shape, device) for name in names}
         save_file(tensors, folder / f"{group}.safetensors", metadata={"format": "pt"})
     weight_map = {name: f"{group}.safetensors" for group, names in groups.items() for name in names}
     total = sum(2 * value.numel() for value in state.values())
@@ -60,10 +60,10 @@ def build(config: LlamaConfig, folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def _random(shape: torch.Size) -> torch.Tensor:
+def _random(shape: torch.Size, device: str) -> torch.Tensor:
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
-    return torch.empty(shape, dtype=torch.bfloat16).uniform_(-1, 1).mul_((3 / shape[-1]) ** 0.5)
+    return torch.empty(shape, dtype=torch.bfloat16, device=device).uniform_(-1, 1).mul_((3 / shape[-1]) ** 0.5).cpu()
 
 
 def prune(model: Path, out: Path, recipe: dict[str, Any], cap: str) -> subprocess.CompletedProcess[str]:

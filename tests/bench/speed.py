@@ -1,17 +1,19 @@
 """Where the time goes, against what the machine can do at best, and how it grows with the work.
 
 python -m tests.bench.speed MODEL --calibration C4.jsonl [--samples 32] [--length 1024] [--rounds 3] [--dtype bfloat16]
+python -m tests.bench.speed --seven 32 --device cuda --calibration C4.jsonl --samples 128 --length 2048 --sparsity 2:4
 python -m tests.bench.speed --growth
 
 The first prunes MODEL to 50 % with Wanda and SparseGPT, each run in a process of its own, and prints the medians. The
 least time for the forwards and the Grams is their floating point operations, by the linears alone, over the rate that a
-plain matrix product reached on this machine just before. The second doubles the blocks, the tokens and the width of a
-random Llama in turn.
+plain matrix product reached on this machine just before. The second does so with a random Llama of so many blocks, each
+of the shape of Llama 2 7B's. The third doubles the blocks, the tokens and the width of a random Llama in turn.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import subprocess
@@ -24,21 +26,29 @@ from typing import Any
 import torch
 
 from llmprune.pipeline import plan
+from tests.bench.memory import SEVEN, build
 from tests.families import make
 
 METHODS = ("wanda", "sparsegpt")
 
 
-def rate(dtype: torch.dtype, size: tuple[int, int, int] = (2048, 1536, 576)) -> float:
-    """Operations per second of a matrix product of this size, the median of 30."""
-    rows, columns, inner = size
-    a, b = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
+def rate(dtype: torch.dtype, device: str) -> float:
+    """Operations per second of a matrix product of a usual size, the median of 30."""
+    rows, columns, inner = (2048, 1536, 576) if device == "cpu" else (8192, 4096, 4096)
+    a, b = (torch.randn(size, inner, device=device).to(dtype) for size in (rows, columns))
     seconds = []
     for _ in range(30):
+        _wait(device)
         began = time.perf_counter()
         a @ b.T
+        _wait(device)
         seconds.append(time.perf_counter() - began)
     return 2.0 * rows * columns * inner / statistics.median(seconds)
+
+
+def _wait(device: str) -> None:
+    if device != "cpu":
+        torch.accelerator.synchronize()
 
 
 def operations(model: str, options: dict[str, Any], tokens: int) -> tuple[float, float]:
@@ -67,14 +77,17 @@ def table(heading: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
 
 def account(chosen: argparse.Namespace) -> None:
     dtype = getattr(torch, chosen.dtype)
-    rates = {kind: rate(kind) for kind in {dtype, torch.float32}}
+    rates = {kind: rate(kind, chosen.device) for kind in {dtype, torch.float32}}
     print(", ".join(f"{str(kind).removeprefix('torch.')} {value / 1e9:.0f} GFLOP/s" for kind, value in rates.items()))
     tokens = chosen.samples * chosen.length
     given = ["--calibration", chosen.calibration, "--samples", str(chosen.samples), "--length", str(chosen.length)]
     for method in chosen.methods:
         arguments = ["--method", method, "--sparsity", chosen.sparsity, "--dtype", chosen.dtype, *given]
+        arguments += ["--device", chosen.device]
         reports = [prune(chosen.model, arguments) for _ in range(chosen.rounds)]
         forward, grams = operations(chosen.model, {"method": method, "sparsity": chosen.sparsity}, tokens)
+        if chosen.json:
+            Path(f"{chosen.json}-{method}.json").write_text(json.dumps(reports))
         # A block's one forward is timed in two phases, before and after its last linears are solved.
         least = (forward + (grams if method == "sparsegpt" else 0.0)) / max(rates.values())
         rows = []
@@ -84,7 +97,9 @@ def account(chosen: argparse.Namespace) -> None:
             share = (f"{least:.1f} s", f"{seconds / least:.2f}") if bounded else ("", "")
             rows.append((" + ".join(phases), f"{seconds:.1f} s", *share))
         peak = statistics.median(report["peak_memory"] for report in reports)
-        print(f"{method}, {chosen.sparsity}, median of {chosen.rounds}, peak memory {peak / 2**30:.2f} GiB\n")
+        device = max(report["peak_device_memory"] or 0 for report in reports)
+        held = f"{peak / 2**30:.2f} GiB" + (f", on the device {device / 2**30:.2f} GiB" if device else "")
+        print(f"{method}, {chosen.sparsity}, median of {chosen.rounds}, peak memory {held}\n")
         table(("phase", "time", "at the rate of a product", "ratio"), rows)
 
 
@@ -131,13 +146,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--seven", type=int, metavar="BLOCKS")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", help="where to write the reports, the method's name and .json after it")
     chosen = parser.parse_args()
     if chosen.growth:
         growth(chosen)
+    elif chosen.seven and chosen.calibration:
+        with tempfile.TemporaryDirectory() as folder:
+            chosen.model = f"{folder}/model"
+            config = copy.deepcopy(SEVEN)
+            config.num_hidden_layers = chosen.seven
+            build(config, Path(chosen.model), chosen.device)
+            account(chosen)
     elif chosen.model and chosen.calibration:
         account(chosen)
     else:
-        parser.error("give MODEL and --calibration, or --growth")
+        parser.error("give MODEL or --seven and --calibration, or --growth")
 
 
 if __name__ == "__main__":
