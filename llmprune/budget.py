@@ -61,9 +61,13 @@ def batch_tokens(checkpoint: Checkpoint) -> int:
     return BATCH_TOKENS.get(checkpoint.device.type, BATCH_TOKENS["cpu"])
 
 
-def batch_size(checkpoint: Checkpoint, length: int) -> int:
-    """How many sequences of a length run through a block at once, where there is room."""
-    return max(1, batch_tokens(checkpoint) // length)
+def batch_size(checkpoint: Checkpoint, length: int, fitted: bool = False) -> int:
+    """How many sequences of a length run through a block at once, where there is room.
+
+    Args:
+        fitted: whether blocks are fitted. A step of that takes one batch, so that it is as large on any device.
+    """
+    return max(1, (BATCH_TOKENS["cpu"] if fitted else batch_tokens(checkpoint)) // length)
 
 
 def windows_at_once(checkpoint: Checkpoint, length: int, spare: int) -> int:

@@ -17,6 +17,12 @@ from llmprune.errors import UserError
 from llmprune.parts import some_rows, zeros
 
 Scope = Literal["row", "matrix"]
+_FEW = 2**18
+"""Weights of N:M groups that are few enough to compare all with all at once."""
+
+_MANY = 2**24
+"""Weights whose order takes too much memory."""
+
 SCOPES: tuple[str, ...] = get_args(Scope)
 
 
@@ -120,6 +126,11 @@ class NM:
         # (m, out, groups): the weights of one place lie together, which is several times as fast.
         places = saliency.reshape(*saliency.shape[:-1], -1, self.m).movedim(-1, 0).contiguous()
         # How many of its group stand before each weight: the greater ones, and among equals the earlier ones.
+        if places.device.type != "cpu" and places.numel() <= _FEW:  # what counts there is how many kernels are started
+            earlier = torch.ones(self.m, self.m, dtype=torch.bool, device=places.device).tril(-1)
+            each, other = places[:, None], places[None]
+            before = (other > each) | ((other == each) & earlier[..., None, None])
+            return (before.sum(1) < self.n).movedim(0, -1).reshape(saliency.shape)
         rivals = torch.zeros_like(places, dtype=torch.int16)
         for place, rival in enumerate(places):
             rivals[:place] += rival > places[:place]
@@ -272,4 +283,6 @@ def _nth(values: Tensor, count: int) -> Tensor:
         # On a CPU numpy's selection is many times as fast as torch's.
         sorted_there = numpy.partition(values.detach().numpy(), count - 1, axis=-1)
         return torch.from_numpy(sorted_there[:, count - 1 : count].copy())
+    if len(values) == 1 and values.numel() <= _MANY:  # torch's selection on a GPU has one group of threads for a row
+        return values.sort(dim=-1).values[:, count - 1 : count]
     return values.kthvalue(count, dim=-1, keepdim=True).values

@@ -251,7 +251,7 @@ def _schedule(
         had.base,
         narrow is not None,
     )
-    made = needs.schedule(min(samples, batch_size(checkpoint, length)), had)
+    made = needs.schedule(min(samples, batch_size(checkpoint, length, fitted > 0)), had)
     return abreast(checkpoint, made, looked_at, had) if looked_at else (made, 1)
 
 

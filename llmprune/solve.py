@@ -77,7 +77,7 @@ def solve_stage(
     done = {}
     for choice in choices:
         if (name := choice.linear.name) in seen:
-            weight = choice.linear.view(block.state[choice.linear.parameter])
+            weight = choice.linear.view(block.state[choice.linear.parameter]).to(checkpoint.device)
             check(weight, choice)
             done[name] = _record(choice, weight, seen[name], [one for part in everything for one in part.get(name, ())])
     return done
@@ -295,12 +295,18 @@ def as_narrower(
     return found
 
 
-def renewed(block: LoadedBlock, choices: tuple[Choice, ...], done: dict[str, LinearRecord]) -> dict[str, LinearRecord]:
-    """The records of linears whose kept weights have changed since; a weight that came to zero is one of the zeros."""
+def renewed(
+    block: LoadedBlock, choices: tuple[Choice, ...], done: dict[str, LinearRecord], device: torch.device
+) -> dict[str, LinearRecord]:
+    """The records of linears whose kept weights have changed since; a weight that came to zero is one of the zeros.
+
+    Args:
+        device: where the weights are looked at.
+    """
     found = dict(done)
     for choice in choices:
         if (record := done.get(choice.linear.name)) is not None:
-            weight = choice.linear.view(block.state[choice.linear.parameter])
+            weight = choice.linear.view(block.state[choice.linear.parameter]).to(device)
             check(weight, choice)
             sparsity = zeros(weight) / weight.numel()
             found[record.name] = replace(record, sparsity=sparsity, mask_sha256=mask_sha256(weight))

@@ -13,13 +13,30 @@ import llmprune
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.linears import find_linears
 from llmprune.model.source import Source
+from llmprune.patterns import parse
 from llmprune.recover import GradualPruning, recover
 from llmprune.recover.masks import trained_linears
+from llmprune.report.record import packed
 from tests.families import make
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 FAMILIES = ("llama", "mixtral", "gpt_oss", "gpt2", "deepseek_v3", "gemma3_text", "opt", "bloom", "qwen3_next")
+
+
+@pytest.mark.parametrize("shape", [(1,), (8, 16), (3, 5), (24, 1001)])
+def test_masks_are_packed_as_on_the_cpu(shape: tuple[int, ...]) -> None:
+    mask = torch.rand(shape) < 0.5
+    assert packed(mask.cuda()).tobytes() == packed(mask).tobytes()
+
+
+@pytest.mark.parametrize("rows", [7, 40_000])
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "3:5", "50%", "70%"])
+@pytest.mark.parametrize("scope", ["row", "matrix"])
+def test_the_same_saliency_gives_the_same_mask(scope: Any, pattern: str, rows: int) -> None:
+    rule = parse(pattern, scope)
+    for saliency in (torch.rand(rows, 40), torch.randint(0, 4, (rows, 40)).float()):  # without and with ties
+        assert torch.equal(rule.keep(saliency.cuda()).cpu(), rule.keep(saliency))
 
 
 def masks(folder: Path) -> dict[str, torch.Tensor]:
@@ -36,7 +53,8 @@ def masks(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_masks_agree_with_the_cpu(family: str, method: str, tmp_path: Path) -> None:
-    source = make(family, tmp_path / "model")
+    # Without a token of padding: its embedding is zero, and so is what a router says of one that comes first.
+    source = make(family, tmp_path / "model", pad_token_id=None)
     text = tmp_path / "text.txt"
     text.write_text("How many roads must a man walk down, before you call him a man? " * 60)
     found = {}
@@ -102,7 +120,7 @@ def test_smaller_dense_models_are_those_of_the_cpu(chosen: dict[str, Any], tmp_p
 
 @pytest.mark.parametrize("by", ["reap", "frequency", "norm"])
 def test_the_same_experts_go_as_on_the_cpu(by: str, tmp_path: Path) -> None:
-    source = make("mixtral", tmp_path / "model")
+    source = make("mixtral", tmp_path / "model", pad_token_id=None)
     reports = [shrink(source, tmp_path, device, experts={"drop": 1, "by": by}) for device in ("cpu", "cuda")]
     told = [[(one.kept, one.tokens) for block in report.blocks for one in block.experts or ()] for report in reports]
     assert told[0]

@@ -205,7 +205,10 @@ class Checkpoint:
         """
         name = self.blocks[number]
         state = self._load(self.block_keys[number], name + ".", self._source_index if dense else self.index)
-        self.check_finite(state)
+        placed = {key: self._get(key) for key in state}  # on the device, where counting takes no time
+        self.check_finite(
+            {key: placed[key] if placed[key].dtype == kept.dtype else kept for key, kept in state.items()}
+        )
         return LoadedBlock(name, self.block(name), state)
 
     def place_block(self, number: int, state: Mapping[str, Tensor]) -> LoadedBlock:

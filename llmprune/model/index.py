@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmprune.errors import Failure, UserError
+
+READERS = 4
+"""Threads that read large tensors, or files, at the same time."""
+
+_ALONE = 2**20
+"""Bytes of a tensor that is worth a thread."""
 
 DTYPES = {
     "F64": torch.float64,
@@ -128,26 +134,24 @@ def read_tensors(infos: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
     Raises:
         OSError: a file cannot be read, or ends too early.
     """
-    found: dict[str, Tensor] = {}
-    with ExitStack() as stack:
-        files: dict[Path, io.FileIO] = {}
-        for key, info in infos.items():
-            if info.file not in files:
-                files[info.file] = stack.enter_context(io.FileIO(info.file))
-            found[key] = _read(files[info.file], info)
+    found = {key: torch.empty(info.shape, dtype=info.dtype) for key, info in infos.items()}
+    large = [key for key, info in infos.items() if info.nbytes > _ALONE]
+    for key in infos.keys() - large:
+        _read_into(found[key], infos[key])
+    with ThreadPoolExecutor(READERS) as pool:  # copying from the system's cache keeps one core busy
+        list(pool.map(lambda key: _read_into(found[key], infos[key]), large))
     return found
 
 
-def _read(file: io.FileIO, info: TensorInfo) -> Tensor:
-    data = torch.empty(info.nbytes, dtype=torch.uint8)
-    rest = memoryview(data.numpy())  # type: ignore[arg-type]
-    file.seek(info.offset)
-    while len(rest):
-        count = file.readinto(rest)
-        if not count:
-            raise OSError(f"{info.file} ends before its header says")
-        rest = rest[count:]
-    return data.view(info.dtype).view(info.shape)
+def _read_into(tensor: Tensor, info: TensorInfo) -> None:
+    rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    with io.FileIO(info.file) as file:
+        file.seek(info.offset)
+        while len(rest):
+            count = file.readinto(rest)
+            if not count:
+                raise OSError(f"{info.file} ends before its header says")
+            rest = rest[count:]
 
 
 def _offsets(path: Path) -> dict[str, int]:

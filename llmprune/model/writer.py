@@ -38,6 +38,7 @@ from llmprune import distributed, memory
 from llmprune.errors import Failure, UserError
 from llmprune.model.checkpoint import Checkpoint, LoadedBlock
 from llmprune.model.files import CHAT_TEMPLATES, NOT_COPIED, content_sha256, sha256_of, side_files
+from llmprune.model.index import READERS
 from llmprune.progress import Progress
 from llmprune.recipe import parse_size
 
@@ -517,7 +518,7 @@ def fingerprint_files(checkpoint: Checkpoint) -> dict[str, str]:
     """The sha256 of each file that the result depends on."""
     folder = checkpoint.source.folder
     files = sorted({info.file for info in checkpoint.index.values()} | {folder / name for name in side_files(folder)})
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         return dict(
             zip((str(path.relative_to(folder)) for path in files), pool.map(content_sha256, files), strict=True)
         )

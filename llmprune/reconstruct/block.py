@@ -34,8 +34,8 @@ class Reconstructor:
     x are the hidden states that come out of the pruned blocks before this one, x₀ those of the dense model, so that
     what earlier blocks lost is made up for. Each token counts as much as any other, however large its states are: a
     few with massive activations would else be nearly all there is from some block on. A step takes one batch of the
-    calibration; its size falls to nothing in a half cosine. A block for which what is minimised does not fall is left
-    as it was.
+    calibration, about a thousand tokens; its size falls to nothing in a half cosine. A block for which what is
+    minimised does not fall is left as it was.
 
     Not every difference matters as much to what comes after. With `ahead` the next block, dense, is run on what the
     fitted one returns, and what it makes of that counts too.

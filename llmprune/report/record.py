@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy
+import numpy.typing
 import torch
 import transformers
 from torch import Tensor
+from torch.nn import functional
 
 import llmprune
 from llmprune.parts import some_rows
@@ -392,8 +394,18 @@ def mask_sha256(weight: Tensor) -> str:
     """The hash of where an (out, in) weight is not zero, packed to bits row by row."""
     digest = hashlib.sha256()
     for rows in some_rows(weight):  # whole bytes of bits
-        digest.update(numpy.packbits((rows != 0).cpu().contiguous().numpy()).tobytes())
+        digest.update(packed(rows != 0).tobytes())
     return digest.hexdigest()
+
+
+def packed(mask: Tensor) -> numpy.typing.NDArray[numpy.uint8]:
+    """A bool mask of any shape as bits, the first of eight the highest; packed on the device that it is on."""
+    if mask.device.type == "cpu":
+        return numpy.packbits(mask.contiguous().numpy())
+    eights = functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
+    places = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=mask.device)
+    bits: numpy.typing.NDArray[numpy.uint8] = (eights * places).sum(1, dtype=torch.uint8).cpu().numpy()
+    return bits
 
 
 def _numel(record: LinearRecord) -> int:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llmprune.errors import Failure, UserError
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.files import sha256_of
+from llmprune.model.index import READERS
 from llmprune.model.linears import Linear, find_linears
 from llmprune.model.source import Source
 from llmprune.model.writer import JOURNAL, REPORT
@@ -70,9 +74,18 @@ def verify(folder: str | Path, *, progress: Progress | None = None, trust_remote
 
 
 def compare(
-    folder: Path, linears: list[dict[str, Any]], shards: dict[str, str], progress: Progress, trusted: bool = False
+    folder: Path,
+    linears: list[dict[str, Any]],
+    shards: dict[str, str],
+    progress: Progress,
+    trusted: bool = False,
+    device: torch.device | str = "cpu",
 ) -> Verdict:
-    """Read a written checkpoint, and compare it with the records of its linears and the hashes of its files."""
+    """Read a written checkpoint, and compare it with the records of its linears and the hashes of its files.
+
+    Args:
+        device: where the weights are looked at.
+    """
     checkpoint = Checkpoint(Source(str(folder), folder.resolve(), trusted=trusted), "cpu")
     promised = {record["name"]: record for record in linears if record.get("pattern")}
     verdict = Verdict(folder, len(promised))
@@ -80,14 +93,13 @@ def compare(
         block = checkpoint.load_block(number)
         for linear in find_linears(block.module, name):
             if record := promised.pop(linear.name, None):
-                verdict.problems += _compare(linear, linear.view(block.state[linear.parameter]), record)
+                verdict.problems += _compare(linear, linear.view(block.state[linear.parameter]).to(device), record)
         del block
         checkpoint.unload_block(number)
     verdict.problems += [f"{name} is promised by {REPORT}, but the model has no such linear" for name in promised]
-    verdict.changed = [
-        name for name, digest in shards.items()
-        if not (folder / name).is_file() or sha256_of(folder / name) != digest
-    ]  # fmt: skip
+    with ThreadPoolExecutor(READERS) as pool:
+        same = pool.map(lambda name: (folder / name).is_file() and sha256_of(folder / name) == shards[name], shards)
+        verdict.changed = [name for name, unchanged in zip(shards, same, strict=True) if not unchanged]
     return verdict
 
 
