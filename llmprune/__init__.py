@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from llmprune.errors import Failure, LLMPruneError, UserError
 
 if TYPE_CHECKING:
+    from llmprune.course import run
     from llmprune.evaluate.compare import compare
     from llmprune.evaluate.divergence import divergence
     from llmprune.evaluate.perplexity import perplexity
@@ -38,6 +39,7 @@ __all__ = [
     "perplexity",
     "prune",
     "push",
+    "run",
     "search",
     "speed",
     "sweep",
@@ -53,6 +55,7 @@ _PLACES = {
     "perplexity": "llmprune.evaluate.perplexity",
     "prune": "llmprune.pipeline",
     "push": "llmprune.push",
+    "run": "llmprune.course",
     "search": "llmprune.search",
     "speed": "llmprune.evaluate.speed",
     "sweep": "llmprune.sweep",

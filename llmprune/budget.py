@@ -380,13 +380,14 @@ class Needs:
             loaded = self._loaded(work)
             flow = self._flow(work, option.batch, option.length) if self._samples else 0
             still = self._still(work, option)
+            beside = behind if self._apart else Peak()  # the block before is on the disk else, see `prune_blocks`
             capture |= behind + loaded + Peak(size.reading)  # while it is read
             for stage in stages:
                 held = solving = 0
                 for entry in reversed(stage.inputs):
                     held, solving = work.with_before(entry, held, solving)
                 capture |= behind + loaded + self._near(still + held + flow)
-                solve |= loaded + self._near(still + solving)
+                solve |= beside + loaded + self._near(still + solving)
             write |= loaded + Peak(size.converted)
             if self._narrowed:  # while one is made of the other, at the most as large
                 write |= loaded + self._placed(size)
@@ -397,7 +398,7 @@ class Needs:
                 through = self._near(self._flow(replace(work, moments=()), option.batch, option.length))
                 capture |= behind + loaded + self._placed(gone) + (Peak(gone.reading) | through)
             if self._fitted:
-                solve |= loaded + self._fitting(work, option)
+                solve |= beside + loaded + self._fitting(work, option)
             behind = Peak(size.stored) if option.overlap else Peak()
         kept = self._kept(option)
         found = {"capture": kept + capture, "solve": kept + solve, "write": kept + write, "copy": Peak(self._largest)}

@@ -130,7 +130,7 @@ def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, sh
             prune_blocks(checkpoint, plan, tokens if plan.calibrates else None, writer, clock, shown, way)
         with distributed.first():  # ranks are told of a failure, and wait for files that they go on to read
             if distributed.is_first():
-                _finish(writer, report, _plan_file(plan, checkpoint.source), checkpoint.device, clock, shown)
+                _finish(writer, report, _plan_file(plan, checkpoint.source), str(checkpoint.device), clock, shown)
         if text is not None:
             with clock("evaluate"):
                 report.dense = Perplexity(**writer.dense) if writer.dense else None
@@ -199,9 +199,7 @@ def _plan_file(plan: Plan, source: Source) -> str | None:
     return allocation.write({linear.name: targets[linear.name] for linear in known}, told)
 
 
-def _finish(
-    writer: Writer, report: Report, plan_file: str | None, device: torch.device, clock: Clock, shown: Progress
-) -> None:
+def _finish(writer: Writer, report: Report, plan_file: str | None, device: str, clock: Clock, shown: Progress) -> None:
     """Write all but the report, and read everything again to see that it is as promised."""
     with clock("write"), shown.waiting("writing what surrounds the blocks"):
         writer.finish(plan_file)
@@ -301,8 +299,9 @@ def prune_blocks(
                 with clock("capture"):
                     stats = runs.collect(stage, checkpoint.device)
                     memory.give_back()
-                with clock("write"):
-                    writer.settle()
+                if checkpoint.device.type == "cpu":  # else solving takes other memory, and other cores
+                    with clock("write"):
+                        writer.settle()
                 with clock("solve"):
                     done.update(solve_stage(checkpoint, block, stage.inputs, choices, stats))
             if runs.goes_beside and wanted is not None:
@@ -320,7 +319,7 @@ def prune_blocks(
             if fit is not None and number >= finished and activations is not None and wanted is not None:
                 with clock("fit"):
                     away = _fit(fit, checkpoint, number, block, fitted, activations, wanted)
-                    done = renewed(block, choices, done, checkpoint.device) if narrow is None else done
+                    done = renewed(block, choices, done) if narrow is None else done
                     memory.give_back()
             runs = Capture(pruned, (), schedule.held)  # what went through the block before is of weights that were
             with runs.running(block.module, block.name, calls, activations):

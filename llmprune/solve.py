@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -68,7 +68,7 @@ def solve_stage(
             freed = 0
     memory.give_back()
     for task, owner in zip(tasks, owners, strict=True):
-        for _, rows, _ in task.parts(block):
+        for _, rows, _ in task.parts(block.state.__getitem__):
             distributed.broadcast(rows, owner)
     block.refresh({choice.linear.parameter for task in tasks for choice in task.choices})
     everything = distributed.gather(found)
@@ -77,7 +77,7 @@ def solve_stage(
     done = {}
     for choice in choices:
         if (name := choice.linear.name) in seen:
-            weight = choice.linear.view(block.state[choice.linear.parameter]).to(checkpoint.device)
+            weight = choice.linear.view(block.near(choice.linear.parameter))
             check(weight, choice)
             done[name] = _record(choice, weight, seen[name], [one for part in everything for one in part.get(name, ())])
     return done
@@ -102,14 +102,18 @@ class _Task:
         products = self.choices[0].products
         return (width**3 if products else 0.0) + (2 * products * width + 50) * rows * width
 
-    def parts(self, block: LoadedBlock) -> Iterator[tuple[Choice, Tensor, slice]]:
-        """Each linear, those rows of its weight in the block that belong here, and where they are among `rows`."""
+    def parts(self, parameter: Callable[[str], Tensor]) -> Iterator[tuple[Choice, Tensor, slice]]:
+        """Each linear, those rows of its weight that belong here, and where they are among `rows`.
+
+        Args:
+            parameter: gives a parameter by its name.
+        """
         start, end = self.rows
         place = 0
         for choice in self.choices:
             first, last = max(start, place), min(end, place + choice.linear.shape[0])
             if first < last:
-                weight = choice.linear.view(block.state[choice.linear.parameter])
+                weight = choice.linear.view(parameter(choice.linear.parameter))
                 yield choice, weight[first - place : last - place], slice(first - start, last - start)
             place += choice.linear.shape[0]
 
@@ -162,12 +166,10 @@ def _cut(task: _Task, parts: int) -> Iterator[_Task]:
 
 def _solve(checkpoint: Checkpoint, block: LoadedBlock, task: _Task, stats: LinearStats) -> dict[str, _Found]:
     """Prune the rows of a task in the block; returns what that told, by the linears' names."""
-    parts = list(task.parts(block))
-    views = [weight for _, weight, _ in parts]
-    together = torch.cat(views) if len(views) > 1 else views[0]
-    plain = torch.contiguous_format
-    dense = together.to(checkpoint.device, torch.float32, copy=True, memory_format=plain)
-    del together
+    parts = list(task.parts(block.state.__getitem__))
+    dense = torch.empty(task.rows[1] - task.rows[0], task.input.features, device=checkpoint.device)
+    for _, weight, rows in task.parts(block.near):
+        dense[rows] = weight.to(checkpoint.device)  # and there to float32: what is carried over is half as large
     name = ", ".join(choice.linear.name for choice, _, _ in parts)
     like = task.choices[0]
     solver, note = usable(like.solver, like.needs, stats, name)
@@ -295,18 +297,12 @@ def as_narrower(
     return found
 
 
-def renewed(
-    block: LoadedBlock, choices: tuple[Choice, ...], done: dict[str, LinearRecord], device: torch.device
-) -> dict[str, LinearRecord]:
-    """The records of linears whose kept weights have changed since; a weight that came to zero is one of the zeros.
-
-    Args:
-        device: where the weights are looked at.
-    """
+def renewed(block: LoadedBlock, choices: tuple[Choice, ...], done: dict[str, LinearRecord]) -> dict[str, LinearRecord]:
+    """The records of linears whose kept weights have changed since; a weight that came to zero is one of the zeros."""
     found = dict(done)
     for choice in choices:
         if (record := done.get(choice.linear.name)) is not None:
-            weight = choice.linear.view(block.state[choice.linear.parameter]).to(device)
+            weight = choice.linear.view(block.near(choice.linear.parameter))
             check(weight, choice)
             sparsity = zeros(weight) / weight.numel()
             found[record.name] = replace(record, sparsity=sparsity, mask_sha256=mask_sha256(weight))

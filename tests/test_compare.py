@@ -262,6 +262,18 @@ def test_a_piece_that_was_torn_is_made_again(models: dict[str, Path], text: str,
     assert again.differences == first.differences
 
 
+def test_the_same_tokens_in_other_windows_are_measured_anew(models: dict[str, Path], text: str, tmp_path: Path) -> None:
+    dense, *others = list(models.values())[:2]
+    for length in (16, 32):  # in one folder, which has kept what was found out
+        kept = llmprune.compare(dense, others, text=text, length=length, device="cpu", out=tmp_path / "kept")
+        anew = llmprune.compare(dense, others, text=text, length=length, device="cpu")
+        for mine, theirs in zip(kept.models, anew.models, strict=True):
+            assert mine.perplexity is not None
+            assert theirs.perplexity is not None
+            assert mine.perplexity.length == length
+            assert mine.perplexity.value == theirs.perplexity.value
+
+
 def test_another_vocabulary_leaves_the_divergence_out(models: dict[str, Path], text: str, tmp_path: Path) -> None:
     wider = make("llama", tmp_path / "wider", vocab_size=140, num_hidden_layers=1)
     strange = Path(shutil.copytree(models["other"], tmp_path / "strange"))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from llmprune.course import Course
 from llmprune.pipeline import plan
 from llmprune.recipe import Recipe
 from tests.families import make
@@ -26,8 +27,9 @@ def test_there_are_recipes() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe(path: Path, tmp_path: Path) -> None:
     first = path.read_text(encoding="utf-8").splitlines()[0]
-    assert re.fullmatch(rf"# llmprune prune [\w./-]+ --recipe recipes/{re.escape(path.name)} -o [\w.-]+", first)
-    recipe = Recipe.read(path)
+    said = re.fullmatch(rf"# llmprune (prune|run) [\w./-]+ --recipe recipes/{re.escape(path.name)} -o [\w.-]+", first)
+    assert said
+    recipe = Recipe.read(path) if said[1] == "prune" else Course.read(path).prune
     family = next(FAMILY[name] for name in sorted(FAMILY, key=len, reverse=True) if path.stem.startswith(name))
     source = make(family, tmp_path / "model")
     _, made = plan(source, recipe=recipe.override("calibration.length", 16).override("evaluate.text", None))

@@ -12,8 +12,8 @@ import llmprune
 from llmprune.errors import LLMPruneError
 
 COMMANDS = (
-    "prune", "plan", "recover", "eval", "compare", "speed", "sweep", "search", "verify", "report", "push", "inspect",
-    "demo",
+    "prune", "plan", "recover", "run", "eval", "compare", "speed", "sweep", "search", "verify", "report", "push",
+    "inspect", "demo",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ stride the windows overlap, and each but the first predicts its last tokens alon
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -56,8 +57,9 @@ class Text:
 
     @property
     def sha256(self) -> str:
-        """The hash of the tokens."""
-        return data.hash_tokens(self.windows)
+        """The hash of the tokens and of how they are cut: the same tokens in other windows tell something else."""
+        cut = f"{data.hash_tokens(self.windows)} {tuple(self.windows.shape)} {self.stride}"
+        return hashlib.sha256(cut.encode()).hexdigest()
 
 
 def perplexity(

@@ -155,7 +155,7 @@ def recover(
             drawn: tuple[texts.Tokens, dict[str, Any]] | None = None
             if distributed.is_first():  # the others need no data
                 with shown.waiting("reading the text"):
-                    tokens = _draw(plan, data)
+                    tokens = _draw(plan.checkpoint, plan.training, data)
                 with shown.waiting("hashing the models' files"):
                     drawn = tokens, _fingerprint(plan, data, tokens)
         drawn = distributed.share(drawn)
@@ -199,17 +199,26 @@ def _plan(pruned: str | Path, distill: str | Path | None, training: Training) ->
     return _Plan(training, checkpoint, report, linears, dense, places)
 
 
-def _draw(plan: _Plan, source: str) -> texts.Tokens:
+def check_text(checkpoint: Checkpoint, training: Training, data: str) -> None:
+    """See that a text is there and long enough for a training, before the model that is to be trained is.
+
+    Args:
+        checkpoint: the dense model.
+
+    Raises:
+        UserError: it is not.
+    """
+    _draw(checkpoint, training.of_length(checkpoint.max_length), data)
+
+
+def _draw(checkpoint: Checkpoint, training: Training, source: str) -> texts.Tokens:
     """The sequences that are held out, and behind them those that are trained on: (held_out + samples, length)."""
-    training = plan.training
     assert training.length is not None
     taken = training.steps * training.batch * training.accumulate * distributed.size()
     samples = training.samples or taken
     count = training.held_out + samples
     try:
-        drawn = texts.draw(
-            texts.documents(source), plan.checkpoint.tokenizer, count, training.length, training.seed, source
-        )
+        drawn = texts.draw(texts.documents(source), checkpoint.tokenizer, count, training.length, training.seed, source)
     except UserError as error:
         if "samples of" not in str(error):
             raise
@@ -217,7 +226,7 @@ def _draw(plan: _Plan, source: str) -> texts.Tokens:
             f"{str(error).partition(': ask for')[0]} ({training.held_out} held out, {samples:,} trained on): give more "
             "text, fewer --steps, or fewer --samples, which are then seen several times"
         ) from None
-    plan.checkpoint.check_tokens(drawn.ids)
+    checkpoint.check_tokens(drawn.ids)
     return drawn
 
 

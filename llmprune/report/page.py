@@ -27,7 +27,7 @@ from llmprune.model.writer import PAGE
 from llmprune.patterns import parse
 from llmprune.report import plots, tables
 from llmprune.report.comparison import Compared, Difference
-from llmprune.report.record import LinearRecord, Perplexity, Report, Score
+from llmprune.report.record import Divergence, LinearRecord, Perplexity, Report, Score
 from llmprune.report.results import Evaluated, Results, find_dense, read_results
 from llmprune.report.speed import PHASES, spread
 from llmprune.report.weights import MOST, Histogram, choose, weigh
@@ -63,6 +63,7 @@ class Row:
     dense: str = ""
     pruned: str = ""
     difference: str = ""
+    before: str = ""
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,7 @@ def verdict(results: Results) -> tuple[list[str], list[Row], list[str]]:
     report, comparison = results.report, results.comparison
     pairs = _perplexities(results)
     pruned, dense = _models(results)
+    parent = _parent(results)
     count = f"{len(report.pruned):,} linear{'s' if len(report.pruned) != 1 else ''}"
     sentences = []
     if report.smaller and report.dense_weights:
@@ -185,21 +187,28 @@ def verdict(results: Results) -> tuple[list[str], list[Row], list[str]]:
                 "" if before is None else f"{before.value:.2f}",
                 f"{after.value:.2f}",
                 "" if ratio is None else f"× {ratio:.3g}",
+                "" if (between := _between(parent, after)) is None else f"{between.value:.2f}",
             )
         )
     if both := next(((before, after) for before, after in pairs if before is not None), None):
         before, after = both
+        between = _between(parent, after)
         way = "rises" if after.value > before.value else "falls"
         sentences.append(
             f"Perplexity on {short_name(after.text)} {way} from {before.value:.2f} to {after.value:.2f}, "
             f"{after.value / before.value:.3g} times what it was."
+            + (f" Before the recovery it was {between.value:.2f}." if between is not None else "")
         )
     apart = (results.evaluated.divergence if results.evaluated else None) or (pruned.divergence if pruned else None)
     if apart is not None:
         error = "" if apart.stderr is None else f" ±\N{NO-BREAK SPACE}{apart.stderr:.3g}"
         where = f"{short_name(apart.text)}, context {apart.length:,}, {apart.tokens:,} tokens"
-        rows.append(Row("KL(dense ‖ pruned), nats a token", where, "0", f"{apart.kl:.4g}{error}"))
-        rows.append(Row("Same most likely token", where, "100%", _percent(apart.agreement)))
+        last = "pruned" if report.recovery is None else "recovered"
+        had = parent.divergence if parent is not None else None
+        had = had if had is not None and _cut(had) == _cut(apart) else None
+        was = ("", "") if had is None else (f"{had.kl:.4g}", _percent(had.agreement))
+        rows.append(Row(f"KL(dense ‖ {last}), nats a token", where, "0", f"{apart.kl:.4g}{error}", before=was[0]))
+        rows.append(Row("Same most likely token", where, "100%", _percent(apart.agreement), before=was[1]))
         sentences.append(f"Both hold the same token for the most likely in {_percent(apart.agreement)} of places.")
     differences = (
         [entry for entry in comparison.differences if pruned and entry.model == pruned.name] if comparison else []
@@ -211,15 +220,15 @@ def verdict(results: Results) -> tuple[list[str], list[Row], list[str]]:
             )
     own = _own_scores(results)
     other = {plots.score_name(score): score for score in dense.scores} if dense else {}
+    earlier = {plots.score_name(score): _score(score) for score in parent.scores} if parent else {}
     by_name = {_difference_name(entry): entry for entry in differences if entry.task != "perplexity"}
     if len(own) <= TASK_ROWS:
         for score in own:
             name = plots.score_name(score)
             told = _difference(by_name[name]) if name in by_name else ""
             before_score = _score(other[name]) if name in other else ""
-            rows.append(
-                Row(name, f"{score.documents:,} documents, {score.shots} shots", before_score, _score(score), told)
-            )
+            what = f"{score.documents:,} documents, {score.shots} shots"
+            rows.append(Row(name, what, before_score, _score(score), told, earlier.get(name, "")))
     elif results.evaluated:
         for title, mean in results.evaluated.means.items():
             rows.append(Row(f"Mean accuracy of {title!r}", f"{len(own)} figures, below", "", f"{mean:.4f}"))
@@ -296,6 +305,27 @@ def _protocol(found: Perplexity) -> str:
 def _models(results: Results) -> tuple[Compared | None, Compared | None]:
     """The entries of a comparison that are this checkpoint, and the dense model."""
     return results.comparison.own(results.report.out) if results.comparison is not None else (None, None)
+
+
+def _parent(results: Results) -> Compared | None:
+    """The entry of a comparison that is what this checkpoint was before it was trained; None where there is none."""
+    recovery, comparison = results.report.recovery, results.comparison
+    if recovery is None or comparison is None:
+        return None
+    own, dense = _models(results)
+    of = Path(recovery["of"]).expanduser().resolve()
+    others = (model for model in comparison.models if model is not own and model is not dense)
+    return next((model for model in others if Path(model.path).expanduser().resolve() == of), None)
+
+
+def _between(parent: Compared | None, after: Perplexity) -> Perplexity | None:
+    """The perplexity before the training by the same protocol as one after it."""
+    found = parent.perplexity if parent is not None else None
+    return found if found is not None and _protocol(found) == _protocol(after) else None
+
+
+def _cut(apart: Divergence) -> tuple[str, int, int]:
+    return apart.text, apart.length, apart.tokens
 
 
 def _is_own(evaluated: Evaluated, report: Report) -> bool:
@@ -404,12 +434,15 @@ def _weight_plot(shown: Histogram) -> Plot:
 def _task_scores(results: Results) -> dict[str, list[Score]]:
     """Scores by the name of their model; the dense one comes first, also where nothing is known of it."""
     own, dense = _models(results)
+    parent = _parent(results)
     shown: dict[str, list[Score]] = {"dense": dense.scores if dense is not None else []}
-    shown["pruned"] = _own_scores(results)
+    if parent is not None and parent.scores:
+        shown["pruned"] = parent.scores
+    shown["pruned" if results.report.recovery is None else "recovered"] = _own_scores(results)
     if results.comparison is not None:
         for model in results.comparison.models:
-            if model is not own and model is not dense and model.scores:
-                shown[model.name] = model.scores
+            if all(model is not known for known in (own, dense, parent)) and model.scores:
+                shown[model.name if model.name not in shown else model.path] = model.scores
     if results.evaluated is not None and not _is_own(results.evaluated, results.report) and results.evaluated.scores:
         shown.setdefault(results.evaluated.model, results.evaluated.scores)
     return shown

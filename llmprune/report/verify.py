@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llmprune.errors import Failure, UserError
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.files import sha256_of
@@ -79,21 +77,21 @@ def compare(
     shards: dict[str, str],
     progress: Progress,
     trusted: bool = False,
-    device: torch.device | str = "cpu",
+    device: str = "cpu",
 ) -> Verdict:
     """Read a written checkpoint, and compare it with the records of its linears and the hashes of its files.
 
     Args:
         device: where the weights are looked at.
     """
-    checkpoint = Checkpoint(Source(str(folder), folder.resolve(), trusted=trusted), "cpu")
+    checkpoint = Checkpoint(Source(str(folder), folder.resolve(), trusted=trusted), device)
     promised = {record["name"]: record for record in linears if record.get("pattern")}
     verdict = Verdict(folder, len(promised))
     for number, name in progress.over(list(enumerate(checkpoint.blocks)), "verifying"):
         block = checkpoint.load_block(number)
         for linear in find_linears(block.module, name):
             if record := promised.pop(linear.name, None):
-                verdict.problems += _compare(linear, linear.view(block.state[linear.parameter]).to(device), record)
+                verdict.problems += _compare(linear, linear.view(block.near(linear.parameter)), record)
         del block
         checkpoint.unload_block(number)
     verdict.problems += [f"{name} is promised by {REPORT}, but the model has no such linear" for name in promised]
