@@ -34,7 +34,7 @@ from llmprune.permute import rearrange
 from llmprune.plan import Choice, Plan, allocated
 from llmprune.planning import make_plan
 from llmprune.progress import Clock, Progress, of_first
-from llmprune.recipe import Experts, Recipe, Width, assemble, parse_size
+from llmprune.recipe import Experts, Recipe, Width, assemble, check_said, parse_size
 from llmprune.reconstruct.block import Next
 from llmprune.reconstruct.block import Reconstructor as BlockReconstructor
 from llmprune.report.record import BlockRecord, ExpertsRecord, LinearRecord, Perplexity, Report, versions
@@ -75,6 +75,7 @@ def prune(
         Failure: the work could not be finished.
     """
     chosen = assemble(recipe, options).settled()
+    check_said(chosen, options)
     memory.frugal()
     with torch.no_grad(), distributed.joined():
         shown = of_first(progress)
@@ -424,6 +425,7 @@ def plan(
         look: find out an allocation that needs the weights and no data, for which all of them are read.
     """
     chosen = assemble(recipe, options).settled()
+    check_said(chosen, options)
     memory.frugal()
     shown = of_first(progress)
     source = _find(model, chosen, shown)

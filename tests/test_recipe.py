@@ -21,6 +21,7 @@ from llmprune.recipe import (
     Recipe,
     Rule,
     assemble,
+    check_said,
     format_size,
     parse_size,
     read_value,
@@ -553,3 +554,33 @@ def test_a_written_size_is_never_less_and_hardly_more() -> None:
 def test_sizes_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"size .* is not understood: write 5GB"):
         Recipe(max_memory=text)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "wanda", "width.channels": "20%"}, "method is about zeros, and no sparsity is asked for"),
+        ({"scope": "row", "depth.drop": 1}, "scope is about zeros"),
+        ({"depth.by": "influence"}, "depth.by says which blocks go, and not how many"),
+        ({"width.by": "flap", "sparsity": "2:4"}, "width.by says which channels or heads go"),
+        ({"width": {"by": "flap"}}, "width.by says which channels or heads go"),
+        ({"experts.by": "norm"}, "experts.by says which experts go"),
+    ],
+)
+def test_what_has_no_effect_is_told(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_said(assemble(None, options).settled(), options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "wanda"},
+        {"method": "wanda", "sparsity": "2:4", "depth.drop": 2, "depth.by": "influence"},
+        {"quality": "best", "depth.drop": 2},
+        {"width.by": "flap", "width.params": "80%", "experts.drop": 1, "experts.by": "norm"},
+        {"method": "wanda", "depth.drop": 2, "rules": [{"match": "*", "sparsity": "2:4"}]},
+    ],
+)
+def test_what_has_an_effect_is_not(options: dict[str, Any]) -> None:
+    check_said(assemble(None, options).settled(), options)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from llmprune.errors import UserError
-from llmprune.recipe import SHORT, assemble, read_value
+from llmprune.recipe import SHORT, assemble, check_said, read_value
 
 if TYPE_CHECKING:
     from llmprune.progress import Progress
@@ -87,11 +87,17 @@ def add_recipe(parser: argparse.ArgumentParser, several: bool = False, sought: b
     add("--set", action="append", metavar="KEY=VALUE", help="any recipe key, such as method.damping=0.05; repeat")
 
 
-def recipe_options(chosen: argparse.Namespace, default: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def recipe_options(
+    chosen: argparse.Namespace, default: Mapping[str, Any] | None = None, open_: bool = False
+) -> dict[str, Any]:
     """The keyword arguments for `prune` and `plan` that the command line asks for.
 
     Args:
         default: the recipe where no file is named.
+        open_: the sparsity is said elsewhere, or is what comes out.
+
+    Raises:
+        UserError: an option makes no sense, or has no effect on what is asked for.
     """
     names = ("sparsity", "method", "scope", "allocation", "calibration", "samples", "length", "seed", "device", "dtype")
     options = {name: getattr(chosen, name) for name in (*names, "shard_size", "max_memory", "evaluate")}
@@ -124,6 +130,8 @@ def recipe_options(chosen: argparse.Namespace, default: Mapping[str, Any] | None
             recipe = recipe.override(SHORT.get(key.strip(), key.strip()), read_value(value))
         except UserError as error:
             raise UserError(f"--set {entry}: {error}") from None
+    if not open_:
+        check_said(recipe.settled(), options)
     return {"recipe": recipe}
 
 

@@ -70,7 +70,7 @@ def run(chosen: argparse.Namespace) -> int:
             confirm=chosen.confirm,
             tasks=tasks,
             progress=log(chosen),
-            **recipe_options(chosen),
+            **recipe_options(chosen, open_=True),
             **options,
         )
         if distributed.is_first():

@@ -44,7 +44,7 @@ def run(chosen: argparse.Namespace) -> int:
 
     sparsities, methods = (listed(chosen.sparsity or ""), listed(chosen.method or ""))
     chosen.sparsity = chosen.method = None
-    recipe = recipe_options(chosen)["recipe"]
+    recipe = recipe_options(chosen, open_=True)["recipe"]
     own = recipe.method if isinstance(recipe.method, str) else recipe.method["name"]
     tasks, options = task_options(chosen)
     with distributed.joined():
