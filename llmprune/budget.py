@@ -390,7 +390,7 @@ class Needs:
                 solve |= beside + loaded + self._near(still + solving)
             write |= loaded + Peak(size.converted)
             if self._narrowed:  # while one is made of the other, at the most as large
-                write |= loaded + self._placed(size)
+                write |= beside + loaded + self._placed(size)
             if self._permuted:
                 dealt = _DEALT * work.widest
                 capture |= behind + loaded + self._near(max(flow + 4 * work.widest, dealt))

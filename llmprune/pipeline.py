@@ -514,6 +514,8 @@ def _interruptible(writer: Writer) -> Iterator[None]:
         if not distributed.is_first():
             raise
         raise Interrupted(f"stopped{'; ' if writer.records else ': '}{onward()}") from None
+    finally:
+        distributed.if_lost(str)  # what comes after is another thing
 
 
 def _fingerprint(

@@ -472,6 +472,7 @@ def check_said(made: Recipe, options: Mapping[str, Any]) -> None:
     given = {key for key, value in options.items() if value}
     given |= {f"{key}.{part}" for key in given if isinstance(options[key], Mapping) for part in options[key]}
     sparse = made.sparsity is not None or any(rule.sparsity is not None for rule in made.rules)
+    sparse = sparse or str(made.allocation).endswith((".yaml", ".yml"))  # a plan file says it
     if not sparse and (vain := next((key for key in ("method", "scope") if key in given), None)):
         raise UserError(f"{vain} is about zeros, and no sparsity is asked for: give one, or leave {vain} out")
     narrows, fewer = made.width.asks, made.experts.drop is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 import llmprune
 from llmprune import course, pipeline
 from llmprune.cli import main
-from llmprune.errors import Interrupted, UserError
+from llmprune.course import Course
+from llmprune.errors import Failure, Interrupted, UserError
 from llmprune.recover import recover
 from llmprune.report import page
 from llmprune.report.page import verdict
@@ -171,12 +173,102 @@ def test_another_request_is_refused_and_another_measure_is_not(
     assert before.items() <= weights(out).items()
     with pytest.raises(UserError, match=r"another recover\.training\.steps"):
         course.run(model, out=out, recipe={**recipe, "recover": {**recipe["recover"], "steps": 3}})
-    course.run(model, out=out, recipe=other, restart=True)
-    assert llmprune.verify(out / "recovered").ok
-    assert not before.items() <= weights(out).items()
+    course.run(model, out=out, recipe={**recipe, "recover": {**recipe["recover"], "save_every": 5}}, restart=False)
     (out / "request.json").unlink()
     with pytest.raises(UserError, match="does not say what they are of"):
         course.run(model, out=out, recipe=other)
+
+
+@pytest.mark.parametrize("moment", ["pruning", "recovering"])
+def test_a_restart_that_was_stopped_leaves_nothing_of_what_was_there(
+    moment: str, model: Path, recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, other = tmp_path / "out", {**recipe, "prune": {**PRUNE, "sparsity": "1:4"}}
+    course.run(model, out=out, recipe=recipe)
+
+    def stopped(*_: Any, **__: Any) -> Any:
+        raise Interrupted("stopped: the same command goes on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*(pipeline, "prune") if moment == "pruning" else (course, "recover"), stopped)
+        with pytest.raises(Interrupted, match="goes on; leave --restart out then"):
+            course.run(model, out=out, recipe=other, restart=True)
+    assert not any("recovered" in name for name in weights(out))
+    course.run(model, out=out, recipe=other)
+    for place in ("pruned", "recovered"):
+        told = json.loads((out / place / "llmprune.json").read_text())
+        assert {record["pattern"] for record in told["linears"]} == {"1:4"}
+        assert llmprune.verify(out / place).ok
+    hashes = [
+        [record["mask_sha256"] for record in json.loads((out / place / "llmprune.json").read_text())["linears"]]
+        for place in ("pruned", "recovered")
+    ]
+    assert hashes[0] == hashes[1]
+
+
+def test_a_mistake_in_the_recovery_can_be_mended(
+    model: Path, recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any, **__: Any) -> Any:
+        raise Failure("out of memory")
+
+    out, known = tmp_path / "out", pipeline.prune
+    with monkeypatch.context() as patch:
+        patch.setattr(course, "recover", failing)
+        with pytest.raises(Failure):
+            course.run(model, out=out, recipe=recipe)
+    monkeypatch.setattr(pipeline, "prune", lambda *_, **__: pytest.fail("it was pruned again"))
+    done = course.run(model, out=out, recipe={**recipe, "recover": {**recipe["recover"], "batch": 1}})
+    assert done.recovered is not None
+    assert json.loads((done.recovered / "llmprune.json").read_text())["recovery"]["batch"] == 1
+    with pytest.raises(UserError, match=r"another recover\.training\.batch.*recovered away to train anew"):
+        course.run(model, out=out, recipe=recipe)
+    monkeypatch.setattr(pipeline, "prune", known)
+
+
+def test_sections_have_the_keys_of_their_commands(model: Path, tmp_path: Path) -> None:
+    made = Course.from_dict({"prune": {"quality": "balanced", "calibration": {"samples": 3}, "reconstruct": ["cg"]}})
+    assert (made.prune.method, made.prune.calibration.samples, made.prune.calibration.asymmetric) == ("wanda", 3, 0.5)
+    assert made.prune.reconstruct == ("cg",)
+    path = tmp_path / "recipe.yaml"
+    path.write_text("prune: {sparsity: 2:4}\nrecover: {data: builtin, steps: 9}\n")
+    made = Course.read(path, {"recover.steps": 5, "evaluate.max_perplexity": None, "prune.calibration.samples": 7})
+    assert made.recover is not None
+    assert made.recover.training.steps == 5
+    assert made.prune.calibration.samples == 7
+    assert made.evaluate.asked(made.prune).evaluation.max_perplexity is None
+    done = course.run(
+        model, out=tmp_path / "out", recipe={"prune": PRUNE, "evaluate": {**MEASURE, "max_perplexity": None}}
+    )
+    assert done.comparison.models[1].name == "pruned"
+    with pytest.raises(UserError, match="broken before it is pruned"):
+        course.run(model, out=tmp_path / "no", recipe={"prune": PRUNE, "evaluate": {**MEASURE, "max_perplexity": 1.5}})
+
+
+def test_a_page_that_cannot_be_drawn_is_told(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(report: Any, _: Any) -> None:
+        report.page_problem = "ValueError: no ink"
+
+    monkeypatch.setattr(pipeline, "draw_page", broken)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps({"prune": PRUNE, "evaluate": MEASURE}))
+    assert main(["run", str(model), "--recipe", str(path), "-o", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().err
+    assert (
+        f"{tmp_path / 'out' / 'pruned'} is finished, but its report.html could not be drawn (ValueError: no ink)"
+        in told
+    )
+
+
+def test_figures_are_found_where_the_folder_was_moved(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "there")
+    (tmp_path / "there").rename(tmp_path / "moved")
+    for path in (tmp_path / "moved").rglob("comparison.json"):
+        path.write_text(path.read_text().replace(str(whole), str(tmp_path / "there")))
+    rows = [verdict(read_results(place / "recovered"))[1] for place in (whole, tmp_path / "moved")]
+    assert [(row.name, row.pruned) for row in rows[0]] == [(row.name, row.pruned) for row in rows[1]]
 
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
@@ -185,6 +277,11 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"prune": ["2:4"]}, "prune must be a mapping"),
     ({"prune": {"calibration": {"samples": 0}}}, "samples must be above 0"),
     ({"recover": {}}, "recover lacks a key: data"),
+    ({"recover": None}, "recover lacks a key: data"),
+    ({"recover": {"data": "builtin", "trust_remote_code": True}}, "say it in the section prune"),
+    ({"recover": {"data": "builtin", "distill": "./nowhere"}}, "nowhere"),
+    ({"recover": {"data": "builtin", "dtype": "float16", "device": "cpu"}}, "float16 takes a GPU"),
+    ({"prune": {"method": "wanda", "depth": {"drop": 1}}}, "method is about zeros"),
     ({"recover": {"data": "builtin", "step": 3}}, "recover key 'step'.*steps"),
     ({"recover": {"data": "builtin", "hidden_weight": 1.0}}, "hidden_weight is about a dense teacher"),
     ({"evaluate": {"task": ["arc_easy"]}}, "evaluate key 'task'.*tasks"),
@@ -198,8 +295,14 @@ def test_mistakes_are_found_before_any_work(
 ) -> None:
     monkeypatch.setattr(pipeline, "prune", lambda *_, **__: pytest.fail("it was pruned"))
     with pytest.raises(UserError, match=message):
-        course.run(model, out=tmp_path / "out", recipe=values)
+        course.run(model, out=tmp_path / "out", recipe={"evaluate": MEASURE, **values})
     assert not (tmp_path / "out" / "pruned").exists()
+
+
+def test_the_model_itself_is_not_the_folder(model: Path, recipe: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="is the model itself"):
+        course.run(model, out=model, recipe=recipe)
+    assert not (model / "request.json").exists()
 
 
 def test_too_little_text_is_found_before_pruning(
@@ -208,6 +311,7 @@ def test_too_little_text_is_found_before_pruning(
     monkeypatch.setattr(pipeline, "prune", lambda *_, **__: pytest.fail("it was pruned"))
     with pytest.raises(UserError, match="give more text, fewer --steps"):
         course.run(model, out=tmp_path / "out", recipe={**recipe, "recover": {**recipe["recover"], "steps": 100_000}})
+    assert not (tmp_path / "out" / "request.json").exists()  # so that another number is not another request
 
 
 def by_ranks(model: Path, out: Path, recipe: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from llmprune.errors import UserError
@@ -122,17 +122,26 @@ def recipe_options(
     recipe = assemble(chosen.recipe if chosen.recipe is not None else default, options)
     if chosen.ignore:
         recipe = recipe.override("ignore", [*recipe.ignore, *chosen.ignore])
-    for entry in chosen.set or ():
+    for key, value in read_changes(chosen.set or ()):
+        try:
+            recipe = recipe.override(SHORT.get(key, key), value)
+        except UserError as error:
+            raise UserError(f"--set {key}: {error}") from None
+    if not open_:
+        check_said(recipe.settled(), options)
+    return {"recipe": recipe}
+
+
+def read_changes(entries: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """Keys and values as --set takes them."""
+    for entry in entries:
         key, mark, value = entry.partition("=")
         if not mark:
             raise UserError(f"--set takes KEY=VALUE, not {entry!r}")
         try:
-            recipe = recipe.override(SHORT.get(key.strip(), key.strip()), read_value(value))
+            yield key.strip(), read_value(value)
         except UserError as error:
             raise UserError(f"--set {entry}: {error}") from None
-    if not open_:
-        check_said(recipe.settled(), options)
-    return {"recipe": recipe}
 
 
 def _value(text: str | None) -> Any:

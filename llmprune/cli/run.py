@@ -6,8 +6,9 @@ example: llmprune run HuggingFaceTB/SmolLM2-135M-Instruct --recipe recipes/smoll
 from __future__ import annotations
 
 import argparse
+import sys
 
-from llmprune.cli.options import MODEL, add_json, add_run, log, print_json
+from llmprune.cli.options import MODEL, add_json, add_run, log, print_json, read_changes
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +17,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", metavar="FOLDER", required=True, help="the folder for pruned and recovered")
     sections = "a YAML file with the sections prune, recover and evaluate"
     parser.add_argument("--recipe", metavar="FILE", required=True, help=sections)
+    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="any key, such as recover.steps=50; repeat")
     add_json(parser)
     add_run(parser)
 
@@ -25,13 +27,21 @@ def run(chosen: argparse.Namespace) -> int:
     from llmprune import course, distributed
     from llmprune.cli.compare import show
 
+    recipe = course.Course.read(chosen.recipe, dict(read_changes(chosen.set or ())))
     with distributed.joined():
-        shown = log(chosen)
-        done = course.run(chosen.model, out=chosen.out, recipe=chosen.recipe, restart=chosen.restart, progress=shown)
-        if distributed.is_first() and chosen.json:
+        done = course.run(chosen.model, out=chosen.out, recipe=recipe, restart=chosen.restart, progress=log(chosen))
+        if not distributed.is_first():
+            return 0
+        last = done.recovered or done.pruned
+        if chosen.json:
             print_json(done.to_dict())
-        elif distributed.is_first():
+        else:
             show(done.comparison)
-            last = done.recovered or done.pruned
             print(f"the result is in {last}, and drawn in {last / 'report.html'}")
+        for place, problem in done.page_problems.items():
+            print(
+                f"llmprune: {place} is finished, but its report.html could not be drawn ({problem}): "
+                f"`llmprune report {place}` draws it",
+                file=sys.stderr,
+            )
     return 0

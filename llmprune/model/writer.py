@@ -200,9 +200,9 @@ class Writer:
             record: goes into the journal; the seconds that writing took are put into its `seconds`.
             told: is given the record by `settle`, when the block is on the disk.
         """
+        self.settle()
         began = time.monotonic()
         tensors = self._checkpoint.written_block(number, block, changed)
-        self.settle()
 
         def write() -> None:
             shards = [shard for shard in self.shards if shard.block == number]
@@ -457,12 +457,15 @@ def check_out(out: str | Path, checkpoint: Checkpoint, restart: bool) -> Path:
     return folder
 
 
-def check_room(folder: Path, out: str | Path, checkpoint: Checkpoint, replaced: Iterable[Path] = ()) -> None:
+def check_room(
+    folder: Path, out: str | Path, checkpoint: Checkpoint, replaced: Iterable[Path] = (), copies: int = 1
+) -> None:
     """See that a checkpoint of this size can be written to a folder, which need not be there.
 
     Args:
         out: how it was named, for messages.
         replaced: files that go before.
+        copies: checkpoints of this size.
 
     Raises:
         UserError: it cannot be written to, or the disk is too small.
@@ -472,7 +475,7 @@ def check_room(folder: Path, out: str | Path, checkpoint: Checkpoint, replaced: 
         raise UserError(f"{place} is a file, so that there can be no folder {out}")
     if not os.access(place, os.W_OK):
         raise UserError(f"{place} cannot be written to")
-    needed = sum(info.nbytes for info in checkpoint.index.values())
+    needed = copies * sum(info.nbytes for info in checkpoint.index.values())
     free = shutil.disk_usage(place).free + sum(path.stat().st_size for path in replaced)
     if free < needed:
         raise UserError(f"no space left for {out}: it needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")

@@ -199,16 +199,18 @@ def _plan(pruned: str | Path, distill: str | Path | None, training: Training) ->
     return _Plan(training, checkpoint, report, linears, dense, places)
 
 
-def check_text(checkpoint: Checkpoint, training: Training, data: str) -> None:
-    """See that a text is there and long enough for a training, before the model that is to be trained is.
+def check_request(dense: str | Path, data: str, distill: str | Path | None, training: Training) -> None:
+    """See that a training makes sense, and that its text is there, before the model that is to be trained is.
 
     Args:
-        checkpoint: the dense model.
+        dense: the model that this one is to be pruned from; it stands for it.
+        data, distill: as for `recover`.
 
     Raises:
-        UserError: it is not.
+        UserError: it does not, or there is too little text.
     """
-    _draw(checkpoint, training.of_length(checkpoint.max_length), data)
+    plan = _plan(dense, distill, training)
+    _draw(plan.checkpoint, plan.training, data)
 
 
 def _draw(checkpoint: Checkpoint, training: Training, source: str) -> texts.Tokens:
@@ -277,8 +279,8 @@ def _record_of(folder: Path) -> dict[str, Any] | None:
     return told if isinstance(told, dict) else None
 
 
-def _clear(folder: Path) -> None:
-    """Do away with an earlier recovery, and with nothing else; what marks it as ours goes last."""
+def clear_recovery(folder: Path) -> None:
+    """Do away with an earlier recovery in a folder, and with nothing else; what marks it as ours goes last."""
     told = _record_of(folder)
     shutil.rmtree(folder / WORK, ignore_errors=True)
     if told is None:
@@ -305,7 +307,7 @@ def _begun(folder: Path, fingerprint: Mapping[str, Any], restart: bool) -> Itera
         return
     with claimed(folder, folder):
         if restart:
-            _clear(folder)
+            clear_recovery(folder)
         request = work / REQUEST
         told = json.loads(json.dumps(fingerprint))
         if request.is_file():

@@ -130,4 +130,6 @@ class Comparison:
         dense = next((model for model in self.models if model.dense), None)
         sparse = [model for model in self.models if not model.dense]
         here = [model for model in sparse if Path(model.path).expanduser().resolve() == out.resolve()]
-        return here[0] if here else sparse[0] if len(sparse) == 1 else None, dense
+        moved = [model for model in sparse if Path(model.path).name == out.name and not Path(model.path).exists()]
+        found = here or (sparse if len(sparse) == 1 else moved)
+        return found[0] if found else None, dense
