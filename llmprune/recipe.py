@@ -469,18 +469,11 @@ def check_said(made: Recipe, options: Mapping[str, Any]) -> None:
     Raises:
         UserError: there is one; the message says what it takes.
     """
-    given = {key for key, value in options.items() if value}
-    given |= {f"{key}.{part}" for key in given if isinstance(options[key], Mapping) for part in options[key]}
     sparse = made.sparsity is not None or any(rule.sparsity is not None for rule in made.rules)
-    sparse = sparse or str(made.allocation).endswith((".yaml", ".yml"))  # a plan file says it
-    if not sparse and (vain := next((key for key in ("method", "scope") if key in given), None)):
+    divided = made.allocation if isinstance(made.allocation, str) else str(made.allocation.get("name"))
+    sparse = sparse or divided.endswith((".yaml", ".yml"))  # a plan file says it
+    if not sparse and (vain := next((key for key in ("method", "scope") if options.get(key)), None)):
         raise UserError(f"{vain} is about zeros, and no sparsity is asked for: give one, or leave {vain} out")
-    narrows, fewer = made.width.asks, made.experts.drop is not None
-    parts = (("depth", made.depth.drop is not None), ("width", narrows), ("experts", fewer))
-    for name, asked in parts:
-        if not asked and f"{name}.by" in given:
-            amount = {"depth": "blocks", "width": "channels or heads", "experts": "experts"}[name]
-            raise UserError(f"{name}.by says which {amount} go, and not how many: say that too, or leave it out")
 
 
 def assemble(recipe: Recipe | Mapping[str, Any] | str | Path | None, changes: Mapping[str, Any]) -> Recipe:

@@ -561,10 +561,6 @@ def test_sizes_that_are_none_are_refused(text: str) -> None:
     [
         ({"method": "wanda", "width.channels": "20%"}, "method is about zeros, and no sparsity is asked for"),
         ({"scope": "row", "depth.drop": 1}, "scope is about zeros"),
-        ({"depth.by": "influence"}, "depth.by says which blocks go, and not how many"),
-        ({"width.by": "flap", "sparsity": "2:4"}, "width.by says which channels or heads go"),
-        ({"width": {"by": "flap"}}, "width.by says which channels or heads go"),
-        ({"experts.by": "norm"}, "experts.by says which experts go"),
     ],
 )
 def test_what_has_no_effect_is_told(options: dict[str, Any], message: str) -> None:
@@ -578,6 +574,8 @@ def test_what_has_no_effect_is_told(options: dict[str, Any], message: str) -> No
         {"method": "wanda"},
         {"method": "wanda", "sparsity": "2:4", "depth.drop": 2, "depth.by": "influence"},
         {"quality": "best", "depth.drop": 2},
+        {"method": "wanda", "depth.drop": 2, "allocation": "plan.yaml"},
+        {"method": "wanda", "depth.drop": 2, "allocation": {"name": "plan.yml"}},
         {"width.by": "flap", "width.params": "80%", "experts.drop": 1, "experts.by": "norm"},
         {"method": "wanda", "depth.drop": 2, "rules": [{"match": "*", "sparsity": "2:4"}]},
     ],
