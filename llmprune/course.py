@@ -336,7 +336,10 @@ def _begin(folder: Path, request: Mapping[str, Any], restart: bool) -> None:
         (folder / RESULT).unlink(missing_ok=True)
         clear_recovery(folder / RECOVERED)
         clear(folder / PRUNED)
-    write_json(folder / REQUEST, request)
+    told = dict(request)
+    if told["recover"] is None and (folder / RECOVERED).exists():  # it stays, and is still of what it was
+        told["recover"] = (read(folder / REQUEST) or {}).get("recover")
+    write_json(folder / REQUEST, told)
 
 
 def _make(folder: Path, course: Course, source: Source, shown: Progress) -> list[Path]:

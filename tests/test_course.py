@@ -174,6 +174,8 @@ def test_another_request_is_refused_and_another_measure_is_not(
     with pytest.raises(UserError, match=r"another recover\.training\.steps"):
         course.run(model, out=out, recipe={**recipe, "recover": {**recipe["recover"], "steps": 3}})
     course.run(model, out=out, recipe={**recipe, "recover": {**recipe["recover"], "save_every": 5}}, restart=False)
+    assert course.run(model, out=out, recipe=first).recovered is None
+    assert course.run(model, out=out, recipe=recipe).recovered == out / "recovered"  # it was still there
     (out / "request.json").unlink()
     with pytest.raises(UserError, match="does not say what they are of"):
         course.run(model, out=out, recipe=other)
