@@ -22,11 +22,11 @@ from llmprune import distributed, memory, pipeline
 from llmprune.errors import Interrupted, UserError, unknown
 from llmprune.evaluate import perplexity
 from llmprune.evaluate.compare import RESULT, Asked, Reference, side_by_side
-from llmprune.evaluate.pieces import holding, write_json
+from llmprune.evaluate.pieces import write_json
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.source import Source
 from llmprune.model.writer import EVALUATION, JOURNAL, REPORT, check_room, clear, difference
-from llmprune.points import DENSE, Titled, read
+from llmprune.points import DENSE, Titled, measured_in, read
 from llmprune.progress import Progress, of_first
 from llmprune.recipe import Evaluation, Recipe, assemble, build, check_said, read_yaml
 from llmprune.recover.options import Training
@@ -227,14 +227,8 @@ def run(
         checkpoint, _ = pipeline.plan(model, recipe=course.prune, progress=shown, look=False)
         if folder.resolve() == checkpoint.source.folder:
             raise UserError(f"{out} is the model itself; write the results to another folder")
-        with holding(folder):
-            distributed.share(None)  # the first rank has made it
-            if not all(distributed.gather(folder.is_dir())):
-                raise UserError(f"{out} is not seen by every rank: choose a folder that is, or run on one machine")
-            with distributed.first():
-                opened = asked.open(model, shown)
-            reference, source = Reference(opened, asked, folder, shown), opened.source
-            request = _request(reference, course)
+        with measured_in(folder, model, asked, shown) as reference:
+            opened, request = reference.checkpoint, _request(reference, course)
             with distributed.first(), shown.waiting("planning the recovery"):
                 if distributed.is_first():
                     _check(folder, request, restart)
@@ -245,7 +239,7 @@ def run(
             with distributed.first():
                 if distributed.is_first():
                     _begin(folder, request, restart)
-            places = _make(folder, course, source, shown)
+            places = _make(folder, course, opened.source, shown)
             measured += [reference.measure(asked.open(place, shown), place.name) for place in places]
             reference.finish()
             comparison = side_by_side(measured, asked.evaluation.text)
@@ -253,7 +247,7 @@ def run(
             problems: dict[Path, str] = {}
             with distributed.first():
                 if distributed.is_first():
-                    problems = _tell(folder, places, comparison, source, shown)
+                    problems = _tell(folder, places, comparison, opened.source, shown)
         recovered = places[1] if course.recover is not None else None
         return Done(places[0], recovered, comparison, distributed.share(problems))
 

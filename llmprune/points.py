@@ -150,18 +150,28 @@ def working(
     folder = Path(out).expanduser().absolute()
     with torch.no_grad(), distributed.joined():
         tokens = _plan(model, base, points, what, shown)
-        with holding(folder):
-            distributed.share(None)  # the first rank has made it
-            if not all(distributed.gather(folder.is_dir())):
-                raise UserError(f"{out} is not seen by every rank: choose a folder that is, or run on one machine")
-            with distributed.first():
-                opened = asked.open(model, shown)
-            reference = Reference(opened, asked, folder, shown)
+        with measured_in(folder, model, asked, shown) as reference:
             _check(folder, {"recipe": common, "calibration tokens": tokens, **reference.request()}, what)
             dense = reference.measure(reference.checkpoint, DENSE)
             if dense.figures.perplexity is not None:
                 perplexity.check(dense.figures.perplexity, str(model), asked.evaluation)
             yield Work(what, folder, base, asked, reference, dense, shown)
+
+
+@contextlib.contextmanager
+def measured_in(folder: Path, model: str | Path, asked: Asked, shown: Progress) -> Iterator[Reference]:
+    """Take hold of a folder for results, and open the dense model that others will be measured beside.
+
+    Raises:
+        UserError: the folder cannot be had, not every rank sees it, or the text or a task cannot be had.
+    """
+    with holding(folder):
+        distributed.share(None)  # the first rank has made it
+        if not all(distributed.gather(folder.is_dir())):
+            raise UserError(f"{folder} is not seen by every rank: choose a folder that is, or run on one machine")
+        with distributed.first():
+            opened = asked.open(model, shown)
+        yield Reference(opened, asked, folder, shown)
 
 
 def measuring(

@@ -23,3 +23,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.families import make  # torch is imported when the threads are known
 
     return make("llama", tmp_path_factory.mktemp("llama") / "model")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A local file of text; many files have one of their own instead."""
+    path = tmp_path_factory.mktemp("text") / "verses.txt"
+    path.write_text("Shall I compare thee to a summer's day? Thou art more lovely and more temperate. " * 40)
+    return str(path)

@@ -39,13 +39,6 @@ MEASURE: dict[str, Any] = {"text": "builtin", "length": 32}
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("text") / "verses.txt"
-    path.write_text("Shall I compare thee to a summer's day? Thou art more lovely and more temperate. " * 40)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
 def recipe(text: str) -> dict[str, Any]:
     return {"prune": PRUNE, "recover": {"data": text, **TRAIN}, "evaluate": MEASURE}
 

@@ -26,13 +26,6 @@ TO = "some-lab/tiny-2-4"
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("text") / "verses.txt"
-    path.write_text("Shall I compare thee to a summer's day? Thou art more lovely and more temperate. " * 40)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make("llama", tmp_path_factory.mktemp("llama") / "source", vocab_size=2048)
     (folder / "README.md").write_text(

@@ -34,13 +34,6 @@ pytestmark = pytest.mark.usefixtures("no_pages")
 SHORT: dict[str, Any] = {"steps": 4, "length": 16, "batch": 2, "held_out": 4, "rate": 1e-2, "save_every": 0}
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("text") / "verses.txt"
-    path.write_text("Shall I compare thee to a summer's day? Thou art more lovely and more temperate. " * 40)
-    return str(path)
-
-
 def sparse(family: str, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Path, Path]:
     """A tiny model, and the same pruned to 2:4 by magnitude."""
     model = make(family, folder / "model", dtype=dtype)

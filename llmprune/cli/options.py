@@ -236,6 +236,13 @@ def log(chosen: argparse.Namespace) -> Progress:
     return JsonLines() if chosen.log_json else Bars()
 
 
+def tell_undrawn(out: Any, problem: str | None) -> None:
+    """Say on standard error why the page of a finished checkpoint could not be drawn, if it could not."""
+    if problem is not None:
+        told = f"{out} is finished, but its report.html could not be drawn ({problem})"
+        print(f"llmprune: {told}: `llmprune report {out}` draws it", file=sys.stderr)
+
+
 def print_json(data: Any) -> None:
     """Print plain data for machines."""
     json.dump(data, sys.stdout, indent=2, default=str, allow_nan=False)

@@ -6,10 +6,19 @@ example: llmprune prune HuggingFaceTB/SmolLM2-135M-Instruct --sparsity 2:4 --met
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
-from llmprune.cli.options import MODEL, add_json, add_recipe, add_run, add_token, log, print_json, recipe_options
+from llmprune.cli.options import (
+    MODEL,
+    add_json,
+    add_recipe,
+    add_run,
+    add_token,
+    log,
+    print_json,
+    recipe_options,
+    tell_undrawn,
+)
 from llmprune.errors import Failure, LLMPruneError, UserError
 
 
@@ -42,12 +51,8 @@ def run(chosen: argparse.Namespace) -> int:
         told = report.to_dict()
         if distributed.is_first() and not chosen.json:
             show(report)
-        if distributed.is_first() and report.page_problem is not None:
-            print(
-                f"llmprune: {report.out} is finished, but its report.html could not be drawn "
-                f"({report.page_problem}): `llmprune report {report.out}` draws it",
-                file=sys.stderr,
-            )
+        if distributed.is_first():
+            tell_undrawn(report.out, report.page_problem)
         try:
             if chosen.push_to is not None:
                 told["pushed"] = after(chosen)

@@ -6,9 +6,8 @@ example: llmprune run HuggingFaceTB/SmolLM2-135M-Instruct --recipe recipes/smoll
 from __future__ import annotations
 
 import argparse
-import sys
 
-from llmprune.cli.options import MODEL, add_json, add_run, log, print_json, read_changes
+from llmprune.cli.options import MODEL, add_json, add_run, log, print_json, read_changes, tell_undrawn
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -39,9 +38,5 @@ def run(chosen: argparse.Namespace) -> int:
             show(done.comparison)
             print(f"the result is in {last}, and drawn in {last / 'report.html'}")
         for place, problem in done.page_problems.items():
-            print(
-                f"llmprune: {place} is finished, but its report.html could not be drawn ({problem}): "
-                f"`llmprune report {place}` draws it",
-                file=sys.stderr,
-            )
+            tell_undrawn(place, problem)
     return 0

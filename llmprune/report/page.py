@@ -202,10 +202,10 @@ def verdict(results: Results) -> tuple[list[str], list[Row], list[str]]:
     apart = (results.evaluated.divergence if results.evaluated else None) or (pruned.divergence if pruned else None)
     if apart is not None:
         error = "" if apart.stderr is None else f" ±\N{NO-BREAK SPACE}{apart.stderr:.3g}"
-        where = f"{short_name(apart.text)}, context {apart.length:,}, {apart.tokens:,} tokens"
+        where = _protocol(apart)
         last = "pruned" if report.recovery is None else "recovered"
         had = parent.divergence if parent is not None else None
-        had = had if had is not None and _cut(had) == _cut(apart) else None
+        had = had if had is not None and _protocol(had) == where else None
         was = ("", "") if had is None else (f"{had.kl:.4g}", _percent(had.agreement))
         rows.append(Row(f"KL(dense ‖ {last}), nats a token", where, "0", f"{apart.kl:.4g}{error}", before=was[0]))
         rows.append(Row("Same most likely token", where, "100%", _percent(apart.agreement), before=was[1]))
@@ -297,8 +297,9 @@ def _perplexities(results: Results) -> list[tuple[Perplexity | None, Perplexity]
     return list(once.values())
 
 
-def _protocol(found: Perplexity) -> str:
-    stride = "" if found.stride is None else f", stride {found.stride:,}"
+def _protocol(found: Perplexity | Divergence) -> str:
+    step = getattr(found, "stride", None)  # divergences are of windows that do not overlap
+    stride = "" if step is None else f", stride {step:,}"
     return f"{short_name(found.text)}, context {found.length:,}{stride}, {found.tokens:,} tokens"
 
 
@@ -322,10 +323,6 @@ def _between(parent: Compared | None, after: Perplexity) -> Perplexity | None:
     """The perplexity before the training by the same protocol as one after it."""
     found = parent.perplexity if parent is not None else None
     return found if found is not None and _protocol(found) == _protocol(after) else None
-
-
-def _cut(apart: Divergence) -> tuple[str, int, int]:
-    return apart.text, apart.length, apart.tokens
 
 
 def _is_own(evaluated: Evaluated, report: Report) -> bool:
