@@ -472,7 +472,8 @@ def check_said(made: Recipe, options: Mapping[str, Any]) -> None:
     sparse = made.sparsity is not None or any(rule.sparsity is not None for rule in made.rules)
     divided = made.allocation if isinstance(made.allocation, str) else str(made.allocation.get("name"))
     sparse = sparse or divided.endswith((".yaml", ".yml"))  # a plan file says it
-    if not sparse and (vain := next((key for key in ("method", "scope") if options.get(key)), None)):
+    keys = ("method",) if made.narrows else ("method", "scope")  # whose plan says that nothing else is pruned meanwhile
+    if not sparse and (vain := next((key for key in keys if options.get(key)), None)):
         raise UserError(f"{vain} is about zeros, and no sparsity is asked for: give one, or leave {vain} out")
 
 
