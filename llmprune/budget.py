@@ -262,6 +262,7 @@ class Needs:
         shortened: tuple[int, int] = (0, 0),
         base: int | None = None,
         narrowed: bool = False,
+        foresees: bool = False,
     ) -> None:
         """Take in the work.
 
@@ -277,7 +278,9 @@ class Needs:
                 blocks are known.
             base: what the process holds before any of it; by default what it holds now.
             narrowed: whether a smaller copy of each block takes its place.
+            foresees: whether units of all blocks are chosen by what the dense model's loss feels of them.
         """
+        self._foresees = foresees
         self._narrowed = narrowed
         self._together, self._permuted, self._shortened = together, permuted, shortened
         self._checkpoint, self._blocks, self._samples, self._length = checkpoint, blocks, samples, length
@@ -411,6 +414,8 @@ class Needs:
         sequences, drawn = self._shortened
         if sequences:
             found[CHOOSE] = self._answering(option, sequences, sequences) | Peak(TOKEN_BYTES * drawn * self._length)
+        if self._foresees:
+            found["foresee"] = self._foreseeing(replace(option, batch=1))
         if self._text is not None:
             found["evaluate"] = self._evaluation(self._text)
         return {phase: self._base + peak for phase, peak in found.items()}
@@ -505,6 +510,17 @@ class Needs:
             most |= self._loaded(work) + Peak(self._sizes[work.number].stored) + self._near(size)
         states = (2 * together + 2 * sequences) * option.length * self._width
         return most + self._near(states) + self._norms
+
+    def _foreseeing(self, option: Schedule) -> Peak:
+        """One block after the other, through which a sequence goes there and its gradient back; states are in files."""
+        scores = LOSS_TOKENS * self._vocabulary * (2 * self._checkpoint.dtype.itemsize + 4 * 4)
+        most = self._placed(self._whole) + self._near(scores)
+        for work in self._blocks:
+            copy = 4 * self._weights(work) if widens(self._checkpoint.device, self._checkpoint.dtype) else 0
+            there = self._flow(replace(work, moments=()), 1, option.length)
+            most |= self._loaded(work) + Peak(self._sizes[work.number].reading) + self._near(there)
+            most |= self._loaded(work) + self._near(copy + self._behind(work, option))
+        return most + self._near(4 * 4 * option.length * self._checkpoint.hidden_size)
 
     @property
     def _norms(self) -> Peak:

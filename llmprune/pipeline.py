@@ -31,7 +31,7 @@ from llmprune.model.linears import Linear, find_linears
 from llmprune.model.source import Source, resolve
 from llmprune.model.writer import INDEX, Writer, check_out, fingerprint_files, writing
 from llmprune.permute import rearrange
-from llmprune.plan import Choice, Plan, allocated
+from llmprune.plan import Choice, Plan, allocated, foreseen
 from llmprune.planning import make_plan
 from llmprune.progress import Clock, Progress, of_first
 from llmprune.recipe import Experts, Recipe, Width, assemble, check_said, parse_size
@@ -43,6 +43,7 @@ from llmprune.solve import as_narrower, narrower, renewed, solve_stage
 from llmprune.structured.depth import Shortening, read_shortening
 from llmprune.structured.send import choose_experts
 from llmprune.structured.shorten import choose
+from llmprune.structured.slopes import foresee
 from llmprune.structured.width import narrow as narrow_by
 
 
@@ -113,6 +114,13 @@ def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, sh
                     writer.allocation = dense.look(checkpoint, plan, tokens, shown, writer.out)
                 begun = False
             plan = allocated(plan, writer.allocation)
+        if plan.foresight is not None:
+            writer.gone = distributed.share(writer.gone)
+            if writer.gone is None:
+                with clock("choose"), quick(checkpoint.device, checkpoint.dtype):
+                    writer.gone = foresee(checkpoint, plan, tokens, shown, writer.out)
+                begun = False
+            plan = foreseen(plan, writer.gone)
         if not begun:
             writer.begin(fingerprint)
         weights = plan.written(checkpoint).weights
@@ -497,7 +505,7 @@ def _shorten(whole: Checkpoint, plan: Plan, recipe: Recipe, kept: tuple[int, ...
 def _interruptible(writer: Writer) -> Iterator[None]:
     """Every moment is a safe one to stop at; tell what there is by then.
 
-    An allocation, or a choice of blocks, is there when it is whole.
+    An allocation, or a choice of blocks or of units of all of them, is there when it is whole.
     """
 
     def onward() -> str:

@@ -25,6 +25,7 @@ from llmprune.stats import LEVELS
 from llmprune.stats import Needs as Level
 from llmprune.structured.depth import Shortening
 from llmprune.structured.experts import Chooser
+from llmprune.structured.width import Foreseeing
 
 NOT_ASKED = "no sparsity is asked for"
 """Why a linear is left dense in a model that gets smaller otherwise."""
@@ -178,6 +179,11 @@ class Plan:
         return self.fit is not None or any(stage.beside for stages in self.schedule.stages for stage in stages)
 
     @property
+    def foresight(self) -> Foreseeing | None:
+        """What chooses units of all blocks before the first is pruned; None where nothing does, or where it has."""
+        return next((choice.solver for choice in self.pruned if isinstance(choice.solver, Foreseeing)), None)
+
+    @property
     def known(self) -> list[Known]:
         """The linears that share the budget."""
         return known_of(self.blocks)
@@ -268,6 +274,17 @@ def allocated(plan: Plan, targets: Mapping[str, str]) -> Plan:
     left = {choice.linear.name for block in blocks for choice in block if choice.kept == LEFT_DENSE}
     stages = tuple(tuple(_without(part, left)) for part in plan.schedule.stages)
     return replace(plan, blocks=tuple(blocks), schedule=replace(plan.schedule, stages=stages), budget=budget)
+
+
+def foreseen(plan: Plan, gone: Mapping[str, Sequence[int]]) -> Plan:
+    """The plan with the units that were chosen to go, by the names of the linears whose inputs they are."""
+
+    def knowing(choice: Choice) -> Choice:
+        if choice.kept is not None or not isinstance(choice.solver, Foreseeing):
+            return choice
+        return replace(choice, solver=choice.solver.knowing(frozenset(gone[choice.linear.name])))
+
+    return replace(plan, blocks=tuple(tuple(map(knowing, block)) for block in plan.blocks))
 
 
 def _without(stages: Sequence[Stage], left: set[str]) -> Iterator[Stage]:

@@ -250,6 +250,7 @@ def _schedule(
         (looked_at, drawn),
         had.base,
         narrow is not None,
+        any(isinstance(choice.solver, width.Foreseeing) for choice in pruned),
     )
     made = needs.schedule(min(samples, batch_size(checkpoint, length, fitted > 0)), had)
     return abreast(checkpoint, made, looked_at, had) if looked_at else (made, 1)

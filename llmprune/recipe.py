@@ -104,7 +104,8 @@ class Width:
         heads: how many heads go, likewise: those that have keys and values of their own; their queries go with them.
         params: instead of `channels`, the share of all weights that may stay (`80%`): as many channels go as it takes.
         flops: likewise, of the products that a token takes, attention scores aside.
-        by: how they are chosen: `osscar`, `flap`, `wanda` or `magnitude`, or a mapping of its `name` and options.
+        by: how they are chosen: `osscar`, `taylor`, `flap`, `wanda` or `magnitude`, or a mapping
+            of its `name` and options.
     """
 
     channels: str | int | float | None = None

@@ -22,6 +22,9 @@ SAMPLE_TOKENS = 256
 
 _PANEL = 256
 
+_CACHED = 2**18
+"""Inputs that a CPU turns into float32 at a time, few enough to stay in its caches until they are summed up."""
+
 _TARGET_DAMPING = 0.01
 
 
@@ -75,7 +78,6 @@ class LinearStats:
         if len(x) == 0:
             return
         self.tokens += len(x)
-        self.sums += x.sum(0, dtype=torch.float32)
         if self._cross is not None:
             if lacking is None:
                 raise RuntimeError("nothing of the dense model was given")
@@ -83,9 +85,13 @@ class LinearStats:
             self._cross += product(more, x.float().T.contiguous())
             del more
         if self._lower is not None:
+            self.sums += x.sum(0, dtype=torch.float32)
             add_gram(self._lower, x)
             return
-        self.squares += x.float().square().sum(0)
+        for rows in torch.split(x, max(1, _CACHED // self.features)) if x.device.type == "cpu" else (x,):
+            values = rows.to(torch.float32, copy=True)
+            self.sums += values.sum(0)
+            self.squares += values.square_().sum(0)
         room = SAMPLE_TOKENS - sum(map(len, self._rows))
         if room > 0:
             step = max(1, len(x) // min(room, 32))
@@ -235,7 +241,7 @@ class LinearStats:
             lost, total = (product(w, self._gram).mul_(w).sum() for w in (change, dense))
         else:
             x = torch.cat(self._rows)
-            lost, total = ((x @ w.T).square().sum() for w in (change, dense))
+            lost, total = (product(x, w).square_().sum() for w in (change, dense))
         return float(lost), float(total)
 
     def row_losses(self, dense: Tensor, pruned: Tensor) -> Tensor:

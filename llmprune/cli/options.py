@@ -42,7 +42,7 @@ def add_recipe(parser: argparse.ArgumentParser, several: bool = False, sought: b
     add("--flops", metavar="SHARE", help="likewise, of the products that a token takes")
     groups = "heads of each attention that go, with their queries: how many of those with keys of their own, or a share"
     add("--drop-heads", metavar="N", help=groups)
-    add("--narrow-by", metavar="NAME", help="how these are chosen: osscar, flap, wanda, magnitude [osscar]")
+    add("--narrow-by", metavar="NAME", help="how these are chosen: osscar, taylor, flap, wanda, magnitude [osscar]")
     routed = "experts of each mixture that go, of those that a router chooses among: how many, or a share"
     add("--drop-experts", metavar="N", help=routed)
     add("--experts-by", metavar="NAME", help="how these are chosen: reap, frequency, norm [reap]")

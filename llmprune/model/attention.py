@@ -25,22 +25,21 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     Returns:
         (sequences, heads, length, width of value)
     """
-    heads, length = query.shape[1:3]
-    shared = heads // key.shape[1]
-    if shared > 1:
-        key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
-    query = query * scale
-    result = query.new_empty(*query.shape[:3], value.shape[3])
+    sequences, heads, length, width = query.shape
+    groups = key.shape[1]
+    # The queries that share a key stand below one another, so that nothing is repeated for them.
+    query = (query * scale).view(sequences, groups, heads // groups, length, width)
+    result = query.new_empty(*query.shape[:4], value.shape[3])
     step = max(32, min(256, SCORES // (heads * length)))
     later = query.new_full((step, step), float("-inf")).triu(1)
-    for sequence in range(len(query)):
+    for sequence in range(sequences):
         q, k, v = query[sequence], key[sequence], value[sequence]
         for start in range(0, length, step):
             end = min(start + step, length)
-            scores = q[:, start:end] @ k[:, :end].mT
-            scores[..., start:] += later[: end - start, : end - start]
-            result[sequence, :, start:end] = scores.softmax(-1) @ v[:, :end]
-    return result
+            scores = q[:, :, start:end].reshape(groups, -1, width) @ k[:, :end].mT
+            scores.view(*q.shape[:2], end - start, end)[..., start:] += later[: end - start, : end - start]
+            result[sequence, :, :, start:end] = (scores.softmax(-1) @ v[:, :end]).view(*q.shape[:2], end - start, -1)
+    return result.view(sequences, heads, length, -1)
 
 
 def attend(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from llmprune.errors import Failure, LLMPruneError, UserError
 from llmprune.model.activations import HIDDEN, Activations, Call, Place
 from llmprune.model.checkpoint import Checkpoint
+from llmprune.parts import not_finite
 
 PROBE_TOKENS = 19
 """Tokens of a trial run; no width in a model is likely to be this number."""
@@ -195,7 +196,7 @@ def start(
         def record(*args: Any, **kwargs: Any) -> Any:
             hidden = chain.taken(args, kwargs)
             if number == 0:
-                if not bool(torch.isfinite(hidden).all()):
+                if not_finite(hidden):
                     raise Failure(f"the embeddings of {checkpoint.source.name} hold NaN or infinite values")
                 activations.add(hidden)
             values = {
@@ -259,7 +260,7 @@ def pass_through(
     block = checkpoint.block(checkpoint.blocks[number])
     for batch, call in enumerate(calls):
         output = through(batch) if through is not None else run(block, call, activations.read(batch))
-        if not bool(torch.isfinite(output).all()):
+        if not_finite(output):
             raise Failure(
                 f"{checkpoint.blocks[number]} returns NaN or infinite activations (batch {batch}) in "
                 f"{str(checkpoint.dtype).removeprefix('torch.')}; try --dtype float32, and check the checkpoint"
@@ -271,6 +272,7 @@ def logits(checkpoint: Checkpoint, chain: Chain, tokens: Tensor, hidden: Tensor)
     """The model's logits (sequences, length, vocabulary) for hidden states that have left the last block.
 
     The outer weights must be loaded with their head. The model itself runs, with blocks that pass everything on.
+    Gradients go back to the hidden states where these want one.
     """
     blocks = [checkpoint.block(name) for name in checkpoint.blocks]
     final = hidden.to(checkpoint.device)
@@ -281,7 +283,7 @@ def logits(checkpoint: Checkpoint, chain: Chain, tokens: Tensor, hidden: Tensor)
     def last(*args: Any, **kwargs: Any) -> Any:
         return chain.wrap(final)
 
-    with torch.no_grad(), replaced(blocks, [*[passing] * (len(blocks) - 1), last]):
+    with torch.set_grad_enabled(hidden.requires_grad), replaced(blocks, [*[passing] * (len(blocks) - 1), last]):
         output = checkpoint.model(input_ids=tokens.to(checkpoint.device), use_cache=False)
     value: Tensor = output.logits
     return value

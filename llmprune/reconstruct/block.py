@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from llmprune.model import blocks
 from llmprune.model.activations import Activations, Call
+from llmprune.model.backward import Numbers, Run
 from llmprune.model.checkpoint import LoadedBlock
 from llmprune.model.cpu import widens
 from llmprune.model.linears import Linear
@@ -151,7 +150,7 @@ class _Distance:
         self._weights, self._calls, self._given, self._wanted, self._share = weights, calls, given, wanted, ahead
         self._next = None
         if following is not None:
-            self._next = _Run(following.block.module, weights.numbers), following.calls
+            self._next = Run(following.block.module, weights.numbers), following.calls
 
     def of(self, batch: int) -> _Away:
         """The means over the tokens of one batch."""
@@ -188,55 +187,6 @@ def _relative(found: Tensor, wanted: Tensor) -> Tensor:
     return (lost / size.masked_fill_(size == 0, torch.inf)).mean()  # a padding token's states may be zero
 
 
-@dataclass(frozen=True)
-class _Numbers:
-    """What is computed in.
-
-    Attributes:
-        dtype: of the block's weights as they are run.
-        wide: whether that is done in float32, on a CPU that has no products in it.
-    """
-
-    dtype: torch.dtype
-    wide: bool
-
-    def cast(self, value: Any) -> Any:
-        """Tensors as they are computed with, wherever they are."""
-        if isinstance(value, Tensor):
-            return value.float() if self.wide and value.dtype == self.dtype else value
-        if isinstance(value, Call):
-            return Call(self.cast(value.args), self.cast(value.kwargs))
-        if isinstance(value, list | tuple):
-            return type(value)(self.cast(item) for item in value)
-        if isinstance(value, Mapping):
-            return {key: self.cast(item) for key, item in value.items()}
-        return value
-
-    def fitted(self, value: Tensor) -> Tensor:
-        """A weight that is fitted in float32."""
-        return value if self.wide else value.to(self.dtype)
-
-
-class _Run:
-    """A block as it is, in the dtype that is computed in; gradients go through it to what it is given."""
-
-    def __init__(self, module: nn.Module, numbers: _Numbers, without: Collection[str] = ()) -> None:
-        """Take in the block.
-
-        Args:
-            without: names of weights that are given at each call.
-        """
-        self._module, self._numbers = module, numbers
-        state = module.state_dict()
-        self._weights = {name: numbers.cast(value) for name, value in state.items() if name not in without}
-
-    def __call__(self, call: Call, given: Tensor, fitted: Mapping[str, Tensor] = MappingProxyType({})) -> Tensor:
-        """What the block returns for a batch, with weights that are being fitted by their names in it."""
-        cast = self._numbers.cast
-        weights = {**self._weights, **{name: self._numbers.fitted(value) for name, value in fitted.items()}}
-        return blocks.run(self._module, cast(call), cast(given), weights)
-
-
 class _Weights:
     """The weights of a block in float32, in which they are fitted, and what becomes of hidden states with them."""
 
@@ -245,7 +195,7 @@ class _Weights:
         running = block.module.state_dict(prefix=f"{block.name}.")
         device = next(iter(running.values())).device
         dtype = next(running[linear.parameter].dtype for linear in linears)
-        self.numbers = _Numbers(dtype, widens(device, dtype))
+        self.numbers = Numbers(dtype, widens(device, dtype))
         self._keep: dict[str, Tensor] = {}
         for linear in linears:
             weight = block.state[linear.parameter]
@@ -253,7 +203,7 @@ class _Weights:
             linear.view(keep).copy_(linear.view(weight) != 0)
         self._free = {name: block.state[name].to(device, torch.float32, copy=True) for name in self._keep}
         self._keep = {name: keep.to(device) for name, keep in self._keep.items()}
-        self._run = _Run(block.module, self.numbers, {self._inside(name) for name in self._keep})
+        self._run = Run(block.module, self.numbers, {self._inside(name) for name in self._keep})
         for value in self._free.values():
             value.requires_grad_()
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
 
 from llmprune import named
 from llmprune.errors import UserError
@@ -23,6 +25,27 @@ from llmprune.structured import experts
 
 MULTIPLE = 32
 """What the channels that stay are a multiple of, where the dense width is: kernels and quantised formats want that."""
+
+
+@runtime_checkable
+class Foreseeing(Protocol):
+    """A way to choose the units of all blocks before the first is pruned, by what the dense model's loss feels of them.
+
+    It is a `Solver` that does not solve; what `knowing` returns does.
+    """
+
+    tokens: int
+    """Calibration tokens that are looked at, in whole sequences."""
+
+    def saliency(self, slopes: Tensor) -> Tensor:
+        """(units,) what one sequence adds to the saliencies.
+
+        Args:
+            slopes: (units,) float64, those of the sequence's mean loss along gates that the units are multiplied by.
+        """
+
+    def knowing(self, gone: frozenset[int]) -> Solver:
+        """What prunes a linear whose units of these numbers go."""
 
 
 def names() -> list[str]:

@@ -1,0 +1,255 @@
+"""Units chosen by what the dense model's loss feels of them: against plain transformers, and that all else goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import llmprune
+from llmprune import pipeline
+from llmprune.errors import Failure, UserError
+from llmprune.model import cpu
+from llmprune.model.checkpoint import Checkpoint
+from llmprune.model.source import resolve
+from llmprune.patterns import Columns
+from llmprune.plan import foreseen
+from llmprune.progress import Silent
+from llmprune.recipe import Recipe
+from llmprune.stats import LinearStats
+from llmprune.structured import slopes, width
+from llmprune.structured.width.taylor import Solver
+from tests.families import make
+from tests.test_depth import interrupted, load, logits
+from tests.test_distributed import Ranks
+from tests.test_evolve import uneven
+from tests.test_resume import digests
+
+pytestmark = pytest.mark.usefixtures("no_pages")
+
+SETTINGS: dict[str, Any] = {"calibration": "builtin", "samples": 5, "length": 24}
+BOTH: dict[str, Any] = {"channels": "25%", "heads": 1, "by": "taylor"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return uneven(tmp_path_factory.mktemp("uneven"), tie_word_embeddings=False)
+
+
+def planned(source: Path, **options: Any) -> tuple[Checkpoint, Any, Any]:
+    """The model, the plan, and its tokens."""
+    chosen = {"width": BOTH, **SETTINGS, **options}
+    checkpoint, plan = pipeline.plan(source, **chosen)
+    drawn = {"source": "builtin", "samples": chosen["samples"], "length": chosen["length"]}
+    return checkpoint, plan, pipeline.draw(checkpoint, Recipe.from_dict({"calibration": drawn}), chosen["length"])
+
+
+def restated(source: Path, units: dict[str, int], ids: Tensor) -> dict[str, Tensor]:
+    """Σ_s (∂L_s/∂g)² by plain transformers in float64, with a real gate for each unit of some linears' inputs."""
+    whole = load(source).double()
+    modules = dict(whole.named_modules())
+    gates = {name: torch.ones(count, dtype=torch.float64, requires_grad=True) for name, count in units.items()}
+
+    def gated(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            each = inputs[0].shape[-1] // len(gates[name])
+            return (inputs[0] * gates[name].repeat_interleave(each),)
+
+        return hook
+
+    for name in units:
+        modules[name].register_forward_pre_hook(gated(name))
+    sums = {name: torch.zeros(count, dtype=torch.float64) for name, count in units.items()}
+    for sequence in ids:
+        loss = whole(input_ids=sequence[None], labels=sequence[None]).loss
+        for name, slope in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
+            sums[name] += slope.square()
+    return sums
+
+
+def seen(source: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[dict[str, Tensor], Any, Tensor]:
+    """The saliencies that are found, the plan, and the calibration tokens."""
+    found: dict[str, Tensor] = {}
+    finish = slopes._Felt.finish
+
+    def finished(felt: Any) -> dict[str, Tensor]:
+        told = finish(felt)
+        found.update(told)
+        return told
+
+    monkeypatch.setattr(slopes._Felt, "finish", finished)
+    checkpoint, plan, tokens = planned(source, **options)
+    with torch.no_grad():
+        slopes.foresee(checkpoint, plan, tokens, Silent())
+    return found, plan, tokens.ids
+
+
+def test_saliencies_are_those_of_plain_transformers(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, plan, ids = seen(model, monkeypatch)
+    cuts = {name: cut.pattern.units for block in plan.narrow.cuts for name, cut in block.items()}
+    assert len(cuts) == 6
+    wanted = restated(model, cuts, ids)
+    for name, value in wanted.items():
+        assert float((found[name] - value).norm()) < 1e-4 * float(value.norm()), name
+
+
+@pytest.mark.parametrize("kind", ["all", "products", "none"])
+def test_half_precision(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_halves", lambda: kind)
+    source = make("llama", tmp_path / "model")  # with weights that rounding does not carry away
+    found, plan, ids = seen(source, monkeypatch, dtype="bfloat16")
+    cuts = {name: cut.pattern.units for block in plan.narrow.cuts for name, cut in block.items()}
+    for name, value in restated(source, cuts, ids).items():
+        assert float((found[name] - value).norm()) < 0.1 * float(value.norm()), name
+
+
+@pytest.mark.parametrize("family", ["gemma2", "phi3", "gpt_neox", "cohere2", "qwen3"])
+def test_other_families(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make(family, tmp_path / "model")
+    found, plan, ids = seen(source, monkeypatch, width={"channels": "25%", "by": "taylor"})
+    cuts = {name: cut.pattern.units for block in plan.narrow.cuts for name, cut in block.items()}
+    for name, value in restated(source, cuts, ids).items():
+        assert float((found[name] - value).norm()) < 1e-3 * float(value.norm()), name
+
+
+def test_only_so_many_tokens_are_looked_at(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    by = {**BOTH, "by": {"name": "taylor", "tokens": 25}}
+    found, plan, ids = seen(model, monkeypatch, width=by)
+    cuts = {name: cut.pattern.units for block in plan.narrow.cuts for name, cut in block.items()}
+    for name, value in restated(model, cuts, ids[:2]).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-9)
+
+
+def test_those_go_that_are_felt_the_least(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, plan, _ = seen(model, monkeypatch)
+    report = llmprune.prune(model, out=tmp_path / "out", width=BOTH, **SETTINGS)
+    assert llmprune.verify(tmp_path / "out").ok
+    dense = load(model)
+    parameters = dict(dense.named_parameters())
+    for block in plan.narrow.cuts:
+        for name, cut in block.items():
+            gone = found[name].argsort()[: cut.pattern.units - cut.pattern.kept]
+            weight = parameters[f"{name}.weight"].data
+            weight.view(len(weight), cut.pattern.units, -1)[:, gone] = 0
+    ids = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(logits(load(tmp_path / "out").double(), ids), logits(dense.double(), ids))
+    for record in report.solved:
+        assert record.method == "taylor"
+        assert 0 < record.relative_error < 1
+
+
+def test_a_unit_that_nothing_feels_goes_first(model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = AutoModelForCausalLM.from_pretrained(model)
+    for block in source.model.layers:
+        block.mlp.down_proj.weight.data[:, 8:24] = 0
+    source.save_pretrained(tmp_path / "model")
+    for path in model.glob("tokenizer*"):
+        (tmp_path / "model" / path.name).write_bytes(path.read_bytes())
+    llmprune.prune(tmp_path / "model", out=tmp_path / "out", width={"channels": 16, "by": "taylor"}, **SETTINGS)
+    ids = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(1))
+    made, whole = load(tmp_path / "out"), load(tmp_path / "model")
+    assert made.config.intermediate_size == whole.config.intermediate_size - 16
+    torch.testing.assert_close(logits(made, ids), logits(whole, ids), rtol=1e-5, atol=1e-5)
+
+
+def test_experts_that_no_token_reached_lose_their_smallest_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make("qwen3_moe", tmp_path / "model", num_experts=16)  # two of them are asked for each of four tokens
+    by = {"channels": "25%", "by": {"name": "taylor", "tokens": 1}}
+    found, plan, _ = seen(source, monkeypatch, width=by, length=4, samples=1)
+    checkpoint = Checkpoint(resolve(source), "cpu")
+    weights = checkpoint.read(checkpoint.index)
+    silent = 0
+    for name in (name for block in plan.narrow.cuts for name in block if "experts" in name):
+        magnitude = weights[f"{name}.weight"].float().abs().sum(0).double()
+        silent += torch.allclose(found[name], magnitude)
+    assert silent >= 2 * (16 - 8)  # in both blocks that have any
+    report = llmprune.prune(source, out=tmp_path / "out", width=by, **{**SETTINGS, "length": 4, "samples": 1})
+    assert llmprune.verify(report.out).ok
+
+
+def test_what_stays_can_make_up_for_it(model: Path, tmp_path: Path) -> None:
+    report = llmprune.prune(model, out=tmp_path / "out", width=BOTH, reconstruct=["cg"], **SETTINGS)
+    for record in report.solved:
+        assert record.course["cg"] < record.course["taylor"]
+    shorter = llmprune.prune(model, out=tmp_path / "shorter", width=BOTH, depth={"drop": [1]}, **SETTINGS)
+    assert len(shorter.blocks) == 2
+    assert llmprune.verify(tmp_path / "shorter").ok
+
+
+@pytest.mark.parametrize("stopped", [1, 2])
+def test_it_goes_on_without_choosing_anew(
+    stopped: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = {"width": BOTH, **SETTINGS}
+    llmprune.prune(model, out=tmp_path / "whole", **chosen)
+    interrupted(model, tmp_path / "out", stopped, monkeypatch, of=3, **chosen)
+    monkeypatch.setattr(pipeline, "foresee", lambda *_: pytest.fail("units are chosen anew"))
+    report = llmprune.prune(model, out=tmp_path / "out", **chosen)
+    assert report.resumed == stopped
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def chosen_on(model: Path, out: Path) -> None:
+    llmprune.prune(model, out=out, width=BOTH, **SETTINGS)
+
+
+def test_ranks_choose_the_same(model: Path, tmp_path: Path) -> None:
+    chosen_on(model, tmp_path / "one")
+    with Ranks(tmp_path, 2, chosen_on, model, tmp_path / "two") as ranks:
+        ranks.all_well()
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+
+
+def test_the_plan_counts_the_way_back(model: Path) -> None:
+    _, felt, _ = planned(model)
+    _, plain = pipeline.plan(model, width={**BOTH, "by": "wanda"}, **SETTINGS)
+    assert felt.schedule.memory["foresee"].host > felt.schedule.base
+    assert "foresee" not in plain.schedule.memory
+    assert felt.foresight is not None
+    assert plain.foresight is None
+    with pytest.raises(UserError, match="smallest that can hold is"):
+        pipeline.plan(model, width=BOTH, max_memory="64MiB", **SETTINGS)
+
+
+def test_a_gradient_that_is_no_number_is_told(tmp_path: Path) -> None:
+    broken = uneven(tmp_path / "model", tie_word_embeddings=False)
+    checkpoint, plan, tokens = planned(broken)
+    head = checkpoint.load_outer
+
+    def loaded(**options: Any) -> None:
+        head(**options)
+        if options.get("head"):
+            checkpoint.model.get_output_embeddings().weight.data[5] = float("nan")
+
+    checkpoint.load_outer = loaded  # type: ignore[method-assign]
+    with torch.no_grad(), pytest.raises(Failure, match="NaN or infinite"):
+        slopes.foresee(checkpoint, plan, tokens, Silent())
+
+
+def test_the_way_itself() -> None:
+    with pytest.raises(UserError, match="tokens must be at least 1, not 0"):
+        width.load({"name": "taylor", "tokens": 0})
+    stats = LinearStats(6, "norms")
+    with pytest.raises(RuntimeError, match="before the first block"):
+        Solver().solve(torch.ones(2, 6), stats, Columns(2, 3))
+    solved = Solver().knowing(frozenset({1})).solve(torch.ones(2, 6), stats, Columns(2, 3))
+    assert torch.equal(solved, torch.tensor([1.0, 1, 0, 0, 1, 1]).expand(2, 6))
+
+
+def test_linears_that_are_kept_stay_as_they_are(model: Path) -> None:
+    _, plan, _ = planned(model)
+    gone = {choice.linear.name: [0] for choice in plan.pruned}
+    known = foreseen(plan, gone)
+    assert known.foresight is None
+    for before, after in zip(plan.choices, known.choices, strict=True):
+        assert (before == after) == (before.kept is not None)
+        if before.kept is None:
+            assert dataclasses.replace(after, solver=before.solver) == before
