@@ -21,7 +21,7 @@ from llmprune.model.survey import Held
 from llmprune.model.watch import Input, Stage
 from llmprune.recipe import format_size
 from llmprune.solvers import Buffers
-from llmprune.stats import SAMPLE_TOKENS
+from llmprune.stats import PANEL, SAMPLE_TOKENS
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Tokens that run through a block at once on a kind of device; whole sequences, at least one."""
@@ -544,8 +544,9 @@ _BEHIND_WIDEST, _BEHIND_WIDTH = 6, 24
 
 
 def _held(entry: Input) -> int:
-    """Bytes of an input's statistics."""
-    return 4 * entry.features * ((entry.features if entry.needs == "gram" else SAMPLE_TOKENS) + entry.beside)
+    """Bytes of an input's statistics while they are collected; of a Gram half is, in numbers twice as wide."""
+    each = entry.features + PANEL if entry.needs == "gram" else SAMPLE_TOKENS
+    return 4 * entry.features * (each + 2 * entry.beside)
 
 
 _TAKEN = {"nothing": 0, "norms": 8, "gram": 12}
@@ -558,13 +559,16 @@ def _beside(entry: Input) -> int:
 
 
 def _solving(entry: Input, rows: int, buffers: Buffers, after: int) -> int:
-    """Bytes that solving the linears of an input needs besides its statistics, and what follows that."""
+    """Bytes that solving the linears of an input needs besides its statistics, and what follows that.
+
+    A Gram is made whole before, beside the half of it that was collected.
+    """
     weights, square = 4 * rows * entry.features, 4 * entry.features**2 if entry.needs == "gram" else 0
     changing = buffers.factor * square + buffers.weights * weights
     # What the method found, what takes its place and the masks; what it held of the Gram stays with the statistics.
     following = int(after + buffers.factor * square + 3.25 * weights) if after else 0
     aiming = 3 * square + weights if entry.beside else 0
-    return int(1.5 * weights) + max(buffers.factorising * square, changing, following, aiming)
+    return max(square, int(1.5 * weights) + max(buffers.factorising * square, changing, following, aiming))
 
 
 _SLACK = 2**24

@@ -25,7 +25,8 @@ class Norms(Watch):
         super().__init__(linears)
         self._groups = [names for group in groups if (names := [name for name in group if name in self.linears])]
         self._squares = {
-            names[0]: torch.zeros(self.linears[names[0]].shape[1], device=device) for names in self._groups
+            names[0]: torch.zeros(self.linears[names[0]].shape[1], device=device, dtype=torch.float64)
+            for names in self._groups
         }
         self._tokens = dict.fromkeys(self._squares, 0)
 
@@ -45,5 +46,5 @@ class Norms(Watch):
             count = torch.tensor([self._tokens[names[0]]], device=squares.device)
             distributed.total(count, squares)
             if int(count):
-                norms.update(dict.fromkeys(names, (squares / count).sqrt()))
+                norms.update(dict.fromkeys(names, (squares / count).sqrt().float()))
         return norms

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -20,7 +20,8 @@ Factor = TypeVar("Factor")
 SAMPLE_TOKENS = 256
 """Input rows kept for estimating a linear's relative error where no Gram is collected."""
 
-_PANEL = 256
+PANEL = 256
+"""Rows of a Gram that are multiplied at a time."""
 
 _CACHED = 2**18
 """Inputs that a CPU turns into float32 at a time, few enough to stay in its caches until they are summed up."""
@@ -31,7 +32,8 @@ _TARGET_DAMPING = 0.01
 class LinearStats:
     """Sums over the calibration inputs X (tokens, in) of one linear, or of several that share their input.
 
-    Everything is accumulated in float32 on the device of the inputs.
+    Everything is multiplied in float32 on the device of the inputs. The products of batches are summed up in float64,
+    which is exact for as many as there are: the sum is the same to the bit in whatever order, on however many ranks.
 
     Attributes:
         features: in_features.
@@ -58,12 +60,12 @@ class LinearStats:
         self.features = features
         self.needs = needs
         self.tokens = 0
-        self.squares = torch.zeros(features, device=device)
-        self.sums = torch.zeros(features, device=device)
+        self.squares = torch.zeros(features, device=device, dtype=torch.float64)
+        self.sums = torch.zeros(features, device=device, dtype=torch.float64)
         self.damping: float | None = None
-        self._lower = torch.zeros(features, features, device=device) if needs == "gram" else None
+        self._panels = empty_panels(features, device) if needs == "gram" else None
         self._gram: Tensor | None = None
-        self._cross = torch.zeros(beside, features, device=device) if beside else None
+        self._cross = torch.zeros(beside, features, device=device, dtype=torch.float64) if beside else None
         self._rows: list[Tensor] = []
         self._factor: tuple[object, Any] | None = None
 
@@ -84,9 +86,9 @@ class LinearStats:
             more = lacking.reshape(len(x), -1).float().T.contiguous()
             self._cross += product(more, x.float().T.contiguous())
             del more
-        if self._lower is not None:
+        if self._panels is not None:
             self.sums += x.sum(0, dtype=torch.float32)
-            add_gram(self._lower, x)
+            add_gram(self._panels, x)
             return
         for rows in torch.split(x, max(1, _CACHED // self.features)) if x.device.type == "cpu" else (x,):
             values = rows.to(torch.float32, copy=True)
@@ -101,14 +103,19 @@ class LinearStats:
         """Sum up over the ranks, and make the sums ready for solving; no `add` may follow."""
         count = torch.tensor([self.tokens], device=self.squares.device)
         further = () if self._cross is None else (self._cross,)
-        distributed.total(count, self.sums, self.squares if self._lower is None else self._lower, *further)
-        self.tokens = int(count)
-        if self._lower is None:
+        distributed.total(count, self.sums, *(self._panels or (self.squares,)), *further)
+        self.tokens, self.sums, self.squares = int(count), self.sums.float(), self.squares.float()
+        if self._cross is not None:
+            self._cross = self._cross.float()
+        if self._panels is None:
             self._rows = [_of_all_ranks(self._rows, self.features, self.squares.device)] if self.tokens else []
             return
-        self._gram, self._lower = self._lower, None
-        for start in range(0, self.features, _PANEL):
-            end = min(start + _PANEL, self.features)
+        self._gram = torch.empty(self.features, self.features, device=self.squares.device)
+        while self._panels:  # each is let go when it is taken over
+            panel = self._panels.pop()
+            end = panel.shape[1]
+            start = end - len(panel)
+            self._gram[start:end, :end] = panel
             corner = self._gram[start:end, start:end].tril()
             self._gram[start:end, start:end] = corner + corner.tril(-1).T
             self._gram[:start, start:end] = self._gram[start:end, :start].T
@@ -277,24 +284,34 @@ def _of_all_ranks(rows: list[Tensor], features: int, device: torch.device) -> Te
     return everything
 
 
-def add_gram(lower: Tensor, x: Tensor) -> None:
-    """Add XᵀX to a sum of which only the panels on and below the diagonal are kept, because it is symmetric.
+def empty_panels(features: int, device: torch.device | str) -> list[Tensor]:
+    """A Gram that is zero: of a symmetric matrix only the panels on and below the diagonal, (rows, in) float64 each."""
+    ends = [min(start + PANEL, features) for start in range(0, features, PANEL)]
+    starts = range(0, features, PANEL)
+    return [
+        torch.zeros(end - start, end, device=device, dtype=torch.float64)
+        for start, end in zip(starts, ends, strict=True)
+    ]
 
-    All is multiplied and summed up in float32; on a GPU, bfloat16 inputs are multiplied as they are, which is exact.
+
+def add_gram(panels: Sequence[Tensor], x: Tensor) -> None:
+    """Add XᵀX to the panels of a Gram.
+
+    It is multiplied in float32; on a GPU, bfloat16 inputs are multiplied as they are, which is exact.
 
     Args:
-        lower: (in, in) float32.
+        panels: see `empty_panels`.
         x: (tokens, in).
     """
-    features = x.shape[1]
     direct = x.device.type == "cuda" and x.dtype == torch.bfloat16 and torch.version.hip is None
     columns = x.T if direct else x.float().T.contiguous()
-    for start in range(0, features, _PANEL):
-        end = min(start + _PANEL, features)
+    for panel in panels:
+        end = panel.shape[1]
+        rows = columns[end - len(panel) : end]
         if direct:
-            lower[start:end, :end] += torch.mm(columns[start:end], columns[:end].T, out_dtype=torch.float32)
+            panel += torch.mm(rows, columns[:end].T, out_dtype=torch.float32)
         else:
-            lower[start:end, :end] += product(columns[start:end], columns[:end])
+            panel += product(rows, columns[:end])
 
 
 def has_onednn() -> bool:
