@@ -104,6 +104,7 @@ def test_perplexity_agrees_with_the_cpu(tmp_path: Path) -> None:
 SMALLER: list[dict[str, Any]] = [
     {"width": {"channels": "25%", "heads": 1}},
     {"width": {"channels": "25%", "by": "flap"}},
+    {"width": {"channels": "25%", "by": "taylor"}},
     {"depth": {"drop": 1}},
     {"depth": {"drop": 1, "by": "influence"}, "reconstruct": [{"name": "block", "steps": 4}]},
 ]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llmprune import data, distributed, memory
 from llmprune.answers import check_finite
 from llmprune.budget import LOSS_TOKENS
+from llmprune.errors import Failure
 from llmprune.evaluate.stream import scores
 from llmprune.model import blocks
 from llmprune.model.activations import Activations, Call
@@ -70,7 +71,11 @@ def foresee(
         felt = _Felt(block, narrow.cuts[number], asked)
         felt.back(numbers, start.calls[number], states.pop(), gradients, ids)
         for name, saliencies in felt.finish().items():
-            check_finite(checkpoint, saliencies)
+            if not bool(torch.isfinite(saliencies).all()):
+                raise Failure(
+                    f"the gradient of {checkpoint.source.name}'s loss holds NaN or infinite values in {name}, in "
+                    f"{str(checkpoint.dtype).removeprefix('torch.')}; try --dtype float32, or another --narrow-by"
+                )
             stays = narrow.cuts[number][name].pattern.of_scores(saliencies)
             found[name] = (~stays).nonzero()[:, 0].tolist()
         del block
