@@ -95,10 +95,31 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 """Models that are large in one way each: a family, and what is changed of it."""
 
 
+PARTS: dict[str, dict[str, Any]] = {
+    "nemotron_h": {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "layers_block_type": ["mamba", "mlp", "attention", "mlp", "mamba", "attention", "mlp"],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 64,
+        "ssm_state_size": 8,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "n_groups": 1,
+        "conv_kernel": 4,
+        "chunk_size": 16,
+        "max_position_embeddings": 64,
+    }
+}
+"""Families in which a block is an attention, an MLP or the like alone."""
+
+
 def make(family: str, folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Path:
     """Save a tiny random model of the family into the folder, and return the folder."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
+    config = AutoConfig.for_model(family, **{**FAMILIES, **PARTS}[family] | changes)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for name, value in model.named_parameters():

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -29,7 +30,7 @@ from llmprune.progress import Silent
 from llmprune.recipe import Recipe, assemble, parse_size
 from llmprune.report.record import Report
 from llmprune.structured import depth, shorten
-from tests.families import FAMILIES, VOCABULARY, make, tokenizer
+from tests.families import FAMILIES, PARTS, VOCABULARY, make, tokenizer
 from tests.test_distributed import Ranks
 from tests.test_evolve import uneven
 from tests.test_resume import digests
@@ -100,6 +101,32 @@ def test_what_is_left_does_as_before(family: str, gone: list[int], tmp_path: Pat
         said = written.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
         again = written.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=False)
     assert torch.equal(said, again)
+
+
+@pytest.mark.parametrize(
+    ("gone", "left"),
+    [
+        ([1, 3], ["mamba", "attention", "mamba", "attention", "mlp"]),
+        ([2], ["mamba", "mlp", "mlp", "mamba", "attention", "mlp"]),
+        ([0, 5, 6], ["mlp", "attention", "mlp", "mamba"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", sorted(PARTS))
+def test_an_attention_or_an_mlp_alone(family: str, gone: list[int], left: list[str], tmp_path: Path) -> None:
+    if family not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {family}")
+    source, out = make(family, tmp_path / "model"), tmp_path / "out"
+    report = llmprune.prune(source, out=out, depth={"drop": gone}, sparsity="2:4", method="wanda", **SETTINGS)
+    assert llmprune.verify(out).ok
+    assert report.kept_blocks == [number for number in range(7) if number not in gone]
+    names = {"linear_attention": "mamba", "full_attention": "attention"}
+    config = json.loads((out / "config.json").read_text())
+    assert [names.get(kind, kind) for kind in config["layers_block_type"]] == left
+    llmprune.prune(source, out=tmp_path / "plain", depth={"drop": gone})
+    ids = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
+    wanted = logits(without(source, gone), ids)
+    torch.testing.assert_close(logits(load(tmp_path / "plain"), ids), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_tensors_are_those_of_the_blocks_that_stay(model: Path, tmp_path: Path) -> None:
