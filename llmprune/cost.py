@@ -89,8 +89,8 @@ def cost(checkpoint: Checkpoint, plan: Plan, recipe: Recipe) -> Cost:
         whole = passing * asked.total / len(plan.blocks)
         looked_at = asked.chooser.looked_at(asked.total, asked.count)
         forwards += whole * looked_at * min(drawn, asked.chooser.tokens)
-    if plan.foresight is not None:  # there, and for the way back once more and twice that
-        forwards += 4 * passing * min(drawn, plan.foresight.tokens)
+    if plan.foresight is not None:  # there, and for the way back once more and as much for the gradient
+        forwards += 3 * passing * min(drawn, plan.foresight.tokens)
     if plan.shortening is not None and plan.follows_dense:  # the dense model's states go through what went
         forwards += passing / len(plan.blocks) * plan.shortening.count * tokens
     return Cost(forwards, statistics, solving, fitting)

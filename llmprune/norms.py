@@ -10,6 +10,7 @@ from torch import Tensor
 from llmprune import distributed
 from llmprune.model.linears import Linear
 from llmprune.model.watch import Shown, Watch
+from llmprune.stats import sums_dtype
 
 
 class Norms(Watch):
@@ -25,7 +26,7 @@ class Norms(Watch):
         super().__init__(linears)
         self._groups = [names for group in groups if (names := [name for name in group if name in self.linears])]
         self._squares = {
-            names[0]: torch.zeros(self.linears[names[0]].shape[1], device=device, dtype=torch.float64)
+            names[0]: torch.zeros(self.linears[names[0]].shape[1], device=device, dtype=sums_dtype(device))
             for names in self._groups
         }
         self._tokens = dict.fromkeys(self._squares, 0)

@@ -276,13 +276,14 @@ def allocated(plan: Plan, targets: Mapping[str, str]) -> Plan:
     return replace(plan, blocks=tuple(blocks), schedule=replace(plan.schedule, stages=stages), budget=budget)
 
 
-def foreseen(plan: Plan, gone: Mapping[str, Sequence[int]]) -> Plan:
-    """The plan with the units that were chosen to go, by the names of the linears whose inputs they are."""
+def foreseen(plan: Plan, gone: Mapping[str, Mapping[str, Any]]) -> Plan:
+    """The plan with the units that were chosen to go, see `foresee`."""
 
     def knowing(choice: Choice) -> Choice:
         if choice.kept is not None or not isinstance(choice.solver, Foreseeing):
             return choice
-        return replace(choice, solver=choice.solver.knowing(frozenset(gone[choice.linear.name])))
+        found = gone[choice.linear.name]
+        return replace(choice, solver=choice.solver.knowing(frozenset(found["units"]), found["tokens"]))
 
     return replace(plan, blocks=tuple(tuple(map(knowing, block)) for block in plan.blocks))
 

@@ -22,6 +22,7 @@ from llmprune.plan import Choice
 from llmprune.report.record import LinearRecord, mask_sha256
 from llmprune.solvers import Solver
 from llmprune.stats import LinearStats, Needs, ratio
+from llmprune.structured.width.taylor import Knowing
 
 FEW_TOKENS = 64
 """A linear that fewer calibration tokens reached is noted; where a Gram is needed, one with fewer than its inputs."""
@@ -173,7 +174,7 @@ def _solve(checkpoint: Checkpoint, block: LoadedBlock, task: _Task, stats: Linea
     name = ", ".join(choice.linear.name for choice, _, _ in parts)
     like = task.choices[0]
     solver, note = usable(like.solver, like.needs, stats, name)
-    after = like.after if solver is like.solver else After()
+    after = like.after if stats.tokens or like.needs == "nothing" else After()
     losses: dict[str, list[Losses | None]] = {choice.linear.name: [] for choice, _, _ in parts}
     pruned = dense
     try:
@@ -230,10 +231,19 @@ def usable(solver: Solver, needs: Needs, stats: LinearStats, name: str) -> tuple
         raise Failure(f"the calibration inputs of {name} hold NaN or infinite values; try --dtype float32")
     if needs == "nothing":
         return solver, None
+    if isinstance(solver, Knowing):
+        return solver, _known(solver.tokens)
     if stats.tokens == 0:
         return solvers.load("magnitude"), "no calibration token reached it: pruned by magnitude"
     few = stats.features if needs == "gram" else FEW_TOKENS
     return solver, f"only {stats.tokens:,} calibration tokens reached it" if stats.tokens < few else None
+
+
+def _known(tokens: int) -> str | None:
+    """A note on a linear whose units were chosen before, when so many tokens reached it."""
+    if not tokens:
+        return "no token reached it when its units were chosen: by magnitude"
+    return f"only {tokens:,} tokens reached it when its units were chosen" if tokens < FEW_TOKENS else None
 
 
 def check(weight: Tensor, choice: Choice) -> None:

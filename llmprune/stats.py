@@ -32,8 +32,9 @@ _TARGET_DAMPING = 0.01
 class LinearStats:
     """Sums over the calibration inputs X (tokens, in) of one linear, or of several that share their input.
 
-    Everything is multiplied in float32 on the device of the inputs. The products of batches are summed up in float64,
-    which is exact for as many as there are: the sum is the same to the bit in whatever order, on however many ranks.
+    Everything is multiplied in float32 on the device of the inputs. The products of batches are summed up in float64
+    where the device has it, which rounds far below the last bit of what comes of it: that is the same in any order, on
+    however many ranks.
 
     Attributes:
         features: in_features.
@@ -60,12 +61,12 @@ class LinearStats:
         self.features = features
         self.needs = needs
         self.tokens = 0
-        self.squares = torch.zeros(features, device=device, dtype=torch.float64)
-        self.sums = torch.zeros(features, device=device, dtype=torch.float64)
+        self.squares = torch.zeros(features, device=device, dtype=sums_dtype(device))
+        self.sums = torch.zeros(features, device=device, dtype=sums_dtype(device))
         self.damping: float | None = None
         self._panels = empty_panels(features, device) if needs == "gram" else None
         self._gram: Tensor | None = None
-        self._cross = torch.zeros(beside, features, device=device, dtype=torch.float64) if beside else None
+        self._cross = torch.zeros(beside, features, device=device, dtype=sums_dtype(device)) if beside else None
         self._rows: list[Tensor] = []
         self._factor: tuple[object, Any] | None = None
 
@@ -83,9 +84,10 @@ class LinearStats:
         if self._cross is not None:
             if lacking is None:
                 raise RuntimeError("nothing of the dense model was given")
-            more = lacking.reshape(len(x), -1).float().T.contiguous()
-            self._cross += product(more, x.float().T.contiguous())
-            del more
+            more, columns = lacking.reshape(len(x), -1).float().T.contiguous(), x.float().T.contiguous()
+            for rows, sums in zip(torch.split(more, PANEL), torch.split(self._cross, PANEL), strict=True):
+                sums += product(rows, columns)
+            del more, columns
         if self._panels is not None:
             self.sums += x.sum(0, dtype=torch.float32)
             add_gram(self._panels, x)
@@ -284,12 +286,17 @@ def _of_all_ranks(rows: list[Tensor], features: int, device: torch.device) -> Te
     return everything
 
 
+def sums_dtype(device: torch.device | str) -> torch.dtype:
+    """What products of batches are summed up in."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
 def empty_panels(features: int, device: torch.device | str) -> list[Tensor]:
-    """A Gram that is zero: of a symmetric matrix only the panels on and below the diagonal, (rows, in) float64 each."""
+    """A Gram that is zero: of a symmetric matrix only the panels on and below the diagonal, (rows, in) each."""
     ends = [min(start + PANEL, features) for start in range(0, features, PANEL)]
     starts = range(0, features, PANEL)
     return [
-        torch.zeros(end - start, end, device=device, dtype=torch.float64)
+        torch.zeros(end - start, end, device=device, dtype=sums_dtype(device))
         for start, end in zip(starts, ends, strict=True)
     ]
 

@@ -260,12 +260,21 @@ def pass_through(
     block = checkpoint.block(checkpoint.blocks[number])
     for batch, call in enumerate(calls):
         output = through(batch) if through is not None else run(block, call, activations.read(batch))
-        if not_finite(output):
-            raise Failure(
-                f"{checkpoint.blocks[number]} returns NaN or infinite activations (batch {batch}) in "
-                f"{str(checkpoint.dtype).removeprefix('torch.')}; try --dtype float32, and check the checkpoint"
-            )
+        check_output(checkpoint, number, batch, output)
         activations.write(batch, output)
+
+
+def check_output(checkpoint: Checkpoint, number: int, batch: int, output: Tensor) -> None:
+    """See that what a block returns for a batch is finite.
+
+    Raises:
+        Failure: it is not.
+    """
+    if not_finite(output):
+        raise Failure(
+            f"{checkpoint.blocks[number]} returns NaN or infinite activations (batch {batch}) in "
+            f"{str(checkpoint.dtype).removeprefix('torch.')}; try --dtype float32, and check the checkpoint"
+        )
 
 
 def logits(checkpoint: Checkpoint, chain: Chain, tokens: Tensor, hidden: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ class Writer:
         self.dense: dict[str, Any] | None = None
         self.allocation: dict[str, str] | None = None
         self.kept: tuple[int, ...] | None = None
-        self.gone: dict[str, list[int]] | None = None
+        self.gone: dict[str, dict[str, Any]] | None = None
         self._lines: list[dict[str, Any]] = []
         self._background = ThreadPoolExecutor(1, "llmprune-writer")
         self._pending: tuple[Future[None], Callable[[], None]] | None = None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +26,14 @@ from llmprune.model.linears import find_linears
 from llmprune.model.watch import Shown, Watch
 from llmprune.plan import Plan
 from llmprune.progress import Progress
+from llmprune.recipe import format_size
 from llmprune.structured.width import Foreseeing
 
 
 def foresee(
     checkpoint: Checkpoint, plan: Plan, tokens: data.Tokens | None, progress: Progress, folder: Path | None = None
-) -> dict[str, list[int]]:
-    """The units that go, by the names of the linears whose inputs they are; the same on every rank.
+) -> dict[str, dict[str, Any]]:
+    """What goes, by the names of the linears whose inputs are concerned; the same on every rank.
 
     The hidden states in front of all blocks lie in files without a name meanwhile.
 
@@ -38,8 +42,12 @@ def foresee(
         tokens: the calibration tokens.
         folder: where the files are to be.
 
+    Returns:
+        For each linear the numbers of its `units` that go, and the `tokens` that reached it.
+
     Raises:
-        Failure: the dense model returns NaN or infinite values, or its gradient has some.
+        Failure: there is no room for the files; or the dense model returns NaN or infinite values, or its gradient has
+            some.
     """
     narrow, asked = plan.narrow, plan.foresight
     assert narrow is not None
@@ -47,6 +55,8 @@ def foresee(
     assert tokens is not None
     count = data.sequences(asked.tokens, *tokens.ids.shape)
     ids = [tokens.ids[place, None] for place in distributed.mine(range(count))]
+
+    _check_room(checkpoint, sum(map(torch.numel, ids)), folder)
 
     def files() -> Activations:
         return Activations(0, checkpoint.device, "disk", folder)
@@ -58,16 +68,20 @@ def foresee(
         checkpoint.prefetch(number + 1)
         passed = files()
         for batch, call in enumerate(start.calls[number]):
-            passed.add(blocks.run(block.module, call, states[-1].read(batch)))
+            output = blocks.run(block.module, call, states[-1].read(batch))
+            blocks.check_output(checkpoint, number, batch, output)
+            passed.add(output)
         states.append(passed)
         del block
         checkpoint.unload_block(number)
         memory.give_back()
     numbers = Numbers(checkpoint.dtype, widens(checkpoint.device, checkpoint.dtype))
     gradients = _from_the_end(checkpoint, plan, ids, states.pop(), files(), numbers)
-    found: dict[str, list[int]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for number in progress.over(range(len(checkpoint.blocks) - 1, -1, -1), "and back: what the loss feels of it"):
         block = checkpoint.load_block(number)
+        if number:
+            checkpoint.prefetch(number - 1)
         felt = _Felt(block, narrow.cuts[number], asked)
         felt.back(numbers, start.calls[number], states.pop(), gradients, ids)
         for name, saliencies in felt.finish().items():
@@ -77,11 +91,25 @@ def foresee(
                     f"{str(checkpoint.dtype).removeprefix('torch.')}; try --dtype float32, or another --narrow-by"
                 )
             stays = narrow.cuts[number][name].pattern.of_scores(saliencies)
-            found[name] = (~stays).nonzero()[:, 0].tolist()
-        del block
+            found[name] = {"units": (~stays).nonzero()[:, 0].tolist(), "tokens": felt.tokens[name]}
+        del block, felt
         checkpoint.unload_block(number)
         memory.give_back()
     return distributed.share(found)
+
+
+def _check_room(checkpoint: Checkpoint, tokens: int, folder: Path | None) -> None:
+    """See that the disk has room for what goes into each block, and for a gradient, on all ranks of this machine."""
+    place = folder if folder is not None and folder.is_dir() else Path(tempfile.gettempdir())
+    states = (len(checkpoint.blocks) + 1) * checkpoint.dtype.itemsize + 4
+    needed = tokens * checkpoint.hidden_size * states * distributed.local_size()
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise Failure(
+            f"what goes into each block takes {format_size(needed)} in {place} while units are chosen, and "
+            f"{format_size(free)} are free: make room there, or look at fewer tokens "
+            "(--set 'width.by={name: taylor, tokens: 2048}')"
+        )
 
 
 def _from_the_end(
@@ -117,7 +145,11 @@ def _from_the_end(
 
 
 class _Felt(Watch):
-    """What the loss feels of the units of a block's cuts."""
+    """What the loss feels of the units of a block's cuts.
+
+    Attributes:
+        tokens: by the names of the linears, how many reached them; over all ranks once that is finished.
+    """
 
     def __init__(self, block: LoadedBlock, cuts: Mapping[str, Cuts], asked: Foreseeing) -> None:
         """Nothing is felt yet."""
@@ -125,6 +157,7 @@ class _Felt(Watch):
         self._block, self._cuts, self._asked = block, cuts, asked
         self._given: list[tuple[str, Tensor]] = []
         self._sums = {name: torch.zeros(one.pattern.units, dtype=torch.float64) for name, one in cuts.items()}
+        self.tokens = dict.fromkeys(cuts, 0)
 
     def ready(self, inputs: Shown) -> None:
         """Take note of what linears are given."""
@@ -170,8 +203,9 @@ class _Felt(Watch):
         """
         along: dict[str, Tensor] = {}
         for (name, value), slope in zip(given, slopes, strict=True):
+            self.tokens[name] += value.shape[:-1].numel()
             if slope is not None:
-                each = (value.detach().float() * slope.float()).flatten(0, -2).sum(0, dtype=torch.float64).cpu()
+                each = (value.detach().float() * slope.float()).flatten(0, -2).sum(0).cpu().double()
                 along[name] = along[name] + each if name in along else each
         for name, each in along.items():
             units = self._cuts[name].pattern.inputs(len(each))
@@ -184,8 +218,10 @@ class _Felt(Watch):
         """
         found = {}
         for name, sums in self._sums.items():
-            distributed.total(sums)
-            if not bool(sums.any()):
+            count = torch.tensor([self.tokens[name]])
+            distributed.total(sums, count)
+            self.tokens[name] = int(count)
+            if not self.tokens[name]:
                 linear = self.linears[name]
                 weight = linear.view(self._block.state[linear.parameter]).float().abs().sum(0).double()
                 sums = weight[self._cuts[name].pattern.inputs(len(weight))].sum(1)

@@ -44,8 +44,8 @@ class Foreseeing(Protocol):
             slopes: (units,) float64, those of the sequence's mean loss along gates that the units are multiplied by.
         """
 
-    def knowing(self, gone: frozenset[int]) -> Solver:
-        """What prunes a linear whose units of these numbers go."""
+    def knowing(self, gone: frozenset[int], tokens: int) -> Solver:
+        """What prunes a linear whose units of these numbers go; so many tokens reached it when they were chosen."""
 
 
 def names() -> list[str]:

@@ -45,14 +45,19 @@ class Solver:
         """(units,) what one sequence adds, by (units,) the slopes of its loss along the gates."""
         return slopes.square()
 
-    def knowing(self, gone: frozenset[int]) -> Knowing:
+    def knowing(self, gone: frozenset[int], tokens: int) -> Knowing:
         """What prunes a linear of which it is known which units go."""
-        return Knowing(gone)
+        return Knowing(gone, tokens)
 
 
 @dataclass(frozen=True)
 class Knowing:
-    """Units of a linear's inputs go that were chosen before; no updates."""
+    """Units of a linear's inputs go that were chosen before; no updates.
+
+    Args:
+        gone: their numbers.
+        tokens: how many were seen to reach the linear when they were chosen.
+    """
 
     needs: ClassVar[Needs] = Solver.needs
     scope: ClassVar[Scope] = Solver.scope
@@ -62,6 +67,7 @@ class Knowing:
     buffers: ClassVar[Buffers] = Solver.buffers
 
     gone: frozenset[int]
+    tokens: int
 
     def solve(self, weight: Tensor, stats: LinearStats, pattern: Pattern) -> Tensor:
         """Zero the inputs of the units that go."""
