@@ -19,6 +19,7 @@ from llmprune.model.checkpoint import Checkpoint, Footprint
 from llmprune.model.cpu import AT_ONCE, widens
 from llmprune.model.survey import Held
 from llmprune.model.watch import Input, Stage
+from llmprune.model.widths import experts_per_token
 from llmprune.recipe import format_size
 from llmprune.solvers import Buffers
 from llmprune.stats import PANEL, SAMPLE_TOKENS
@@ -149,6 +150,7 @@ class Work:
         largest: elements of its largest weight matrix.
         experts: whether it has any.
         after: bytes that what follows the methods takes, besides masks and weights; 0 where nothing does.
+        inside: channels of its widest expert; 0 where there are none.
     """
 
     number: int
@@ -162,6 +164,7 @@ class Work:
     largest: int
     experts: bool
     after: int = 0
+    inside: int = 0
 
     @property
     def inputs(self) -> tuple[Input, ...]:
@@ -475,8 +478,12 @@ class Needs:
     def _behind(self, work: Work, option: Schedule) -> int:
         """What a batch that runs through a block leaves behind for its way back."""
         tokens = option.batch * option.length
-        flat = tokens * 4 * (_BEHIND_WIDEST * work.widest + _BEHIND_WIDTH * self._checkpoint.hidden_size)
-        return flat + int(4 * option.length * tokens * work.held.pair)
+        hidden = self._checkpoint.hidden_size
+        inside = float(_BEHIND_WIDEST * work.widest)
+        if work.inside:  # a token goes to several experts
+            sent = experts_per_token(self._checkpoint.config.get_text_config())
+            inside = max(inside, sent * (_SENT_WIDTH * hidden + _SENT_INSIDE * work.inside))
+        return int(tokens * 4 * (inside + _BEHIND_WIDTH * hidden)) + int(4 * option.length * tokens * work.held.pair)
 
     def _looking(self, option: Schedule) -> Peak:
         """One dense block after the other: its weights, and where they are asked for the norms of its inputs."""
@@ -541,6 +548,9 @@ class Needs:
 
 _BEHIND_WIDEST, _BEHIND_WIDTH = 6, 24
 """Tensors in float32 that a block leaves behind for a gradient: of its widest inside, and of the hidden size."""
+
+_SENT_WIDTH, _SENT_INSIDE = 2.25, 3.25
+"""Those that an expert leaves behind for a token that is sent to it: of the hidden size, and of its channels."""
 
 
 def _held(entry: Input) -> int:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import llmprune
-from llmprune import pipeline
+from llmprune import budget, pipeline
 from llmprune.errors import Failure, UserError
-from llmprune.model import cpu
+from llmprune.model import blocks, cpu
+from llmprune.model.backward import Numbers, Run
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.source import resolve
 from llmprune.patterns import Columns
@@ -225,6 +226,46 @@ def test_the_plan_counts_the_way_back(model: Path, tmp_path: Path) -> None:
     assert taken[1] - taken[0] >= behind
     with pytest.raises(UserError, match="phase 'foresee' of this model takes more"):
         pipeline.plan(wide, width=BOTH, max_memory="64MiB", calibration="builtin", samples=1, length=2048)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(2, 128, 64), (8, 128, 64), (8, 128, 128), (8, 256, 64), (4, 128, 256), None], ids=str
+)
+def test_what_a_block_leaves_for_its_gradient_is_planned(
+    sizes: tuple[int, int, int] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned_bytes: list[int] = []
+    behind = budget.Needs._behind
+
+    def told(needs: Any, *args: Any) -> int:
+        planned_bytes.append(behind(needs, *args))
+        return planned_bytes[-1]
+
+    monkeypatch.setattr(budget.Needs, "_behind", told)
+    at_once, hidden, inside = sizes or (0, 128, 512)
+    shape = {"hidden_size": hidden, "head_dim": hidden // 4, "num_hidden_layers": 1, "max_position_embeddings": 512}
+    if sizes:
+        experts = {"num_experts": 16, "num_experts_per_tok": at_once, "moe_intermediate_size": inside}
+        source = make("qwen3_moe", tmp_path / "model", **shape, **experts, mlp_only_layers=[])
+    else:
+        source = make("llama", tmp_path / "model", **shape, intermediate_size=inside)
+    checkpoint, plan = pipeline.plan(source, width={**BOTH, "heads": None}, **{**SETTINGS, "length": 256})
+    calls = blocks.start(checkpoint, plan.chain, [torch.arange(256)[None] % 120 + 3])
+    block = checkpoint.load_block(0)
+    weights = {value.untyped_storage().data_ptr() for value in block.module.state_dict().values()}
+    held: dict[int, int] = {}
+
+    def left(tensor: Tensor) -> Tensor:
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() not in weights:
+            held[memory.data_ptr()] = memory.nbytes()
+        return tensor
+
+    felt = slopes._Felt(block, plan.narrow.cuts[0], plan.foresight)
+    given = calls.read(0).clone().requires_grad_()
+    with felt.watching(block.module, block.name), torch.autograd.graph.saved_tensors_hooks(left, lambda value: value):
+        Run(block.module, Numbers(checkpoint.dtype, False))(calls.calls[0][0], given)
+    assert sum(held.values()) < max(planned_bytes) < 3 * sum(held.values())
 
 
 def test_one_block_is_in_memory_at_a_time(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
