@@ -569,16 +569,13 @@ def _beside(entry: Input) -> int:
 
 
 def _solving(entry: Input, rows: int, buffers: Buffers, after: int) -> int:
-    """Bytes that solving the linears of an input needs besides its statistics, and what follows that.
-
-    A Gram is made whole before, beside the half of it that was collected.
-    """
+    """Bytes that solving the linears of an input needs besides its statistics, and what follows that."""
     weights, square = 4 * rows * entry.features, 4 * entry.features**2 if entry.needs == "gram" else 0
     changing = buffers.factor * square + buffers.weights * weights
     # What the method found, what takes its place and the masks; what it held of the Gram stays with the statistics.
     following = int(after + buffers.factor * square + 3.25 * weights) if after else 0
     aiming = 3 * square + weights if entry.beside else 0
-    return max(square, int(1.5 * weights) + max(buffers.factorising * square, changing, following, aiming))
+    return int(1.5 * weights) + max(buffers.factorising * square, changing, following, aiming)
 
 
 _SLACK = 2**24

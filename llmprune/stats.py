@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -64,7 +64,7 @@ class LinearStats:
         self.squares = torch.zeros(features, device=device, dtype=sums_dtype(device))
         self.sums = torch.zeros(features, device=device, dtype=sums_dtype(device))
         self.damping: float | None = None
-        self._panels = empty_panels(features, device) if needs == "gram" else None
+        self._lower = _Panels(features, device) if needs == "gram" else None
         self._gram: Tensor | None = None
         self._cross = torch.zeros(beside, features, device=device, dtype=sums_dtype(device)) if beside else None
         self._rows: list[Tensor] = []
@@ -88,9 +88,9 @@ class LinearStats:
             for rows, sums in zip(torch.split(more, PANEL), torch.split(self._cross, PANEL), strict=True):
                 sums += product(rows, columns)
             del more, columns
-        if self._panels is not None:
+        if self._lower is not None:
             self.sums += x.sum(0, dtype=torch.float32)
-            add_gram(self._panels, x)
+            self._lower.add(x)
             return
         for rows in torch.split(x, max(1, _CACHED // self.features)) if x.device.type == "cpu" else (x,):
             values = rows.to(torch.float32, copy=True)
@@ -105,22 +105,14 @@ class LinearStats:
         """Sum up over the ranks, and make the sums ready for solving; no `add` may follow."""
         count = torch.tensor([self.tokens], device=self.squares.device)
         further = () if self._cross is None else (self._cross,)
-        distributed.total(count, self.sums, *(self._panels or (self.squares,)), *further)
+        distributed.total(count, self.sums, self.squares if self._lower is None else self._lower.packed, *further)
         self.tokens, self.sums, self.squares = int(count), self.sums.float(), self.squares.float()
         if self._cross is not None:
             self._cross = self._cross.float()
-        if self._panels is None:
+        if self._lower is None:
             self._rows = [_of_all_ranks(self._rows, self.features, self.squares.device)] if self.tokens else []
             return
-        self._gram = torch.empty(self.features, self.features, device=self.squares.device)
-        while self._panels:  # each is let go when it is taken over
-            panel = self._panels.pop()
-            end = panel.shape[1]
-            start = end - len(panel)
-            self._gram[start:end, :end] = panel
-            corner = self._gram[start:end, start:end].tril()
-            self._gram[start:end, start:end] = corner + corner.tril(-1).T
-            self._gram[:start, start:end] = self._gram[start:end, :start].T
+        self._gram, self._lower = self._lower.whole(), None
         self.squares = self._gram.diagonal().clone()
 
     @property
@@ -291,34 +283,57 @@ def sums_dtype(device: torch.device | str) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
-def empty_panels(features: int, device: torch.device | str) -> list[Tensor]:
-    """A Gram that is zero: of a symmetric matrix only the panels on and below the diagonal, (rows, in) each."""
-    ends = [min(start + PANEL, features) for start in range(0, features, PANEL)]
-    starts = range(0, features, PANEL)
-    return [
-        torch.zeros(end - start, end, device=device, dtype=sums_dtype(device))
-        for start, end in zip(starts, ends, strict=True)
-    ]
+class _Panels:
+    """A sum of XᵀX, of which only the panels on and below the diagonal are kept, because it is symmetric.
 
+    They lie one after the other in memory that the whole matrix in float32 takes in the end: nothing moves elsewhere,
+    and no pieces are left behind.
 
-def add_gram(panels: Sequence[Tensor], x: Tensor) -> None:
-    """Add XᵀX to the panels of a Gram.
-
-    It is multiplied in float32; on a GPU, bfloat16 inputs are multiplied as they are, which is exact.
-
-    Args:
-        panels: see `empty_panels`.
-        x: (tokens, in).
+    Attributes:
+        packed: all of them, in a row.
+        panels: (rows, in) each, from the top.
     """
-    direct = x.device.type == "cuda" and x.dtype == torch.bfloat16 and torch.version.hip is None
-    columns = x.T if direct else x.float().T.contiguous()
-    for panel in panels:
-        end = panel.shape[1]
-        rows = columns[end - len(panel) : end]
-        if direct:
-            panel += torch.mm(rows, columns[:end].T, out_dtype=torch.float32)
-        else:
-            panel += product(rows, columns[:end])
+
+    def __init__(self, features: int, device: torch.device | str) -> None:
+        """Nothing is added up yet."""
+        ends = [*range(PANEL, features, PANEL), features]
+        shapes = [(end - start, end) for start, end in zip([0, *ends], ends, strict=False)]
+        sizes = [rows * width for rows, width in shapes]
+        dtype, self._features = sums_dtype(device), features
+        room = max(sum(sizes), -(-4 * features**2 // dtype.itemsize))
+        self._memory = torch.zeros(room, device=device, dtype=dtype)
+        self.packed = self._memory[: sum(sizes)]
+        self.panels = [part.view(shape) for part, shape in zip(torch.split(self.packed, sizes), shapes, strict=True)]
+
+    def add(self, x: Tensor) -> None:
+        """Add XᵀX of (tokens, in) inputs.
+
+        It is multiplied in float32; on a GPU, bfloat16 inputs are multiplied as they are, which is exact.
+        """
+        direct = x.device.type == "cuda" and x.dtype == torch.bfloat16 and torch.version.hip is None
+        columns = x.T if direct else x.float().T.contiguous()
+        for panel in self.panels:
+            end = panel.shape[1]
+            rows = columns[end - len(panel) : end]
+            if direct:
+                panel += torch.mm(rows, columns[:end].T, out_dtype=torch.float32)
+            else:
+                panel += product(rows, columns[:end])
+
+    def whole(self) -> Tensor:
+        """(in, in) float32 the matrix, in the same memory; this is the end of the sum."""
+        count = self._features
+        found = self._memory.view(torch.float32)[-count * count :].view(count, count)
+        for panel in reversed(self.panels):  # at the end of the memory, so that no row falls onto one still to be moved
+            end = panel.shape[1]
+            found[end - len(panel) : end, :end] = panel.clone()
+        for panel in self.panels:
+            end = panel.shape[1]
+            start = end - len(panel)
+            corner = found[start:end, start:end].tril()
+            found[start:end, start:end] = corner + corner.tril(-1).T
+            found[:start, start:end] = found[start:end, :start].T
+        return found
 
 
 def has_onednn() -> bool:

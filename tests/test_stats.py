@@ -36,8 +36,8 @@ def with_gram(gram: Tensor) -> LinearStats:
     """Statistics that hold this very matrix."""
     stats = LinearStats(len(gram), "gram")
     stats.tokens = 1234
-    assert stats._panels is not None
-    for panel in stats._panels:
+    assert stats._lower is not None
+    for panel in stats._lower.panels:
         panel.copy_(gram[panel.shape[1] - len(panel) : panel.shape[1], : panel.shape[1]])
     stats.finish()
     return stats
@@ -356,3 +356,16 @@ def test_every_rank_gives_to_the_sample(ranks: int, monkeypatch: pytest.MonkeyPa
     dense = torch.randn(4, 8)
     assert stats.relative_error(dense, torch.zeros(4, 8)) == pytest.approx(1)
     assert stats.relative_error(dense, dense * 0.5) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("features", [1, 7, 255, 256, 257, 400, 512, 513, 700, 768, 1000])
+def test_a_gram_is_made_whole_where_it_was_summed_up(
+    features: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the memory of its panels; also where the device has no float64."""
+    monkeypatch.setattr("llmprune.stats.sums_dtype", lambda _: getattr(torch, dtype))
+    x = torch.randint(-8, 9, (64, features), generator=torch.Generator().manual_seed(features)).float()
+    found = collected(x[:40], x[40:])
+    assert torch.equal(found.gram, x.T @ x)
+    assert found.gram.untyped_storage().nbytes() <= 4 * features * (features + 256) + 4 * 256**2
