@@ -35,7 +35,7 @@ GROWTH = 120 * 2**20
 attention scores, memory that was freed in pieces and cannot be given back. Measured on Linux with the CPU build of
 torch 2.13."""
 
-EXPERTS = 64 * 2**20
+EXPERTS = 80 * 2**20
 """What experts take besides: code for their many shapes, see `memory.frugal`, and more pieces. Measured as well."""
 
 CHOOSE = "choose"
