@@ -148,9 +148,8 @@ class Work:
         held: what a sequence holds that stands still before some linear.
         widest: features of the widest tensor that flows inside the block.
         largest: elements of its largest weight matrix.
-        experts: whether it has any.
-        after: bytes that what follows the methods takes, besides masks and weights; 0 where nothing does.
         inside: channels of its widest expert; 0 where there are none.
+        after: bytes that what follows the methods takes, besides masks and weights; 0 where nothing does.
     """
 
     number: int
@@ -162,9 +161,8 @@ class Work:
     held: Held
     widest: int
     largest: int
-    experts: bool
+    inside: int
     after: int = 0
-    inside: int = 0
 
     @property
     def inputs(self) -> tuple[Input, ...]:
@@ -298,7 +296,7 @@ class Needs:
         self._outer, self._whole = (checkpoint.footprint(checkpoint.outer(head)) for head in (False, True))
         others = [*checkpoint.outer_keys, *checkpoint.unclaimed_keys]
         self._largest = max([checkpoint.index[key].nbytes for key in others] + [size.stored for size in self._sizes])
-        experts = any(work.experts for work in blocks)
+        experts = any(work.inside for work in blocks)
         self._held = memory.current() if base is None else base
         self._base = Peak(self._held + GROWTH + (EXPERTS if experts else 0))
 
@@ -462,18 +460,20 @@ class Needs:
 
     def _fitting(self, work: Work, option: Schedule) -> Peak:
         """Weights with their gradients and both moments, and what a batch leaves behind for its way back."""
-        wide = widens(self._checkpoint.device, self._checkpoint.dtype)
         most = self._near(24 * self._weights(work) + self._behind(work, option))
         for further in self._blocks[work.number + 1 : work.number + self._fitted]:
             size = self._sizes[further.number]
-            copy = 4 * self._weights(further) if wide else 0
-            passing = self._near(copy + self._behind(further, option))
+            passing = self._near(self._widened(further) + self._behind(further, option))
             most += self._placed(size) + (passing | Peak(size.reading))
         return most
 
     def _weights(self, work: Work) -> int:
         """How many a block has."""
         return sum(self._checkpoint.index[key].numel for key in self._checkpoint.block_keys[work.number])
+
+    def _widened(self, work: Work) -> int:
+        """A copy of a block's weights in float32, where it is run in that for the sake of its gradient."""
+        return 4 * self._weights(work) if widens(self._checkpoint.device, self._checkpoint.dtype) else 0
 
     def _behind(self, work: Work, option: Schedule) -> int:
         """What a batch that runs through a block leaves behind for its way back."""
@@ -510,8 +510,7 @@ class Needs:
         """
         if not sequences:
             return Peak()
-        scores = LOSS_TOKENS * self._vocabulary * (2 * self._checkpoint.dtype.itemsize + 4 * 4)
-        most = self._placed(self._whole) + self._near(scores)
+        most = self._head
         for work in self._blocks:
             size = max(4 * 4 * work.largest, self._flow(replace(work, moments=()), 1, option.length))
             most |= self._loaded(work) + Peak(self._sizes[work.number].stored) + self._near(size)
@@ -520,14 +519,18 @@ class Needs:
 
     def _foreseeing(self, option: Schedule) -> Peak:
         """One block after the other, through which a sequence goes there and its gradient back; states are in files."""
-        scores = LOSS_TOKENS * self._vocabulary * (2 * self._checkpoint.dtype.itemsize + 4 * 4)
-        most = self._placed(self._whole) + self._near(scores)
+        most = self._head
         for work in self._blocks:
-            copy = 4 * self._weights(work) if widens(self._checkpoint.device, self._checkpoint.dtype) else 0
             there = self._flow(replace(work, moments=()), 1, option.length)
             most |= self._loaded(work) + Peak(self._sizes[work.number].reading) + self._near(there)
-            most |= self._loaded(work) + self._near(copy + self._behind(work, option))
+            most |= self._loaded(work) + self._near(self._widened(work) + self._behind(work, option))
         return most + self._near(4 * 4 * option.length * self._checkpoint.hidden_size)
+
+    @property
+    def _head(self) -> Peak:
+        """The outer weights, and what the scores of some tokens are compared in, there and back."""
+        scores = LOSS_TOKENS * self._vocabulary * (2 * self._checkpoint.dtype.itemsize + 4 * 4)
+        return self._placed(self._whole) + self._near(scores)
 
     @property
     def _norms(self) -> Peak:

@@ -46,7 +46,8 @@ def zeros(matrix: Tensor) -> int:
 
 def not_finite(tensor: Tensor) -> int:
     """How many NaN and infinite values a tensor of any shape holds; quick where it holds none."""
-    return sum(0 if _sums_up(part) else _not_finite(part) for part in torch.split(tensor.flatten(), AT_ONCE))
+    parts = (part for part in torch.split(tensor.flatten(), AT_ONCE) if not _sums_up(part))
+    return sum(part.numel() - int(torch.isfinite(part).count_nonzero()) for part in parts)
 
 
 def _sums_up(part: Tensor) -> bool:
@@ -54,7 +55,3 @@ def _sums_up(part: Tensor) -> bool:
     if not part.is_floating_point() or part.dtype.itemsize == 1:  # of which torch makes no sums
         return False
     return math.isfinite(part.sum().item())
-
-
-def _not_finite(part: Tensor) -> int:
-    return part.numel() - int(torch.isfinite(part).count_nonzero())

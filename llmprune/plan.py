@@ -25,6 +25,7 @@ from llmprune.stats import LEVELS
 from llmprune.stats import Needs as Level
 from llmprune.structured.depth import Shortening
 from llmprune.structured.experts import Chooser
+from llmprune.structured.knowing import Knowing
 from llmprune.structured.width import Foreseeing
 
 NOT_ASKED = "no sparsity is asked for"
@@ -283,7 +284,7 @@ def foreseen(plan: Plan, gone: Mapping[str, Mapping[str, Any]]) -> Plan:
         if choice.kept is not None or not isinstance(choice.solver, Foreseeing):
             return choice
         found = gone[choice.linear.name]
-        return replace(choice, solver=choice.solver.knowing(frozenset(found["units"]), found["tokens"]))
+        return replace(choice, solver=Knowing(frozenset(found["units"]), found["tokens"]))
 
     return replace(plan, blocks=tuple(tuple(map(knowing, block)) for block in plan.blocks))
 

@@ -433,8 +433,7 @@ def _work(
         buffers[entry] = functools.reduce(operator.or_, (chosen[name].solver.buffers for name in entry.linears))
     widest = max((max(choice.linear.shape) for choice in choices), default=0)
     largest = max((choice.linear.numel for choice in choices), default=0)
-    parts = [choice.linear for choice in choices if choice.linear.expert is not None]
-    inside = max((part.shape[1] for part in parts if part.name.endswith(".down_proj")), default=0)
+    experts = (choice.linear for choice in choices if choice.linear.expert is not None)
+    inside = max((part.shape[1] for part in experts if part.name.endswith(".down_proj")), default=0)
     after = max((choice.after.room for choice in choices), default=0)
-    again, held = survey.again, survey.held
-    return Work(number, moments, rows, buffers, dense, again, held, widest, largest, bool(parts), after, inside)
+    return Work(number, moments, rows, buffers, dense, survey.again, survey.held, widest, largest, inside, after)

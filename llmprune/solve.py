@@ -22,7 +22,7 @@ from llmprune.plan import Choice
 from llmprune.report.record import LinearRecord, mask_sha256
 from llmprune.solvers import Solver
 from llmprune.stats import LinearStats, Needs, ratio
-from llmprune.structured.width.taylor import Knowing
+from llmprune.structured.knowing import Knowing
 
 FEW_TOKENS = 64
 """A linear that fewer calibration tokens reached is noted; where a Gram is needed, one with fewer than its inputs."""

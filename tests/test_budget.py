@@ -223,7 +223,7 @@ class TestStages:
         cuts = [0, *sorted(chance.sample(range(1, count), chance.randint(0, count - 1))), count] if count else [0]
         moments = tuple(inputs[start:end] for start, end in itertools.pairwise([0, count] if dense else cuts) if end)
         held = Held(chance.choice((0, 40_000, 400_000)), chance.choice((0, 32)))
-        return Work(number, moments, rows, buffers, dense, whole, held, 11008, 4096 * 11008, False)
+        return Work(number, moments, rows, buffers, dense, whole, held, 11008, 4096 * 11008, 0)
 
     @pytest.mark.parametrize("seed", range(40))
     def test_every_input_once_in_as_few_stages_as_fit(self, seed: int, checkpoint: Checkpoint) -> None:

@@ -25,6 +25,7 @@ from llmprune.progress import Silent
 from llmprune.recipe import Recipe
 from llmprune.stats import LinearStats
 from llmprune.structured import slopes, width
+from llmprune.structured.knowing import Knowing
 from llmprune.structured.width.taylor import Solver
 from tests.families import make
 from tests.test_depth import interrupted, load, logits
@@ -49,6 +50,11 @@ def planned(source: Path, **options: Any) -> tuple[Checkpoint, Any, Any]:
     checkpoint, plan = pipeline.plan(source, **chosen)
     drawn = {"source": "builtin", "samples": chosen["samples"], "length": chosen["length"]}
     return checkpoint, plan, pipeline.draw(checkpoint, Recipe.from_dict({"calibration": drawn}), chosen["length"])
+
+
+def units_of(plan: Any) -> dict[str, int]:
+    """How many units there are, by the names of the linears whose inputs they are."""
+    return {name: cut.pattern.units for block in plan.narrow.cuts for name, cut in block.items()}
 
 
 def restated(source: Path, units: dict[str, int], ids: Tensor) -> dict[str, Tensor]:
@@ -93,7 +99,7 @@ def seen(source: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple
 
 def test_saliencies_are_those_of_plain_transformers(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found, plan, ids = seen(model, monkeypatch)
-    cuts = {name: cut.pattern.units for block in plan.narrow.cuts for name, cut in block.items()}
+    cuts = units_of(plan)
     assert len(cuts) == 6
     wanted = restated(model, cuts, ids)
     for name, value in wanted.items():
@@ -105,7 +111,7 @@ def test_half_precision(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(cpu, "_halves", lambda: kind)
     source = make("llama", tmp_path / "model")  # with weights that rounding does not carry away
     found, plan, ids = seen(source, monkeypatch, dtype="bfloat16")
-    cuts = {name: cut.pattern.units for block in plan.narrow.cuts for name, cut in block.items()}
+    cuts = units_of(plan)
     for name, value in restated(source, cuts, ids).items():
         assert float((found[name] - value).norm()) < 0.1 * float(value.norm()), name
 
@@ -114,7 +120,7 @@ def test_half_precision(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_other_families(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make(family, tmp_path / "model")
     found, plan, ids = seen(source, monkeypatch, width={"channels": "25%", "by": "taylor"})
-    cuts = {name: cut.pattern.units for block in plan.narrow.cuts for name, cut in block.items()}
+    cuts = units_of(plan)
     for name, value in restated(source, cuts, ids).items():
         assert float((found[name] - value).norm()) < 1e-3 * float(value.norm()), name
 
@@ -122,7 +128,7 @@ def test_other_families(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_only_so_many_tokens_are_looked_at(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     by = {**BOTH, "by": {"name": "taylor", "tokens": 25}}
     found, plan, ids = seen(model, monkeypatch, width=by)
-    cuts = {name: cut.pattern.units for block in plan.narrow.cuts for name, cut in block.items()}
+    cuts = units_of(plan)
     for name, value in restated(model, cuts, ids[:2]).items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-9)
 
@@ -318,7 +324,7 @@ def test_the_way_itself() -> None:
     stats = LinearStats(6, "norms")
     with pytest.raises(RuntimeError, match="before the first block"):
         Solver().solve(torch.ones(2, 6), stats, Columns(2, 3))
-    solved = Solver().knowing(frozenset({1}), 99).solve(torch.ones(2, 6), stats, Columns(2, 3))
+    solved = Knowing(frozenset({1}), 99).solve(torch.ones(2, 6), stats, Columns(2, 3))
     assert torch.equal(solved, torch.tensor([1.0, 1, 0, 0, 1, 1]).expand(2, 6))
 
 

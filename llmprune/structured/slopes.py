@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from llmprune import data, distributed, memory
-from llmprune.answers import check_finite
 from llmprune.budget import LOSS_TOKENS
 from llmprune.errors import Failure
 from llmprune.evaluate.stream import scores
@@ -24,6 +23,7 @@ from llmprune.model.cpu import widens
 from llmprune.model.cuts import Cuts
 from llmprune.model.linears import find_linears
 from llmprune.model.watch import Shown, Watch
+from llmprune.parts import not_finite
 from llmprune.plan import Plan
 from llmprune.progress import Progress
 from llmprune.recipe import format_size
@@ -55,7 +55,6 @@ def foresee(
     assert tokens is not None
     count = data.sequences(asked.tokens, *tokens.ids.shape)
     ids = [tokens.ids[place, None] for place in distributed.mine(range(count))]
-
     _check_room(checkpoint, sum(map(torch.numel, ids)), folder)
 
     def files() -> Activations:
@@ -85,7 +84,7 @@ def foresee(
         felt = _Felt(block, narrow.cuts[number], asked)
         felt.back(numbers, start.calls[number], states.pop(), gradients, ids)
         for name, saliencies in felt.finish().items():
-            if not bool(torch.isfinite(saliencies).all()):
+            if not_finite(saliencies):
                 raise Failure(
                     f"the gradient of {checkpoint.source.name}'s loss holds NaN or infinite values in {name}, in "
                     f"{str(checkpoint.dtype).removeprefix('torch.')}; try --dtype float32, or another --narrow-by"
@@ -121,11 +120,9 @@ def _from_the_end(
     numbers: Numbers,
 ) -> Activations:
     """The gradient of each sequence's summed loss by what leaves the last block, batch by batch, in `gradients`."""
-    ends = torch.zeros(1, dtype=torch.float64)
     checkpoint.load_outer(head=True)
     for batch, tokens in enumerate(ids):
         behind = states.read(batch)
-        ends += float(behind.double().abs().sum())
         found = torch.zeros_like(numbers.cast(behind))
         following = tokens[0, 1:].to(checkpoint.device)  # what comes after the last one is not known
         for begin in range(0, len(following), LOSS_TOKENS):
@@ -139,8 +136,6 @@ def _from_the_end(
             del logits, loss
         gradients.add(found)
     checkpoint.unload()
-    distributed.total(ends)
-    check_finite(checkpoint, ends)
     return gradients
 
 

@@ -31,7 +31,7 @@ MULTIPLE = 32
 class Foreseeing(Protocol):
     """A way to choose the units of all blocks before the first is pruned, by what the dense model's loss feels of them.
 
-    It is a `Solver` that does not solve; what `knowing` returns does.
+    It is a `Solver` that does not solve; `Knowing` does so for all of them.
     """
 
     tokens: int
@@ -43,9 +43,6 @@ class Foreseeing(Protocol):
         Args:
             slopes: (units,) float64, those of the sequence's mean loss along gates that the units are multiplied by.
         """
-
-    def knowing(self, gone: frozenset[int], tokens: int) -> Solver:
-        """What prunes a linear whose units of these numbers go; so many tokens reached it when they were chosen."""
 
 
 def names() -> list[str]:
