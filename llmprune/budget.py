@@ -38,6 +38,9 @@ torch 2.13."""
 EXPERTS = 80 * 2**20
 """What experts take besides: code for their many shapes, see `memory.frugal`, and more pieces. Measured as well."""
 
+SAMPLE = 1
+"""Batches of each rank on which it is measured how far the pruned model's states drift from the dense one's."""
+
 CHOOSE = "choose"
 """The phase in which blocks are chosen that a model does without."""
 
@@ -287,8 +290,7 @@ class Needs:
         self._checkpoint, self._blocks, self._samples, self._length = checkpoint, blocks, samples, length
         self._text, self._fitted, self._look = text, fitted, look
         self._beside = any(stage.beside for work in blocks for stage in work.stages)  # the dense model's way
-        shape = checkpoint.shape if fitted or self._beside else None
-        self._gone = shape.gone if shape is not None else ()
+        self._gone = checkpoint.shape.gone if samples and checkpoint.shape is not None else ()
         self._apart = checkpoint.device.type != "cpu"
         self._width = _width(checkpoint)
         self._vocabulary = int(checkpoint.config.get_text_config().vocab_size)
@@ -434,8 +436,9 @@ class Needs:
         return self._placed(size) + (self._near(max(size.stored, size.copied)) if self._beside else Peak())
 
     def _kept(self, option: Schedule) -> Peak:
-        """The activations of all batches."""
-        size = self._samples * self._length * self._width * (2 if self._fitted or self._beside else 1)
+        """The activations of all batches, and the dense model's of all or a sample of them."""
+        follow = self._samples if self._fitted or self._beside else min(SAMPLE * option.batch, self._samples)
+        size = (self._samples + follow) * self._length * self._width
         return {"device": Peak(device=size), "host": Peak(size), "disk": Peak()}[option.place]
 
     def _still(self, work: Work, option: Schedule) -> int:

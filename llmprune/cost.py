@@ -10,6 +10,7 @@ import torch
 
 from llmprune import distributed
 from llmprune.allocate import Improver
+from llmprune.budget import SAMPLE
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.linears import Linear
 from llmprune.model.widths import experts_per_token
@@ -91,8 +92,11 @@ def cost(checkpoint: Checkpoint, plan: Plan, recipe: Recipe) -> Cost:
         forwards += whole * looked_at * min(drawn, asked.chooser.tokens)
     if plan.foresight is not None:  # there, and for the way back once more and as much for the gradient
         forwards += 3 * passing * min(drawn, plan.foresight.tokens)
-    if plan.shortening is not None and plan.follows_dense:  # the dense model's states go through what went
-        forwards += passing / len(plan.blocks) * plan.shortening.count * tokens
+    if plan.calibrates:  # the dense model's states go beside, or a sample of them, and through what went
+        sample = float(SAMPLE * plan.schedule.batch * plan.schedule.length)
+        followed = tokens if plan.follows_dense else min(tokens, sample)
+        gone = plan.shortening.count / len(plan.blocks) if plan.shortening is not None else 0.0
+        forwards += passing * followed * (gone + (not plan.follows_dense))
     return Cost(forwards, statistics, solving, fitting)
 
 

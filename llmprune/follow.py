@@ -1,4 +1,4 @@
-"""The dense model's hidden states, which go through the blocks beside those of the pruned one."""
+"""The dense model's hidden states, all or a sample of them, which go through the blocks beside the pruned one's."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from llmprune import distributed
+from llmprune.budget import SAMPLE
 from llmprune.model import blocks
-from llmprune.model.activations import Activations, Call
+from llmprune.model.activations import Activations, Call, apart
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.plan import Plan
 
@@ -34,11 +37,11 @@ class DenseWay:
 
         Args:
             beside: those of the pruned model.
-            batches: token ids (sequences, length) each.
+            batches: token ids (sequences, length) each, the first or all of those.
             folder: where they may be kept.
         """
         if not any(self._gaps):
-            return beside.twin()
+            return beside.twin(len(batches))
         wanted = blocks.start(self._whole, plan.chain, batches, plan.schedule.place, folder)
         self._calls, wanted.calls = wanted.calls, []
         self._cross(-1, wanted)
@@ -61,10 +64,10 @@ class DenseWay:
         Args:
             checkpoint: what is pruned.
             number: of the block in it.
-            calls: what it is called with, batch by batch.
+            calls: what it is called with, batch by batch; the states may be of the first of them alone.
             through: what it returns for a batch; by default it is run.
         """
-        blocks.pass_through(checkpoint, number, calls, wanted, through)
+        blocks.pass_through(checkpoint, number, calls[: len(wanted)], wanted, through)
         self._cross(number, wanted)
 
     def _cross(self, number: int, wanted: Activations) -> None:
@@ -73,3 +76,14 @@ class DenseWay:
             blocks.pass_through(self._whole, gone, self._calls[gone], wanted)
             self._whole.unload_block(gone)
             self._calls[gone].clear()
+
+
+def drift(found: Activations, wanted: Activations) -> float:
+    """How far the pruned model's states are from the dense one's: `apart`, over the sample of all ranks."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    for batch in range(min(SAMPLE, len(wanted))):
+        target = wanted.read(batch)
+        tokens = target.shape[:-1].numel()
+        sums += torch.tensor([tokens * float(apart(found.read(batch), target)), tokens], dtype=torch.float64)
+    distributed.total(sums)
+    return float(sums[0] / sums[1])

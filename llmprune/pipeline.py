@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from llmprune import allocation, data, dense, distributed, memory
-from llmprune.budget import CHOOSE, Room, batch_size, room, windows_at_once
+from llmprune.budget import CHOOSE, SAMPLE, Room, batch_size, room, windows_at_once
 from llmprune.errors import Interrupted
 from llmprune.evaluate import perplexity
-from llmprune.follow import DenseWay
+from llmprune.follow import DenseWay, drift
 from llmprune.model import blocks
 from llmprune.model.activations import Activations
 from llmprune.model.capture import Capture
@@ -249,7 +249,7 @@ def prune_blocks(
     rank calibrates its share of the batches. Blocks that the writer has already are only run, as OUT holds them.
 
     Args:
-        way: how the dense model's states go beside, where they do.
+        way: how the dense model's states go beside, all of them or a sample.
     """
     finished = distributed.share(len(writer.records))
     if finished == len(plan.blocks):
@@ -261,7 +261,7 @@ def prune_blocks(
         with clock("embed"), progress.waiting("embedding the calibration text"):
             batches = distributed.mine(tokens.batches(schedule.batch))
             activations = blocks.start(checkpoint, plan.chain, batches, schedule.place, writer.out)
-            wanted = way.start(plan, activations, batches, writer.out) if plan.follows_dense else None
+            wanted = way.start(plan, activations, batches if plan.follows_dense else batches[:SAMPLE], writer.out)
     for number, choices in progress.over(list(enumerate(plan.blocks)), "pruning blocks"):
         if number < finished and activations is None:
             continue
@@ -279,7 +279,7 @@ def prune_blocks(
         permuted = plan.permuted(number)
         changed = {linear.parameter for linear in (*pruned, *fitted)}
         changed = changed.union(*(channels.parameters(linears, block.state) for channels, _ in permuted))
-        if permuted and (number >= finished or wanted is not None):
+        if permuted and (number >= finished or plan.follows_dense):
             with clock("permute"):  # finished blocks too: what the dense model makes of them stays the same to the bit
                 rearrange(block, linears, permuted, calls, activations, checkpoint.device)
         runs = Capture(pruned, stages, schedule.held, plan.writers[number])
@@ -303,7 +303,7 @@ def prune_blocks(
                 staying, sent = choose_experts(block, routed, plan.sender, calls, activations, checkpoint.device)
         done: dict[str, LinearRecord] = {}
         away: tuple[float, float] | tuple[None, None] = (None, None)
-        with runs.running(block.module, block.name, calls, activations, wanted):
+        with runs.running(block.module, block.name, calls, activations, wanted if plan.follows_dense else None):
             for stage in stages:
                 with clock("capture"):
                     stats = runs.collect(stage, checkpoint.device)
@@ -334,8 +334,9 @@ def prune_blocks(
             with runs.running(block.module, block.name, calls, activations):
                 _propagate(result, number, activations, runs, clock)
         if number >= finished:
+            drifted = drift(activations, wanted) if activations is not None and wanted is not None else None
             held = memory.peak(), _peak_device_memory(checkpoint.device)
-            spent = BlockRecord(block.name, clock.lap(), *held, away_before=away[0], away=away[1], experts=sent)
+            spent = BlockRecord(block.name, clock.lap(), *held, away[0], away[1], drifted, sent)
             moved = {channels.linear for channels, _ in permuted}
             found = [done.get(choice.linear.name) or _left_dense(choice) for choice in choices]
             if narrow is not None:

@@ -566,7 +566,7 @@ class TestOut:
         }  # fmt: skip
         assert [line["block"] for line in lines[1:]] == [0, 1]
         assert len(lines[1]["record"]["linears"]) == 7
-        assert set(lines[1]["record"]["seconds"]) == {"read", "capture", "solve", "propagate", "write"}
+        assert set(lines[1]["record"]["seconds"]) == {"read", "dense", "capture", "solve", "propagate", "write"}
 
 
 class TestVerifyAndInspect:

@@ -237,6 +237,13 @@ def test_a_folder_that_is_not_there_is_said(model: Path, tmp_path: Path) -> None
         evaluate(model, ["tiny_choice"], include_path=[tmp_path / "nowhere"])
 
 
+def test_documents_that_are_not_there_are_said(model: Path, tmp_path: Path) -> None:
+    gone = HEAD.format(data=tmp_path / "gone.jsonl")
+    (tmp_path / "own.yaml").write_text(f"task: own{gone}{TASKS['tiny_choice']}")
+    with pytest.raises(UserError, match=r"documents of own cannot be had: .*gone\.jsonl.* from the folder in which"):
+        evaluate(model, ["own"], include_path=[tmp_path])
+
+
 def test_one_document_has_no_standard_error(model: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["eval", str(model), "--tasks", "tiny_choice", "--include-path", str(folder), "--limit", "1", "--json"]
     assert cli.main(given) == 0

@@ -107,7 +107,8 @@ def evaluate(
         progress: where to show how far the work is.
 
     Raises:
-        UserError: an unknown task (the answer names the nearest), or a model that cannot be evaluated.
+        UserError: an unknown task (the answer names the nearest), one whose documents cannot be had, or a model that
+            cannot be evaluated.
     """
     began = time.monotonic()
     with torch.no_grad(), distributed.joined(), calm():
@@ -120,6 +121,11 @@ def evaluate(
             found = lm_eval.simple_evaluate(
                 runner, tasks=wanted, num_fewshot=shots, limit=limit, task_manager=manager, log_samples=samples
             )
+        except (FileNotFoundError, ConnectionError) as error:
+            raise UserError(
+                f"the documents of {', '.join(wanted)} cannot be had: {error}. A file that a task of your own names is "
+                "looked for from the folder in which llmprune runs; what is on the Hub needs the network once"
+            ) from error
         finally:
             checkpoint.unload()
         # lm-eval gives its results to one process alone.

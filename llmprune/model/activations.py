@@ -74,11 +74,11 @@ class Activations:
         else:  # in place: memory that is freed and taken again batch by batch falls to pieces
             (held if isinstance(held, Tensor) else held.map()).copy_(hidden)
 
-    def twin(self) -> Activations:
-        """Others of their own that hold the same, for a second way through the blocks; without the calls."""
+    def twin(self, batches: int) -> Activations:
+        """Others of their own that hold the same first batches, for a second way through the blocks; without calls."""
         made = Activations(0, self._device)
         made._home, made._file = self._home, self._file
-        for batch in range(len(self)):
+        for batch in range(batches):
             made.add(self.read(batch))
         return made
 
@@ -88,6 +88,18 @@ class Activations:
         span = self._file.span(hidden)
         span.map().copy_(hidden)
         return span
+
+
+def apart(found: Tensor, wanted: Tensor) -> Tensor:
+    """The mean over tokens of ‖x − x₀‖² / ‖x₀‖², how far states are from those that are wanted: a scalar.
+
+    Args:
+        found, wanted: x and x₀, (sequences, length, hidden).
+    """
+    target = wanted.float()
+    lost = (found.float() - target).square().sum(-1)
+    size = target.square().sum(-1)
+    return (lost / size.masked_fill_(size == 0, torch.inf)).mean()  # a padding token's states may be zero
 
 
 @dataclass(frozen=True)

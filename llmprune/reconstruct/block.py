@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from llmprune.model.activations import Activations, Call
+from llmprune.model.activations import Activations, Call, apart
 from llmprune.model.backward import Numbers, Run
 from llmprune.model.checkpoint import LoadedBlock
 from llmprune.model.cpu import widens
@@ -156,13 +156,13 @@ class _Distance:
         """The means over the tokens of one batch."""
         wanted = self._wanted.read(batch)
         found = self._weights.run(self._calls[batch], self._given.read(batch))
-        own = _relative(found, wanted)
+        own = apart(found, wanted)
         if self._next is None:
             return _Away(own, own)
         run, calls = self._next
         with torch.no_grad():  # each time anew: kept, it would be a third set of states of all batches
             beyond = run(calls[batch], wanted)
-        return _Away(own, torch.lerp(own, _relative(run(calls[batch], found), beyond), self._share))
+        return _Away(own, torch.lerp(own, apart(run(calls[batch], found), beyond), self._share))
 
     def tokens(self, batch: int) -> int:
         """How many there are in a batch."""
@@ -177,14 +177,6 @@ class _Distance:
             own += count * float(found.own) / sum(counts)
             aim += count * float(found.aim) / sum(counts)
         return own, aim
-
-
-def _relative(found: Tensor, wanted: Tensor) -> Tensor:
-    """The mean over tokens of how far each is from what is wanted, as a fraction of that."""
-    target = wanted.float()
-    lost = (found.float() - target).square().sum(-1)
-    size = target.square().sum(-1)
-    return (lost / size.masked_fill_(size == 0, torch.inf)).mean()  # a padding token's states may be zero
 
 
 class _Weights:

@@ -371,6 +371,7 @@ def _error_plots(report: Report, cells: plots.Grid) -> list[Plot]:
     heads, rows = _grid_rows(cells, lambda cell: "" if cell.error is None else f"{cell.error:.4g}")
     sampled = any(record.error_from == "sample" for record in seen)
     fitted = any(block.away is not None for block in report.blocks)
+    drifted = fitted or any(block.drift is not None for block in report.blocks)
     made = [
         Plot(
             "error-map",
@@ -393,13 +394,13 @@ def _error_plots(report: Report, cells: plots.Grid) -> list[Plot]:
             plots.depth(report.linears),
             "Mean and worst over the linears of each block. Each error is that of one linear alone, on inputs that "
             "come from the pruned blocks before it: it is not the sum of those before."
-            + ("" if fitted else " How far the outputs of blocks drift away from the dense model's was not recorded."),
+            + ("" if drifted else " How far the outputs of blocks drift away from the dense model's was not recorded."),
         ),
     ]
-    if fitted:
+    if drifted:
         caption = (
-            "‖x − x₀‖² / ‖x₀‖², the mean over the tokens of the calibration text, of the states x that leave a pruned "
-            "block and x₀ that leave it in the dense model: all that was lost up to there."
+            f"‖x − x₀‖² / ‖x₀‖², the mean over {'the' if fitted else 'some'} tokens of the calibration text, of the "
+            "states x that leave a pruned block and x₀ that leave it in the dense model: all that was lost up to there."
         )
         made.append(Plot("away", "Distance from the dense model over depth", plots.away(report.blocks), caption))
     return made

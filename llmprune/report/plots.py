@@ -207,12 +207,15 @@ def depth(linears: Sequence[LinearRecord]) -> Figure:
 
 
 def away(blocks: Sequence[BlockRecord]) -> Figure:
-    """How far the output of each block is from the dense model's, before and after it was fitted, if it was."""
+    """How far the output of each block is from the dense model's, where it was fitted before and after that."""
+    lines = {
+        "before the fit": [block.away_before for block in blocks],
+        "after": [block.away for block in blocks],
+    }
+    if not any(block.away is not None for block in blocks):
+        lines = {"pruned": [block.drift for block in blocks]}
     figure = go.Figure()
-    for name, values in (
-        ("before the fit", [block.away_before for block in blocks]),
-        ("after", [block.away for block in blocks]),
-    ):
+    for name, values in lines.items():
         figure.add_scatter(
             name=name, x=list(range(len(blocks))), y=values, mode="lines+markers",
             hovertemplate=f"{name} %{{y:.4g}}<extra></extra>",

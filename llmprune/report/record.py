@@ -90,12 +90,15 @@ class BlockRecord:
     Attributes:
         name: the block.
         seconds: for `read`, `capture`, `solve`, `propagate` and `write`, where channels change places `permute`, and
-            where blocks are fitted `dense` and `fit`; writing goes on beside the next block.
+            where blocks are fitted `fit`, and for the dense model's states, which go beside, `dense`; writing goes on
+            beside the next block.
         peak_memory: the most that the process had held when the block was solved, in bytes.
         peak_device_memory: the same for a GPU.
         away_before, away: the mean over the calibration's tokens of ‖f(x; Ŵ) − f(x₀; W)‖² / ‖f(x₀; W)‖², of what the
             pruned block returns behind the pruned blocks before it and the dense block behind the dense ones, before
             and after its weights were fitted; None where blocks are not. A fit that looks ahead minimises more.
+        drift: the same distance of the block as it was written, on the first batch of each rank; None where nothing
+            was calibrated.
         experts: where experts went, what became of each module of them.
     """
 
@@ -105,6 +108,7 @@ class BlockRecord:
     peak_device_memory: int | None = None
     away_before: float | None = None
     away: float | None = None
+    drift: float | None = None
     experts: list[ExpertsRecord] | None = None
 
 
