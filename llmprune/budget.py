@@ -267,6 +267,7 @@ class Needs:
         base: int | None = None,
         narrowed: bool = False,
         foresees: bool = False,
+        passes: bool = False,
     ) -> None:
         """Take in the work.
 
@@ -283,8 +284,9 @@ class Needs:
             base: what the process holds before any of it; by default what it holds now.
             narrowed: whether a smaller copy of each block takes its place.
             foresees: whether units of all blocks are chosen by what the dense model's loss feels of them.
+            passes: whether the calibration text goes through the dense model before, to choose hidden channels.
         """
-        self._foresees = foresees
+        self._foresees, self._passes = foresees, passes
         self._narrowed = narrowed
         self._together, self._permuted, self._shortened = together, permuted, shortened
         self._checkpoint, self._blocks, self._samples, self._length = checkpoint, blocks, samples, length
@@ -417,6 +419,8 @@ class Needs:
         sequences, drawn = self._shortened
         if sequences:
             found[CHOOSE] = self._answering(option, sequences, sequences) | Peak(TOKEN_BYTES * drawn * self._length)
+        if self._passes:
+            found[CHOOSE] = found.get(CHOOSE, Peak()) | self._passing(option)
         if self._foresees:
             found["foresee"] = self._foreseeing(replace(option, batch=1))
         if self._text is not None:
@@ -438,7 +442,9 @@ class Needs:
     def _kept(self, option: Schedule) -> Peak:
         """The activations of all batches, and the dense model's of all or a sample of them."""
         follow = self._samples if self._fitted or self._beside else min(SAMPLE * option.batch, self._samples)
-        size = (self._samples + follow) * self._length * self._width
+        wide = self._checkpoint.shape.wide if self._checkpoint.shape is not None else None  # as the dense model's are
+        width = self._width if wide is None else self._width * wide // self._checkpoint.hidden_size
+        size = (self._samples * self._width + follow * width) * self._length
         return {"device": Peak(device=size), "host": Peak(size), "disk": Peak()}[option.place]
 
     def _still(self, work: Work, option: Schedule) -> int:
@@ -487,6 +493,14 @@ class Needs:
             sent = experts_per_token(self._checkpoint.config.get_text_config())
             inside = max(inside, sent * (_SENT_WIDTH * hidden + _SENT_INSIDE * work.inside))
         return int(tokens * 4 * (inside + _BEHIND_WIDTH * hidden)) + int(4 * option.length * tokens * work.held.pair)
+
+    def _passing(self, option: Schedule) -> Peak:
+        """One dense block after the other, through which all batches go."""
+        most = Peak()
+        for work in self._blocks:
+            flow = self._flow(replace(work, moments=()), option.batch, option.length)
+            most |= self._loaded(work) + (Peak(self._sizes[work.number].reading) | self._near(flow))
+        return most + self._kept(option)
 
     def _looking(self, option: Schedule) -> Peak:
         """One dense block after the other: its weights, and where they are asked for the norms of its inputs."""

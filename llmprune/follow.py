@@ -12,7 +12,7 @@ from torch import Tensor
 from llmprune import distributed
 from llmprune.budget import SAMPLE
 from llmprune.model import blocks
-from llmprune.model.activations import Activations, Call, apart
+from llmprune.model.activations import Activations, Call, Slim, apart
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.plan import Plan
 
@@ -20,16 +20,17 @@ from llmprune.plan import Plan
 class DenseWay:
     """The way of the dense model's states: through each block as it was, and through those that were taken out."""
 
-    def __init__(self, whole: Checkpoint, kept: Sequence[int] | None) -> None:
+    def __init__(self, whole: Checkpoint, kept: Sequence[int] | None, hidden: Sequence[int] | None = None) -> None:
         """Nothing is run yet.
 
         Args:
             whole: the dense model.
             kept: the numbers of its blocks that are left; None where all are.
+            hidden: likewise of its hidden channels.
         """
-        left = range(len(whole.blocks)) if kept is None else kept
-        self._whole = whole
-        self._gaps = [range(before + 1, after) for before, after in pairwise((-1, *left, len(whole.blocks)))]
+        self._left = range(len(whole.blocks)) if kept is None else kept
+        self._whole, self._hidden = whole, hidden
+        self._gaps = [range(before + 1, after) for before, after in pairwise((-1, *self._left, len(whole.blocks)))]
         self._calls: list[list[Call]] = []
 
     def start(self, plan: Plan, beside: Activations, batches: Sequence[Tensor], folder: Path) -> Activations:
@@ -40,16 +41,16 @@ class DenseWay:
             batches: token ids (sequences, length) each, the first or all of those.
             folder: where they may be kept.
         """
-        if not any(self._gaps):
+        if not any(self._gaps) and self._hidden is None:
             return beside.twin(len(batches))
         wanted = blocks.start(self._whole, plan.chain, batches, plan.schedule.place, folder)
         self._calls, wanted.calls = wanted.calls, []
         self._cross(-1, wanted)
-        return wanted
+        return wanted if self._hidden is None else Slim(wanted, torch.tensor(self._hidden))
 
-    def gap(self, number: int) -> bool:
-        """Whether blocks were taken out behind one that is left, or with −1 in front of all."""
-        return len(self._gaps[number + 1]) > 0
+    def lost(self, number: int) -> bool:
+        """Whether anything went behind a block that is left, or with −1 in front of all."""
+        return len(self._gaps[number + 1]) > 0 or self._hidden is not None
 
     def follow(
         self,
@@ -67,15 +68,23 @@ class DenseWay:
             calls: what it is called with, batch by batch; the states may be of the first of them alone.
             through: what it returns for a batch; by default it is run.
         """
-        blocks.pass_through(checkpoint, number, calls[: len(wanted)], wanted, through)
+        if isinstance(wanted, Slim):  # what is loaded has fewer
+            wanted = wanted.whole
+            self._through(self._left[number], wanted)
+        else:
+            blocks.pass_through(checkpoint, number, calls[: len(wanted)], wanted, through)
         self._cross(number, wanted)
 
     def _cross(self, number: int, wanted: Activations) -> None:
         for gone in self._gaps[number + 1]:
-            self._whole.load_block(gone)
-            blocks.pass_through(self._whole, gone, self._calls[gone], wanted)
-            self._whole.unload_block(gone)
-            self._calls[gone].clear()
+            self._through(gone, wanted)
+
+    def _through(self, number: int, wanted: Activations) -> None:
+        """Take the states through a block of the whole model that is not loaded."""
+        self._whole.load_block(number)
+        blocks.pass_through(self._whole, number, self._calls[number], wanted)
+        self._whole.unload_block(number)
+        self._calls[number].clear()
 
 
 def drift(found: Activations, wanted: Activations) -> float:

@@ -7,7 +7,7 @@ blocks are in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,11 +27,12 @@ from llmprune.model.capture import Capture
 from llmprune.model.checkpoint import Checkpoint, LoadedBlock
 from llmprune.model.cpu import quick
 from llmprune.model.depth import shortened
+from llmprune.model.hidden import slimmer
 from llmprune.model.linears import Linear, find_linears
 from llmprune.model.source import Source, resolve
 from llmprune.model.writer import INDEX, Writer, check_out, fingerprint_files, writing
 from llmprune.permute import rearrange
-from llmprune.plan import Choice, Plan, allocated, foreseen
+from llmprune.plan import Choice, Plan, Slimming, allocated, foreseen
 from llmprune.planning import make_plan
 from llmprune.progress import Clock, Progress, of_first
 from llmprune.recipe import Experts, Recipe, Width, assemble, check_said, parse_size
@@ -41,6 +42,7 @@ from llmprune.report.record import BlockRecord, ExpertsRecord, LinearRecord, Per
 from llmprune.report.verify import compare
 from llmprune.solve import as_narrower, narrower, renewed, solve_stage
 from llmprune.structured.depth import Shortening, read_shortening
+from llmprune.structured.energy import channels_left, choose_hidden
 from llmprune.structured.send import choose_experts
 from llmprune.structured.shorten import choose
 from llmprune.structured.slopes import foresee
@@ -102,8 +104,18 @@ def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, sh
                     writer.kept = choose(whole, plan, tokens, shown)
                 writer.begin(fingerprint)
                 begun = True
+        if plan.slimming is not None:
+            writer.hidden = distributed.share(writer.hidden)
+            if writer.hidden is None:
+                assert tokens is not None
+                with clock("choose"), quick(whole.device, whole.dtype):
+                    shorter = whole if writer.kept is None else shortened(whole, writer.kept)
+                    writer.hidden = choose_hidden(shorter, plan, tokens, shown, writer.out)
+                writer.begin(fingerprint)
+                begun = True
+        if (writer.kept or writer.hidden) is not None:
             with clock("plan"), shown.waiting("planning"):
-                checkpoint, plan = _shorten(whole, plan, recipe, writer.kept)
+                checkpoint, plan = _smaller(whole, plan, recipe, writer.kept, writer.hidden)
         writer.lay_out(plan.written(checkpoint))
         if resumed:
             writer.recover(shown)
@@ -130,12 +142,13 @@ def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, sh
         report.resumed = len(writer.records) if resumed else None
         if writer.kept is not None:
             report.kept_blocks = list(writer.kept)
-        if plan.narrow is not None:
-            report.widths = {name: list(width) for name, width in plan.narrow.widths.items()}
-        if (writer.kept or plan.narrow) is not None:
+        if writer.hidden is not None:
+            report.hidden_channels = list(writer.hidden)
+        report.widths = {name: list(width) for name, width in plan.widths.items()} or None
+        if writer.kept is not None or plan.widths:
             report.dense_blocks, report.dense_weights = len(whole.blocks), whole.weights
         with quick(checkpoint.device, checkpoint.dtype):
-            way = DenseWay(whole, writer.kept)
+            way = DenseWay(whole, writer.kept, writer.hidden)
             prune_blocks(checkpoint, plan, tokens if plan.calibrates else None, writer, clock, shown, way)
         with distributed.first():  # ranks are told of a failure, and wait for files that they go on to read
             if distributed.is_first():
@@ -256,7 +269,7 @@ def prune_blocks(
         return
     schedule, narrow, result = plan.schedule, plan.narrow, plan.written(checkpoint)
     activations = wanted = None
-    lost = way.gap(-1)  # whether there is anything yet that a fit could make up for
+    lost = way.lost(-1)  # whether there is anything yet that a fit could make up for
     if tokens is not None:
         with clock("embed"), progress.waiting("embedding the calibration text"):
             batches = distributed.mine(tokens.batches(schedule.batch))
@@ -273,7 +286,7 @@ def prune_blocks(
         stages = schedule.stages[number] if number >= finished else ()
         pruned = [choice.linear for choice in choices if choice.kept is None]
         fitted = [choice.linear for choice in choices if choice.fitted]
-        lost = lost or bool(pruned) or way.gap(number) or (narrow is not None and bool(narrow.of(number)))
+        lost = lost or bool(pruned) or way.lost(number) or (narrow is not None and bool(narrow.of(number)))
         fit = plan.fit if fitted and lost else None
         linears = {choice.linear.name: choice.linear for choice in choices}
         permuted = plan.permuted(number)
@@ -464,8 +477,9 @@ def _plan(source: Source, recipe: Recipe) -> tuple[Checkpoint, Checkpoint, Plan]
     with distributed.first():
         checkpoint = Checkpoint(source, distributed.local_device(recipe.device), recipe.dtype)
         shortening = read_shortening(recipe.depth.drop, recipe.depth.by, len(checkpoint.blocks))
+        count = None if recipe.width.hidden is None else channels_left(checkpoint, recipe.width.hidden)
     had = room(checkpoint, parse_size(recipe.max_memory) if recipe.max_memory is not None else None)
-    if shortening is None:
+    if shortening is None and count is None:
         return checkpoint, checkpoint, _planned(checkpoint, recipe, had)
     plain = replace(recipe.calibration, asymmetric=0.0)  # what is done to linears is planned for those that are left
     choosing = replace(
@@ -478,28 +492,46 @@ def _plan(source: Source, recipe: Recipe) -> tuple[Checkpoint, Checkpoint, Plan]
         reconstruct=(),
         calibration=plain,
     )
-    first = _planned(checkpoint, replace(choosing, allocation="uniform"), had, shortening)
-    shorter, made = _shorten(checkpoint, first, recipe, shortening.kept)
-    return checkpoint, shorter, replace(made, shortening=shortening)
+    first = _planned(checkpoint, replace(choosing, allocation="uniform"), had, shortening, count is not None)
+    if count is not None:
+        laid_out = first.schedule.batch, first.schedule.place
+        first = replace(first, slimming=Slimming(checkpoint.hidden_size, count, checkpoint.weights, *laid_out))
+    stands = None if count is None else range(count)
+    smaller, made = _smaller(checkpoint, first, recipe, None if shortening is None else shortening.kept, stands)
+    return checkpoint, smaller, replace(made, shortening=shortening)
 
 
-def _planned(checkpoint: Checkpoint, recipe: Recipe, had: Room, shortening: Shortening | None = None) -> Plan:
-    """The plan, the same on every rank."""
+def _planned(
+    checkpoint: Checkpoint, recipe: Recipe, had: Room, shortening: Shortening | None = None, passes: bool = False
+) -> Plan:
+    """The plan, the same on every rank.
+
+    Args:
+        passes: whether the calibration text goes through the dense model before.
+    """
     with distributed.first():
-        made = make_plan(checkpoint, recipe, had, shortening, narrow_by(checkpoint, recipe))
+        made = make_plan(checkpoint, recipe, had, shortening, narrow_by(checkpoint, recipe), passes)
     # each rank may find others
     schedule, channels, abreast = distributed.share((made.schedule, made.channels, made.abreast))
     return replace(made, schedule=schedule, channels=channels, abreast=abreast)
 
 
-def _shorten(whole: Checkpoint, plan: Plan, recipe: Recipe, kept: tuple[int, ...]) -> tuple[Checkpoint, Plan]:
-    """The model without some of its blocks, and the plan for it."""
+def _smaller(
+    whole: Checkpoint, plan: Plan, recipe: Recipe, kept: Sequence[int] | None, hidden: Sequence[int] | None
+) -> tuple[Checkpoint, Plan]:
+    """The model without some of its blocks and hidden channels, and the plan for it.
+
+    Args:
+        kept: the numbers of the blocks that stay; None for all.
+        hidden: likewise of the hidden channels.
+    """
     with distributed.first():
-        checkpoint = shortened(whole, kept)
+        checkpoint = whole if kept is None else shortened(whole, kept)
+        checkpoint = checkpoint if hidden is None else slimmer(checkpoint, hidden)
     made = _planned(checkpoint, recipe, replace(plan.room, base=plan.schedule.base))  # what was done since is no part
     chosen = {phase: peak for phase, peak in plan.schedule.memory.items() if phase == CHOOSE}
     schedule = replace(made.schedule, memory={**made.schedule.memory, **chosen})
-    return checkpoint, replace(made, schedule=schedule, abreast=plan.abreast)
+    return checkpoint, replace(made, schedule=schedule, slimming=plan.slimming, abreast=plan.abreast)
 
 
 @contextmanager
@@ -536,6 +568,8 @@ def _fingerprint(
         del chosen["depth"]  # it says nothing, and runs that are older than it go on
     for part in () if recipe.narrows else ("width", "experts"):
         del chosen[part]
+    if recipe.narrows and recipe.width.hidden is None:
+        del chosen["width"]["hidden"]
     return {
         "recipe": chosen,
         "revision": checkpoint.source.revision,

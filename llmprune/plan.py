@@ -11,6 +11,7 @@ from llmprune.allocate import Allocator
 from llmprune.allocation import LEFT_DENSE, Known, target
 from llmprune.budget import Room, Schedule
 from llmprune.errors import unknown
+from llmprune.model.activations import Place
 from llmprune.model.blocks import Chain
 from llmprune.model.channels import Channels
 from llmprune.model.checkpoint import Checkpoint
@@ -105,6 +106,24 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Slimming:
+    """Hidden channels go.
+
+    Attributes:
+        width: how many there are.
+        kept: how many of them stay.
+        weights: of the model before they go.
+        batch, place: how the dense model is run to choose them; see `Schedule`.
+    """
+
+    width: int
+    kept: int
+    weights: int
+    batch: int
+    place: Place
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run will do.
 
@@ -119,6 +138,7 @@ class Plan:
         writers: per block, the modules whose outputs are added to the hidden states as they are.
         channels: per block, the input channels that may change places for the sake of N:M groups.
         shortening: the blocks that are still to be taken out of the model; None where none are, or where that is done.
+        slimming: how many hidden channels the model has left; None where all are.
         abreast: how many shorter models may be measured together to choose them.
         narrow: the model with narrower blocks that comes of it; None where they keep their widths.
         sender: how experts are chosen, where some go.
@@ -134,6 +154,7 @@ class Plan:
     writers: tuple[tuple[str, ...], ...] = ()
     channels: tuple[tuple[Channels, ...], ...] = ()
     shortening: Shortening | None = None
+    slimming: Slimming | None = None
     abreast: int = 1
     narrow: Narrow | None = None
     sender: Chooser | None = None
@@ -141,6 +162,12 @@ class Plan:
     def written(self, checkpoint: Checkpoint) -> Checkpoint:
         """What is written of the model that the plan is for."""
         return checkpoint if self.narrow is None else self.narrow.checkpoint
+
+    @property
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """By the config's name for it, each number that is less: what it was, and what it is."""
+        slim = {} if self.slimming is None else {"hidden_size": (self.slimming.width, self.slimming.kept)}
+        return {**slim, **(self.narrow.widths if self.narrow is not None else {})}
 
     @property
     def choices(self) -> list[Choice]:
@@ -159,8 +186,8 @@ class Plan:
 
     @property
     def needs_data(self) -> bool:
-        """Whether any method, the allocation, or the choice of blocks asks for calibration."""
-        chooses = self.shortening is not None and self.shortening.given is None
+        """Whether any method, the allocation, or the choice of blocks or hidden channels asks for calibration."""
+        chooses = self.slimming is not None or (self.shortening is not None and self.shortening.given is None)
         return self.calibrates or chooses or (self.budget is not None and self.budget.allocator.needs == "norms")
 
     @property
@@ -245,9 +272,7 @@ class Plan:
             "held": self.schedule.held if self.needs_data else None,
             "allocation": self.budget.name if self.budget is not None else "uniform",
             "blocks": None if self.shortening is None else self.shortening.to_dict(),
-            "widths": None
-            if self.narrow is None
-            else {name: list(width) for name, width in self.narrow.widths.items()},
+            "widths": {name: list(width) for name, width in self.widths.items()} or None,
             "allocated": self.budget is None or self.budget.targets is not None,
             "linears": [
                 {

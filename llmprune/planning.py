@@ -43,6 +43,7 @@ def make_plan(
     had: Room,
     shortening: Shortening | None = None,
     narrow: Narrow | None = None,
+    passes: bool = False,
 ) -> Plan:
     """Decide for every linear, check shapes, try the first block of each kind on a few tokens, and fit it into memory.
 
@@ -50,11 +51,12 @@ def make_plan(
         had: the memory that it is to fit into.
         shortening: the blocks that will be taken out of it before.
         narrow: what becomes of it where its blocks are to be narrower.
+        passes: whether the calibration text goes through the dense model before.
 
     Raises:
         UserError: a pattern that does not divide, a rule that matches nothing, a model that cannot be walked, ...
     """
-    if narrow is not None:
+    if recipe.narrows:
         _check_narrowed(recipe)
     budget = _budget(recipe)
     by_file = budget is not None and budget.allocator.needs == "nothing"  # which may ask for anything
@@ -129,10 +131,10 @@ def make_plan(
             "calibration.asymmetric changes what kept weights are fitted to, and nothing fits them here (experts are "
             "never fitted that way): take a method such as sparsegpt or alps, or add --reconstruct cg"
         )
-    schedule, together = _schedule(checkpoint, recipe, blocks, works, budget, permutes, had, shortening, narrow)
+    schedule, together = _schedule(checkpoint, recipe, blocks, works, budget, permutes, had, shortening, narrow, passes)
     others = _others(checkpoint, blocks)
     parts = tuple(blocks), chain, checkpoint.weights, others, schedule, had, budget, tuple(writers), tuple(channels)
-    made = Plan(*parts, shortening, together, narrow, experts.load(recipe.experts.by))
+    made = Plan(*parts, shortening, None, together, narrow, experts.load(recipe.experts.by))
     _check_permuted(made, recipe)
     return made
 
@@ -152,8 +154,13 @@ def _check_narrowed(recipe: Recipe) -> None:
         "permute": recipe.permute is True,
         "refine": recipe.refine,
     }
+    if recipe.width.hidden is not None and recipe.calibration.asymmetric:
+        raise UserError(
+            "calibration.asymmetric does not go together with width.hidden: the dense model has other hidden states. "
+            "Leave it out (a --quality asks for it too), or take --reconstruct block, which fits blocks to these"
+        )
     if found := [name for name, value in given.items() if value]:
-        what = "width" if recipe.width.asks else "experts"
+        what = "experts" if not recipe.width.asks and recipe.width.hidden is None else "width"
         raise UserError(
             f"{found[0]} does not go together with {what}: all blocks get the same widths, and no linear is pruned in "
             "another way meanwhile. Leave it out, and prune the narrower model afterwards, which is one like any other"
@@ -218,6 +225,7 @@ def _schedule(
     had: Room,
     shortening: Shortening | None,
     narrow: Narrow | None,
+    passes: bool,
 ) -> tuple[Schedule, int]:
     """The work laid out so that it fits into memory, and how many shorter models may be measured together."""
     length = sequence_length(checkpoint, recipe.calibration.length)
@@ -240,7 +248,7 @@ def _schedule(
     needs = Needs(
         checkpoint,
         works,
-        samples if calibrates else 0,
+        samples if calibrates or passes else 0,
         length,
         text,
         fitted,
@@ -251,6 +259,7 @@ def _schedule(
         had.base,
         narrow is not None,
         any(isinstance(choice.solver, width.Foreseeing) for choice in pruned),
+        passes,
     )
     made = needs.schedule(min(samples, batch_size(checkpoint, length, fitted > 0)), had)
     return abreast(checkpoint, made, looked_at, had) if looked_at else (made, 1)

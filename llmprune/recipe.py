@@ -104,7 +104,8 @@ class Width:
         heads: how many heads go, likewise: those that have keys and values of their own; their queries go with them.
         params: instead of `channels`, the share of all weights that may stay (`80%`): as many channels go as it takes.
         flops: likewise, of the products that a token takes, attention scores aside.
-        by: how they are chosen: `osscar`, `taylor`, `flap`, `wanda` or `magnitude`, or a mapping
+        hidden: how many of the model's hidden channels go, likewise: those that carry the least.
+        by: how channels and heads are chosen: `osscar`, `taylor`, `flap`, `wanda` or `magnitude`, or a mapping
             of its `name` and options.
     """
 
@@ -112,6 +113,7 @@ class Width:
     heads: str | int | float | None = None
     params: str | float | None = None
     flops: str | float | None = None
+    hidden: str | int | float | None = None
     by: Named = "osscar"
 
     def __post_init__(self) -> None:
@@ -121,7 +123,7 @@ class Width:
 
     @property
     def asks(self) -> bool:
-        """Whether anything goes."""
+        """Whether any channels of MLPs or any heads go."""
         return any(value is not None for value in (self.channels, self.heads, self.params, self.flops))
 
 
@@ -228,7 +230,7 @@ class Recipe:
     @property
     def narrows(self) -> bool:
         """Whether blocks become narrower."""
-        return self.width.asks or self.experts.drop is not None
+        return self.width.asks or self.width.hidden is not None or self.experts.drop is not None
 
     def settled(self) -> Recipe:
         """With the sparsity that is meant where none is said: 50 %, or none where the model gets smaller otherwise."""

@@ -42,7 +42,13 @@ def add_recipe(parser: argparse.ArgumentParser, several: bool = False, sought: b
     add("--flops", metavar="SHARE", help="likewise, of the products that a token takes")
     groups = "heads of each attention that go, with their queries: how many of those with keys of their own, or a share"
     add("--drop-heads", metavar="N", help=groups)
-    add("--narrow-by", metavar="NAME", help="how these are chosen: osscar, taylor, flap, wanda, magnitude [osscar]")
+    hidden = "hidden channels that the whole model does without: how many, or a share"
+    add("--drop-hidden", metavar="N", help=hidden)
+    add(
+        "--narrow-by",
+        metavar="NAME",
+        help="how channels and heads are chosen: osscar, taylor, flap, wanda, magnitude [osscar]",
+    )
     routed = "experts of each mixture that go, of those that a router chooses among: how many, or a share"
     add("--drop-experts", metavar="N", help=routed)
     add("--experts-by", metavar="NAME", help="how these are chosen: reap, frequency, norm [reap]")
@@ -113,7 +119,7 @@ def recipe_options(
         chosen.narrow_by,
         chosen.experts_by,
     )
-    for part in ("channels", "heads"):
+    for part in ("channels", "heads", "hidden"):
         options[f"width.{part}"] = _value(getattr(chosen, f"drop_{part}"))
     for part in ("params", "flops"):
         options[f"width.{part}"] = _value(getattr(chosen, part))

@@ -90,6 +90,30 @@ class Activations:
         return span
 
 
+class Slim(Activations):
+    """Some channels of hidden states, to be read.
+
+    Attributes:
+        whole: all of them, which are kept.
+    """
+
+    def __init__(self, whole: Activations, kept: Tensor) -> None:
+        """Take in what is looked at.
+
+        Args:
+            kept: (channels,) their numbers.
+        """
+        self.whole, self._places = whole, kept
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def read(self, batch: int) -> Tensor:
+        """The hidden states of a batch in these channels, on the device."""
+        hidden = self.whole.read(batch)
+        return hidden.index_select(-1, self._places.to(hidden.device))
+
+
 def apart(found: Tensor, wanted: Tensor) -> Tensor:
     """The mean over tokens of ‖x − x₀‖² / ‖x₀‖², how far states are from those that are wanted: a scalar.
 

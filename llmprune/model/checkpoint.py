@@ -75,6 +75,7 @@ class Shape:
         gone: what each block of that takes which this has not.
         narrower: whether tensors of its blocks are smaller than those of the files. They cannot be read from these: its
             blocks are given (`place_block`), or read from where they were written.
+        wide: the width of the hidden states in the model that it comes from, where that is larger.
     """
 
     config: Any
@@ -83,6 +84,7 @@ class Shape:
     before: tuple[str, ...]
     gone: tuple[Footprint, ...] = ()
     narrower: bool = False
+    wide: int | None = None
 
 
 @dataclass
@@ -245,7 +247,7 @@ class Checkpoint:
     def load_outer(self, head: bool = False) -> None:
         """Read what surrounds the blocks: the embeddings and norms of the decoder, and with `head` the output layer."""
         self._load(self.outer(head), "", self.index)
-        if self._tied():
+        if self.tied:
             missing = {name for name, value in self.model.state_dict().items() if value.device.type == "meta"}
             with quiet():
                 self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
@@ -254,7 +256,7 @@ class Checkpoint:
         """The keys that `load_outer` reads."""
         decoder = decoder_prefix(self.model)
         heads = {name for name, _ in self.model.named_children()} - {decoder.split(".")[0]}
-        tied = {name for pair in self._tied().items() for name in pair}
+        tied = {name for pair in self.tied.items() for name in pair}
 
         def needed(name: str) -> bool:
             return name.startswith(decoder) or name in tied or (head and name.split(".")[0] in heads)
@@ -422,11 +424,11 @@ class Checkpoint:
                 self._set(name, torch.empty(value.shape, dtype=self._stored[name], device="meta"))
 
     def _adopt_shapes(self) -> None:
-        """Give each tensor of the blocks the shape that the skeleton has for it; those that change are in no file yet.
+        """Give each tensor the shape that the skeleton has for it; those that change are in no file yet.
 
         Keys that nothing is left for, those of experts past the last, are forgotten.
         """
-        for keys in self.block_keys:
+        for keys in (*self.block_keys, self.outer_keys):
             names = {name: key in self._converted for key in keys for name in self._targets[key]}
             meta = {name: torch.empty_like(self._get(name), device="meta") for name in sorted(names)}
             reverted = self._revert({name: value for name, value in meta.items() if names[name]})
@@ -441,7 +443,7 @@ class Checkpoint:
     def _check_complete(self) -> None:
         claimed = {name for targets in self._targets.values() for name in targets}
         groups: dict[str, set[str]] = {}
-        for name, other in self._tied().items():
+        for name, other in self.tied.items():
             groups.setdefault(other, {other}).add(name)
         for other, names in groups.items():
             inside = sorted(name for name in names - claimed if name.startswith(tuple(f"{b}." for b in self.blocks)))
@@ -460,7 +462,9 @@ class Checkpoint:
                 "a shard is missing, or config.json belongs to another model"
             )
 
-    def _tied(self) -> dict[str, str]:
+    @property
+    def tied(self) -> dict[str, str]:
+        """Parameters that are the same as others, by whose names."""
         return dict(getattr(self.model, "all_tied_weights_keys", None) or {})
 
     # -- moving weights ----------------------------------------------------------------------------------------------

@@ -43,7 +43,8 @@ def altered(checkpoint: Checkpoint, changes: Mapping[str, Any], what: str) -> tu
         config._name_or_path = str(checkpoint.source.folder)  # where code that comes with the model is looked for
         return config, json.dumps(said, indent=2)
     except Exception as error:  # what is wrong in a config surfaces in many kinds, depending on the family
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        told = str(error).splitlines() or [type(error).__name__]
+        reason = " ".join(map(str.strip, told[: 2 if told[0].endswith(":") else 1]))
         raise UserError(f"{kind} cannot have {what}: {reason}") from None
 
 

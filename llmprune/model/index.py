@@ -6,7 +6,7 @@ import io
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,6 +20,9 @@ READERS = 4
 
 _ALONE = 2**20
 """Bytes of a tensor that is worth a thread."""
+
+_AT_ONCE = 2**20
+"""Bytes of a tensor that are read at a time where only a part of them is taken."""
 
 DTYPES = {
     "F64": torch.float64,
@@ -43,13 +46,32 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
+class Part:
+    """What is taken of a stored tensor.
+
+    Attributes:
+        shape: as it is stored.
+        dims: those along which places are taken.
+        places: which, the same along each, in order.
+        factor, shift: what is taken is multiplied by one, and the other is added.
+    """
+
+    shape: tuple[int, ...]
+    dims: tuple[int, ...]
+    places: Tensor = field(repr=False)
+    factor: float = 1.0
+    shift: float = 0.0
+
+
+@dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as a checkpoint stores it, `offset` bytes into its file."""
+    """A tensor as a checkpoint stores it, `offset` bytes into its file, or a part of that."""
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
+    part: Part | None = None
 
     @property
     def numel(self) -> int:
@@ -58,7 +80,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk."""
+        """Bytes that it takes."""
         return self.numel * self.dtype.itemsize
 
 
@@ -131,6 +153,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 def read_tensors(infos: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
     """Tensors exactly as the files hold them, in memory of their own, so that nothing of a file stays mapped.
 
+    Of those of which a part is asked for a few rows at a time are read, so that no more is held of the rest.
+
     Raises:
         OSError: a file cannot be read, or ends too early.
     """
@@ -144,14 +168,41 @@ def read_tensors(infos: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
 
 
 def _read_into(tensor: Tensor, info: TensorInfo) -> None:
-    rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     with io.FileIO(info.file) as file:
         file.seek(info.offset)
-        while len(rest):
-            count = file.readinto(rest)
-            if not count:
-                raise OSError(f"{info.file} ends before its header says")
-            rest = rest[count:]
+        if info.part is None:
+            _fill(tensor, file)
+        else:
+            _take(tensor, info.part, file)
+
+
+def _fill(tensor: Tensor, file: io.FileIO) -> None:
+    """Read a tensor from where a file stands."""
+    rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    while len(rest):
+        count = file.readinto(rest)
+        if not count:
+            raise OSError(f"{file.name!s} ends before its header says")
+        rest = rest[count:]
+
+
+def _take(tensor: Tensor, part: Part, file: io.FileIO) -> None:
+    """Read a part of a tensor from where a file stands."""
+    rows, inner = part.shape[0], part.shape[1:]
+    step = max(1, _AT_ONCE // max(1, torch.Size(inner).numel() * tensor.itemsize))
+    done = 0
+    for first in range(0, rows, step):
+        read = tensor.new_empty((min(step, rows - first), *inner))
+        _fill(read, file)
+        for dim in part.dims:
+            places = part.places
+            if dim == 0:
+                places = places[(places >= first) & (places < first + step)] - first
+            read = read.index_select(dim, places)
+        if part.factor != 1 or part.shift:
+            read = read.double().mul_(part.factor).add_(part.shift)
+        tensor[done : done + len(read)] = read
+        done += len(read)
 
 
 def _offsets(path: Path) -> dict[str, int]:

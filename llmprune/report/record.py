@@ -209,6 +209,7 @@ class Report:
         weights: all weights of the checkpoint.
         kept_blocks: where blocks were taken out, the numbers in the dense model of those that are left.
         widths: where blocks became narrower, by the config's name for it what each number was and is.
+        hidden_channels: where hidden channels went, the numbers in the dense model of those that are left.
         dense_blocks, dense_weights: of the dense model, where the model has become smaller.
         calibration: source, samples, length, seed and the sha256 of the tokens; None where no data was needed.
         dense, sparse: perplexity before and after, if asked for.
@@ -252,6 +253,7 @@ class Report:
     dense_weights: int | None = None
     recovery: dict[str, Any] | None = None
     widths: dict[str, list[int]] | None = None
+    hidden_channels: list[int] | None = None
 
     @property
     def narrowed(self) -> str:

@@ -91,12 +91,12 @@ def shortening_lines(plan: Plan) -> list[str]:
 
 def width_lines(plan: Plan) -> list[str]:
     """How much narrower blocks become, where they do."""
-    if plan.narrow is None:
+    if not plan.widths:
         return []
-    left = plan.narrow.checkpoint.weights
-    told = narrowed(plan.narrow.widths)
-    lines = [f"widths       {told}: {left:,} of {plan.weights:,} weights ({left / plan.weights:.1%}) are left"]
-    if others := plan.narrow.checkpoint.unclaimed_keys:
+    left = plan.weights if plan.narrow is None else plan.narrow.checkpoint.weights
+    dense = plan.weights if plan.slimming is None else plan.slimming.weights
+    lines = [f"widths       {narrowed(plan.widths)}: {left:,} of {dense:,} weights ({left / dense:.1%}) are left"]
+    if plan.narrow is not None and (others := plan.narrow.checkpoint.unclaimed_keys):
         lines.append(f"note         {len(others)} tensors that no module asks for are copied with their old shapes")
     return lines
 

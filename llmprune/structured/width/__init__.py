@@ -72,7 +72,7 @@ def narrow(checkpoint: Checkpoint, recipe: Recipe) -> Narrow | None:
         )
     if sent.drop is None and sent.by != Experts().by:
         raise UserError("experts.by says how experts are chosen that go, and experts.drop not how many: say that too")
-    if not recipe.narrows:
+    if not asked.asks and sent.drop is None:
         return None
 
     def target(name: str, value: str | int | float | None, multiple: int) -> Target | None:
