@@ -201,7 +201,7 @@ class _Trial:
         return ""
 
     def _parts(self, checkpoint: Checkpoint, given: Tensor) -> dict[str, Tensor]:
-        """What the parts of a model make of hidden states and of its embeddings: float32 on the host, by what they do."""
+        """What the parts of a model make of hidden states and its embeddings: float32 on the host, by what they do."""
         try:
             activations = blocks.start(checkpoint, self._chain, [self._tokens])
             own = activations.read(0)
