@@ -498,6 +498,8 @@ def _plan(source: Source, recipe: Recipe) -> tuple[Checkpoint, Checkpoint, Plan]
         first = replace(first, slimming=Slimming(checkpoint.hidden_size, count, checkpoint.weights, *laid_out))
     stands = None if count is None else range(count)
     smaller, made = _smaller(checkpoint, first, recipe, None if shortening is None else shortening.kept, stands)
+    if made.slimming is not None and smaller.shape is not None:  # others may be chosen, but it is known how they go
+        made = replace(made, slimming=replace(made.slimming, way=smaller.shape.way))
     return checkpoint, smaller, replace(made, shortening=shortening)
 
 
@@ -527,7 +529,8 @@ def _smaller(
     """
     with distributed.first():
         checkpoint = whole if kept is None else shortened(whole, kept)
-        checkpoint = checkpoint if hidden is None else slimmer(checkpoint, hidden)
+        way = None if plan.slimming is None else plan.slimming.way
+        checkpoint = checkpoint if hidden is None else slimmer(checkpoint, hidden, way)
     made = _planned(checkpoint, recipe, replace(plan.room, base=plan.schedule.base))  # what was done since is no part
     chosen = {phase: peak for phase, peak in plan.schedule.memory.items() if phase == CHOOSE}
     schedule = replace(made.schedule, memory={**made.schedule.memory, **chosen})

@@ -114,6 +114,7 @@ class Slimming:
         kept: how many of them stay.
         weights: of the model before they go.
         batch, place: how the dense model is run to choose them; see `Schedule`.
+        way: see `Shape`; None until it is found out.
     """
 
     width: int
@@ -121,6 +122,7 @@ class Slimming:
     weights: int
     batch: int
     place: Place
+    way: int | None = None
 
 
 @dataclass(frozen=True)

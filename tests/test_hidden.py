@@ -35,8 +35,8 @@ SETTINGS: dict[str, Any] = {
 OTHERS = {"bloom", "cohere2", "falcon", "gpt2", "gpt_neox", "gptj", "opt", "stablelm", "starcoder2", "olmoe"}
 """Norms that subtract a mean, but for OLMoE, whose norms of heads are as wide as the hidden states."""
 
-OTHERS |= {"olmo2", "qwen3_next"}
-"""Norms inside of blocks have their epsilon from the same number, which decides in models of such small weights."""
+OTHERS.add("olmo2")
+"""Its norms of heads have their epsilon from the same number, which decides in a model of such small weights."""
 
 
 @pytest.fixture(scope="module")
@@ -83,14 +83,15 @@ def test_what_is_left_is_the_dense_model_without_the_others(family: str, tmp_pat
     assert kept is not None
     assert len(kept) == 24
     assert report.widths == {"hidden_size": [32, 24]}
-    experts = "mo" in family or family in ("mixtral", "deepseek_v3", "gpt_oss")
+    experts = "mo" in family or family in ("mixtral", "deepseek_v3", "gpt_oss", "qwen3_next")
     dense, slim = (load(path, torch.float32 if experts else torch.float64) for path in (source, tmp_path / "out"))
     assert slim.config.get_text_config().hidden_size == 24
     without(dense, slim, kept)
     ids = torch.randint(0, 100, (3, 17), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted, found = (each(input_ids=ids, use_cache=False).logits for each in (dense, slim))
-    near = (found - wanted).norm(dim=-1) <= 1e-4 * wanted.norm(dim=-1)
+    close = 1e-2 if family == "qwen3_next" else 1e-4  # norms inside of its blocks have their epsilon from there too
+    near = (found - wanted).norm(dim=-1) <= close * wanted.norm(dim=-1)
     assert near.float().mean() >= (0.9 if experts else 1.0)  # two experts may be alike
     slim.generate(ids[:1], max_new_tokens=3, do_sample=False)
     assert llmprune.verify(tmp_path / "out").ok

@@ -76,6 +76,7 @@ class Shape:
         narrower: whether tensors of its blocks are smaller than those of the files. They cannot be read from these: its
             blocks are given (`place_block`), or read from where they were written.
         wide: the width of the hidden states in the model that it comes from, where that is larger.
+        way: how norms use that width, one of those that `slimmer` knows.
     """
 
     config: Any
@@ -85,6 +86,7 @@ class Shape:
     gone: tuple[Footprint, ...] = ()
     narrower: bool = False
     wide: int | None = None
+    way: int | None = None
 
 
 @dataclass

@@ -32,33 +32,44 @@ _LEAST = 1e-3
 """At least so far: norms inside of blocks may have their epsilon from the same number of the config."""
 
 
-def slimmer(whole: Checkpoint, kept: Sequence[int]) -> Checkpoint:
+def slimmer(whole: Checkpoint, kept: Sequence[int], way: int | None = None) -> Checkpoint:
     """The model without some of its hidden channels.
 
     Args:
         whole: the model; nothing of it is loaded before or after.
         kept: the numbers of the channels that stay, in order.
+        way: how norms use the width, as `Shape.way` of a model that was tried before with as many of them; by default
+            that is found out by a trial.
 
     Raises:
         UserError: its config cannot say that, or what is left would be another model than without what went.
     """
     what = f"{len(kept):,} of {whole.hidden_size:,} hidden channels"
-    kind = type(whole.model).__name__
+    kind, places, why = type(whole.model).__name__, torch.tensor(kept), ""
     before, gone = (tuple(whole.blocks) if whole.shape is None else whole.shape.before), _footprints(whole)
     trial: _Trial | None = None
-    why = ""
-    for change in _changes(whole, len(kept)):
-        config, text = altered(whole, change, what)
-        form = _form(whole, config, text, what)
-        shapes = _shapes(whole, form, what)
-        trial = trial or _Trial(whole, form, torch.tensor(kept))
-        for index in _indices(whole, shapes, torch.tensor(kept)):
-            shape = Shape(config, text, index, before, gone, wide=whole.hidden_size)
-            made = Checkpoint(whole.source, str(whole.device), _named(whole.dtype), shape)
-            if not (found := trial.otherwise(made)):
-                return made
-            why = why or found
+    for number, (form, index) in enumerate(_ways(whole, places, what)):
+        if way is not None and number != way:
+            continue
+        shape = form.shape
+        assert shape is not None
+        shape = Shape(shape.config, shape.config_json, index, before, gone, wide=whole.hidden_size, way=number)
+        made = Checkpoint(whole.source, str(whole.device), _named(whole.dtype), shape)
+        if way is not None:
+            return made
+        trial = trial or _Trial(whole, form, places)
+        if not (found := trial.otherwise(made)):
+            return made
+        why = why or found
     raise UserError(f"{kind} cannot have {what}: what is left would not be what it was ({why})")
+
+
+def _ways(whole: Checkpoint, kept: Tensor, what: str) -> Iterator[tuple[Checkpoint, dict[str, TensorInfo]]]:
+    """The slimmer model without any weights, and its tensors, in each of the ways in which it may use the width."""
+    for change in _changes(whole, len(kept)):
+        form = _form(whole, *altered(whole, change, what), what)
+        for index in _indices(whole, _shapes(whole, form, what), kept):
+            yield form, index
 
 
 def _footprints(whole: Checkpoint) -> tuple[Footprint, ...]:
