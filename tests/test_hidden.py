@@ -281,3 +281,14 @@ def test_the_report_and_the_next_run_know_of_it(model: Path, tmp_path: Path) -> 
         calibration="builtin",
     )
     assert llmprune.verify(again.out).ok
+
+
+def test_the_card_tells_of_them(model: Path, tmp_path: Path) -> None:
+    from llmprune.report import card
+
+    report = llmprune.prune(model, out=tmp_path / "out", recipe=SETTINGS)
+    made = str(card.make_card(report.to_dict(), [], "me/slim", {}))
+    assert "hidden_size 24 of 32" in made
+    assert "**Hidden channels** that are left" in made
+    assert "Its matrices are smaller" in made
+    assert "chosen by" not in made

@@ -257,8 +257,8 @@ def _less(report: Mapping[str, Any]) -> list[str]:
 
 
 def _narrows(recipe: Mapping[str, Any]) -> bool:
-    """Whether a recipe makes matrices smaller."""
-    return any(value is not None for key, value in recipe["width"].items() if key != "by")
+    """Whether a recipe makes matrices smaller by what `width.by` chooses."""
+    return any(value is not None for key, value in recipe["width"].items() if key not in ("by", "hidden"))
 
 
 def _how(report: Mapping[str, Any], pruned: list[dict[str, Any]], methods: list[str]) -> str:
@@ -275,6 +275,8 @@ def _how(report: Mapping[str, Any], pruned: list[dict[str, Any]], methods: list[
         asked += [("experts", experts)] if recipe["experts"].get("drop") is not None else []
         lines += [f"- **{key.capitalize()}** chosen by {_method(room, named.name_of(recipe[key]['by']))}"
                   for key, room in asked]  # fmt: skip
+    if report.get("hidden_channels"):
+        lines.append("- **Hidden channels** that are left: those that carry the most of the hidden states' energy")
     if moved := sum(record.get("permuted", False) for record in pruned):
         lines.append(
             f"- **Channel permutation**: for N:M groups that lose less, the inputs of {moved:,} linears have changed "
@@ -422,7 +424,7 @@ def _speed(patterns: Sequence[str], report: Mapping[str, Any], measured: str) ->
             f"and values of the others{'' if measured else '; how much faster that is was not measured'}."
         )
     unknown = "" if measured else "; how much that is was not measured"
-    if widths and _narrows(report["recipe"]):
+    if widths and (_narrows(report["recipe"]) or report.get("hidden_channels")):
         said.append(f"Its matrices are smaller, which every runtime gains from{unknown}.")
     if widths and report["recipe"]["experts"].get("drop") is not None:
         said.append("It has fewer experts, which takes less memory; a token is sent to as many as before.")
