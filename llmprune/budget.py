@@ -412,8 +412,7 @@ class Needs:
         found = {"capture": kept + capture, "solve": kept + solve, "write": kept + write, "copy": Peak(self._largest)}
         if self._samples:
             found["tokens"] = Peak(TOKEN_BYTES * self._samples * self._length)
-            embedded = option.batch * option.length * self._width
-            found["embed"] = kept + self._placed(self._outer) + self._near(4 * embedded)
+            found["embed"] = kept + self._embedding(option)
         if self._look != "nothing":
             found["allocate"] = self._looking(option) | self._answering(option, *self._together)
         sequences, drawn = self._shortened
@@ -500,7 +499,11 @@ class Needs:
         for work in self._blocks:
             flow = self._flow(replace(work, moments=()), option.batch, option.length)
             most |= self._loaded(work) + (Peak(self._sizes[work.number].reading) | self._near(flow))
-        return most + self._kept(option)
+        return self._kept(option) + (most | self._embedding(option))
+
+    def _embedding(self, option: Schedule) -> Peak:
+        """What surrounds the blocks, and a batch that is embedded."""
+        return self._placed(self._outer) + self._near(4 * option.batch * option.length * self._width)
 
     def _looking(self, option: Schedule) -> Peak:
         """One dense block after the other: its weights, and where they are asked for the norms of its inputs."""
