@@ -30,6 +30,7 @@ from llmprune.model.depth import shortened
 from llmprune.model.hidden import slimmer
 from llmprune.model.linears import Linear, find_linears
 from llmprune.model.source import Source, resolve
+from llmprune.model.width import Narrow
 from llmprune.model.writer import INDEX, Writer, check_out, fingerprint_files, writing
 from llmprune.permute import rearrange
 from llmprune.plan import Choice, Plan, Slimming, allocated, foreseen
@@ -47,6 +48,7 @@ from llmprune.structured.send import choose_experts
 from llmprune.structured.shorten import choose
 from llmprune.structured.slopes import foresee
 from llmprune.structured.width import narrow as narrow_by
+from llmprune.structured.width import ranked
 
 
 def prune(
@@ -116,6 +118,16 @@ def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, sh
         if (writer.kept or writer.hidden) is not None:
             with clock("plan"), shown.waiting("planning"):
                 checkpoint, plan = _smaller(whole, plan, recipe, writer.kept, writer.hidden)
+        if recipe.width.ranks:
+            writer.widths = distributed.share(writer.widths)
+            if writer.widths is None:
+                with clock("choose"), quick(checkpoint.device, checkpoint.dtype):
+                    _rank(checkpoint, plan, recipe, tokens, shown, writer)
+                writer.begin(fingerprint)
+                begun = True
+            with clock("plan"), shown.waiting("planning"):
+                width = Width(**(writer.widths or {}))
+                plan = _anew(checkpoint, replace(recipe, width=width), plan)
         writer.lay_out(plan.written(checkpoint))
         if resumed:
             writer.recover(shown)
@@ -169,6 +181,22 @@ def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, sh
             with shown.waiting("drawing the report"):
                 draw_page(report, checkpoint.source)
     return distributed.share(report)
+
+
+def _rank(
+    checkpoint: Checkpoint, plan: Plan, recipe: Recipe, tokens: data.Tokens | None, shown: Progress, writer: Writer
+) -> None:
+    """Find out how many channels and heads go, and which; both are the writer's then."""
+
+    def settle(saliencies: Mapping[str, Tensor]) -> Narrow:
+        assert plan.narrow is not None
+        width = ranked(checkpoint, recipe, plan.narrow, saliencies)
+        writer.widths = {name: getattr(width, name) for name in ("channels", "heads", "by")}
+        made = narrow_by(checkpoint, replace(recipe, width=width))
+        assert made is not None
+        return made
+
+    writer.gone = foresee(checkpoint, plan, tokens, shown, writer.out, settle)
 
 
 def _prepare(
@@ -531,10 +559,15 @@ def _smaller(
         checkpoint = whole if kept is None else shortened(whole, kept)
         way = None if plan.slimming is None else plan.slimming.way
         checkpoint = checkpoint if hidden is None else slimmer(checkpoint, hidden, way)
-    made = _planned(checkpoint, recipe, replace(plan.room, base=plan.schedule.base))  # what was done since is no part
+    return checkpoint, _anew(checkpoint, recipe, plan)
+
+
+def _anew(checkpoint: Checkpoint, recipe: Recipe, plan: Plan) -> Plan:
+    """The plan for what a model has become, of which that is no part by which it was found out."""
+    made = _planned(checkpoint, recipe, replace(plan.room, base=plan.schedule.base))
     chosen = {phase: peak for phase, peak in plan.schedule.memory.items() if phase == CHOOSE}
     schedule = replace(made.schedule, memory={**made.schedule.memory, **chosen})
-    return checkpoint, replace(made, schedule=schedule, slimming=plan.slimming, abreast=plan.abreast)
+    return replace(made, schedule=schedule, slimming=plan.slimming, abreast=plan.abreast)
 
 
 @contextmanager
@@ -571,8 +604,9 @@ def _fingerprint(
         del chosen["depth"]  # it says nothing, and runs that are older than it go on
     for part in () if recipe.narrows else ("width", "experts"):
         del chosen[part]
-    if recipe.narrows and recipe.width.hidden is None:
-        del chosen["width"]["hidden"]
+    for part, silent in (("hidden", None), ("ranking", "local")):  # nor do these, and are younger than the others
+        if recipe.narrows and chosen["width"][part] == silent:
+            del chosen["width"][part]
     return {
         "recipe": chosen,
         "revision": checkpoint.source.revision,

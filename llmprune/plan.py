@@ -141,6 +141,8 @@ class Plan:
         channels: per block, the input channels that may change places for the sake of N:M groups.
         shortening: the blocks that are still to be taken out of the model; None where none are, or where that is done.
         slimming: how many hidden channels the model has left; None where all are.
+        ranked: the budget within which it is still to be ranked how many channels and heads go, in words; empty where
+            that is known.
         abreast: how many shorter models may be measured together to choose them.
         narrow: the model with narrower blocks that comes of it; None where they keep their widths.
         sender: how experts are chosen, where some go.
@@ -160,6 +162,7 @@ class Plan:
     abreast: int = 1
     narrow: Narrow | None = None
     sender: Chooser | None = None
+    ranked: str = ""
 
     def written(self, checkpoint: Checkpoint) -> Checkpoint:
         """What is written of the model that the plan is for."""
@@ -275,6 +278,7 @@ class Plan:
             "allocation": self.budget.name if self.budget is not None else "uniform",
             "blocks": None if self.shortening is None else self.shortening.to_dict(),
             "widths": {name: list(width) for name, width in self.widths.items()} or None,
+            "ranked": self.ranked or None,
             "allocated": self.budget is None or self.budget.targets is not None,
             "linears": [
                 {

@@ -134,7 +134,9 @@ def make_plan(
     schedule, together = _schedule(checkpoint, recipe, blocks, works, budget, permutes, had, shortening, narrow, passes)
     others = _others(checkpoint, blocks)
     parts = tuple(blocks), chain, checkpoint.weights, others, schedule, had, budget, tuple(writers), tuple(channels)
-    made = Plan(*parts, shortening, None, together, narrow, experts.load(recipe.experts.by))
+    made = Plan(
+        *parts, shortening, None, together, narrow, experts.load(recipe.experts.by), width.ranking_of(recipe.width)
+    )
     _check_permuted(made, recipe)
     return made
 

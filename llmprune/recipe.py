@@ -105,6 +105,8 @@ class Width:
         params: instead of `channels`, the share of all weights that may stay (`80%`): as many channels go as it takes.
         flops: likewise, of the products that a token takes, attention scores aside.
         hidden: how many of the model's hidden channels go, likewise: those that carry the least.
+        ranking: `local`, or with `params` or `flops` `global`: heads go as well as channels, as many of each as lose
+            the least over all blocks by a `by` that compares them (`taylor`).
         by: how channels and heads are chosen: `osscar`, `taylor`, `flap`, `wanda` or `magnitude`, or a mapping
             of its `name` and options.
     """
@@ -114,12 +116,25 @@ class Width:
     params: str | float | None = None
     flops: str | float | None = None
     hidden: str | int | float | None = None
+    ranking: str = "local"
     by: Named = "osscar"
 
     def __post_init__(self) -> None:
         said = [name for name in ("channels", "params", "flops") if getattr(self, name) is not None]
         if len(said) > 1:
             raise UserError(f"width.{said[0]} and width.{said[1]} both say how many channels go: give one of them")
+        if self.ranking not in ("local", "global"):
+            raise UserError(f"width.ranking must be local or global, not {self.ranking!r}")
+        if self.ranks and (self.heads is not None or said not in (["params"], ["flops"])):
+            raise UserError(
+                "width.ranking global finds out how many channels and heads go within a budget: give width.params or "
+                "width.flops, and not how many go"
+            )
+
+    @property
+    def ranks(self) -> bool:
+        """Whether it is still to be ranked how many of each kind go."""
+        return self.ranking == "global"
 
     @property
     def asks(self) -> bool:

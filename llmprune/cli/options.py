@@ -41,6 +41,10 @@ def add_recipe(parser: argparse.ArgumentParser, several: bool = False, sought: b
     add("--params", metavar="SHARE", help=budget)
     add("--flops", metavar="SHARE", help="likewise, of the products that a token takes")
     groups = "heads of each attention that go, with their queries: how many of those with keys of their own, or a share"
+    ranking = (
+        "global: heads go within the budget as well as channels, as many of each as lose the least over all blocks"
+    )
+    add("--ranking", metavar="NAME", help=f"{ranking} (with --narrow-by taylor)")
     add("--drop-heads", metavar="N", help=groups)
     hidden = "hidden channels that the whole model does without: how many, or a share"
     add("--drop-hidden", metavar="N", help=hidden)
@@ -123,6 +127,7 @@ def recipe_options(
         options[f"width.{part}"] = _value(getattr(chosen, f"drop_{part}"))
     for part in ("params", "flops"):
         options[f"width.{part}"] = _value(getattr(chosen, part))
+    options["width.ranking"] = chosen.ranking
     options["experts.drop"] = _value(chosen.drop_experts)
     options["trust_remote_code"] = chosen.trust_remote_code or None
     recipe = assemble(chosen.recipe if chosen.recipe is not None else default, options)

@@ -4,10 +4,11 @@ A shard is written in a folder of drafts, flushed to disk and moved from there; 
 (`llmprune.journal.jsonl`, one JSON object a line). The first line is the header: `format` (1), `fingerprint`, all that
 the result depends on, `side_files`, which go with the weights, `dense`, the perplexity before, `allocation`, the target
 of each linear where it was found out, `kept`, the numbers of the blocks that are left where some were taken out,
-`hidden`, those of the hidden channels that are left, and `gone`, the units that go of linears' inputs where those were
-chosen before the first block. Every further line is a committed shard: `shard`, `bytes`, `sha256`, `block` (its number,
-null for what surrounds the blocks), and with the last shard of a block `record`, what became of the block and its
-linears. `close` writes the report, which makes the run a finished one, and takes the journal away.
+`hidden`, those of the hidden channels that are left, `widths`, how many channels and heads go where that was ranked,
+and `gone`, the units that go of linears' inputs where those were chosen before the first block. Every further line is a
+committed shard: `shard`, `bytes`, `sha256`, `block` (its number, null for what surrounds the blocks), and with the last
+shard of a block `record`, what became of the block and its linears. `close` writes the report, which makes the run a
+finished one, and takes the journal away.
 
 Whenever the process ends, what OUT holds is a whole number of shards and the lines that vouch for them, perhaps with a
 torn last line, or with a shard whose line is missing: `recover` finds out how much of it can be used, once `find`
@@ -105,7 +106,8 @@ class Writer:
         side_files: what is copied from the source.
         hashes: file name to sha256, of the shards committed so far.
         records: of each finished block, as given to `commit_block`.
-        dense, allocation, kept, hidden, gone: what was found out before the first block, for the header: see above.
+        dense, allocation, kept, hidden, widths, gone: what was found out before the first block, for the header: see
+            above.
         onward: what to tell somebody whose run stops.
     """
 
@@ -121,6 +123,7 @@ class Writer:
         self.allocation: dict[str, str] | None = None
         self.kept: tuple[int, ...] | None = None
         self.hidden: tuple[int, ...] | None = None
+        self.widths: dict[str, Any] | None = None
         self.gone: dict[str, dict[str, Any]] | None = None
         self._lines: list[dict[str, Any]] = []
         self._background = ThreadPoolExecutor(1, "llmprune-writer")
@@ -153,7 +156,7 @@ class Writer:
         self.dense, self.allocation = header.get("dense"), header.get("allocation")
         self.kept = tuple(header["kept"]) if header.get("kept") else None
         self.hidden = tuple(header["hidden"]) if header.get("hidden") else None
-        self.gone = header.get("gone")
+        self.widths, self.gone = header.get("widths"), header.get("gone")
         self._lines = lines
         return True
 
@@ -187,7 +190,7 @@ class Writer:
         with self._failing("the journal"):
             clear(self.out)
             header = {"format": JOURNAL_FORMAT, "fingerprint": dict(fingerprint), "side_files": self.side_files}
-            found = {name: getattr(self, name) for name in ("dense", "allocation", "kept", "hidden", "gone")}
+            found = {name: getattr(self, name) for name in ("dense", "allocation", "kept", "hidden", "widths", "gone")}
             self._append({**header, **found})
 
     def commit_block(
@@ -325,7 +328,7 @@ class Elsewhere(Writer):
 
     def __init__(self, out: Path) -> None:
         self.out, self.records = out, []
-        self.dense = self.allocation = self.kept = self.hidden = self.gone = None
+        self.dense = self.allocation = self.kept = self.hidden = self.widths = self.gone = None
 
     def lay_out(self, checkpoint: Checkpoint) -> None:
         """Do nothing."""

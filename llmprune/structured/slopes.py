@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from llmprune.model.cpu import widens
 from llmprune.model.cuts import Cuts
 from llmprune.model.linears import find_linears
 from llmprune.model.watch import Shown, Watch
+from llmprune.model.width import Narrow
 from llmprune.parts import not_finite
 from llmprune.plan import Plan
 from llmprune.progress import Progress
@@ -31,7 +32,12 @@ from llmprune.structured.width import Foreseeing
 
 
 def foresee(
-    checkpoint: Checkpoint, plan: Plan, tokens: data.Tokens | None, progress: Progress, folder: Path | None = None
+    checkpoint: Checkpoint,
+    plan: Plan,
+    tokens: data.Tokens | None,
+    progress: Progress,
+    folder: Path | None = None,
+    settle: Callable[[Mapping[str, Tensor]], Narrow] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """What goes, by the names of the linears whose inputs are concerned; the same on every rank.
 
@@ -41,9 +47,11 @@ def foresee(
         plan: it says how many go, and on how many of the calibration tokens they are chosen.
         tokens: the calibration tokens.
         folder: where the files are to be.
+        settle: the narrower model by the saliencies (units,) of all that could go; by default that of the plan.
 
     Returns:
-        For each linear the numbers of its `units` that go, and the `tokens` that reached it.
+        For each linear that has fewer inputs there the numbers of its `units` that go, and the `tokens` that reached
+        it.
 
     Raises:
         Failure: there is no room for the files; or the dense model returns NaN or infinite values, or its gradient has
@@ -76,7 +84,7 @@ def foresee(
         memory.give_back()
     numbers = Numbers(checkpoint.dtype, widens(checkpoint.device, checkpoint.dtype))
     gradients = _from_the_end(checkpoint, plan, ids, states.pop(), files(), numbers)
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, tuple[Tensor, int]] = {}
     for number in progress.over(range(len(checkpoint.blocks) - 1, -1, -1), "and back: what the loss feels of it"):
         block = checkpoint.load_block(number)
         if number:
@@ -89,12 +97,19 @@ def foresee(
                     f"the gradient of {checkpoint.source.name}'s loss holds NaN or infinite values in {name}, in "
                     f"{str(checkpoint.dtype).removeprefix('torch.')}; try --dtype float32, or another --narrow-by"
                 )
-            stays = narrow.cuts[number][name].pattern.of_scores(saliencies)
-            found[name] = {"units": (~stays).nonzero()[:, 0].tolist(), "tokens": felt.tokens[name]}
+            found[name] = saliencies, felt.tokens[name]
         del block, felt
         checkpoint.unload_block(number)
         memory.give_back()
-    return distributed.share(found)
+    known = distributed.share(found)
+    if settle is not None:
+        narrow = settle({name: saliencies for name, (saliencies, _) in known.items()})
+    gone = {}
+    for cuts in narrow.cuts:
+        for name, cut in cuts.items():
+            stays = cut.pattern.of_scores(known[name][0])
+            gone[name] = {"units": (~stays).nonzero()[:, 0].tolist(), "tokens": known[name][1]}
+    return gone
 
 
 def _check_room(checkpoint: Checkpoint, tokens: int, folder: Path | None) -> None:

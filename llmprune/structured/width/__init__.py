@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -75,14 +76,24 @@ def narrow(checkpoint: Checkpoint, recipe: Recipe) -> Narrow | None:
     if not asked.asks and sent.drop is None:
         return None
 
+    if asked.ranks:
+        way = load(asked.by)
+        if not isinstance(way, Foreseeing):
+            raise UserError(
+                "width.ranking global compares units of all blocks with each other, which "
+                f"{named.name_of(asked.by)} does not: take width.by taylor (--narrow-by taylor)"
+            )
+        return narrow(checkpoint, replace(recipe, width=stand_in(checkpoint, recipe)))
+
     def target(name: str, value: str | int | float | None, multiple: int) -> Target | None:
         least = min(multiple, width_step(checkpoint))
         return None if value is None else lambda count: _left(name, value, count, multiple, least)
 
     channels, key = asked.channels, "width.channels"
-    for key_, budget in (("params", asked.params), ("flops", asked.flops)):
-        if budget is not None:
-            channels, key = _within(checkpoint, f"width.{key_}", budget, asked.heads), f"width.{key_}"
+    if asked.params is not None or asked.flops is not None:
+        name, budget = _budget(asked)
+        key = f"width.{name}"
+        channels = _within(checkpoint, key, budget, asked.heads)
     return narrowed(
         checkpoint,
         target(key, channels, MULTIPLE),
@@ -91,8 +102,85 @@ def narrow(checkpoint: Checkpoint, recipe: Recipe) -> Narrow | None:
     )
 
 
-def _within(checkpoint: Checkpoint, key: str, asked: str | float, heads: str | int | float | None) -> float:
-    """The smallest share of channels whose loss brings a model within a budget.
+def _budget(width: Width) -> tuple[str, str | float]:
+    """What a budget is of, and the part of it that may stay."""
+    return next((key, value) for key in ("params", "flops") if (value := getattr(width, key)) is not None)
+
+
+def ranking_of(width: Width) -> str:
+    """Until when units go that are ranked, in words; empty where none are."""
+    if not width.ranks:
+        return ""
+    key, asked = _budget(width)
+    return f"{asked} of {'the weights' if key == 'params' else 'the products of a token'} are left"
+
+
+def stand_in(checkpoint: Checkpoint, recipe: Recipe) -> Width:
+    """Widths of which some of each kind go, for plans that are made before it is known how many.
+
+    Raises:
+        UserError: the model cannot lose some of each, or no budget can be met.
+    """
+    found = within(checkpoint, recipe.width)
+    share = next((share for share, _ in found if share is not None), 0.001)
+    return Width(channels=share, heads=1, by=recipe.width.by)
+
+
+def within(checkpoint: Checkpoint, width: Width) -> list[tuple[float | None, int]]:
+    """For each number of heads that may go the smallest share of channels that brings the model within the budget.
+
+    Raises:
+        UserError: nothing does, or heads cannot go.
+    """
+    key, asked = _budget(width)
+    units = head_units(checkpoint)
+    if not units:
+        raise UserError("width.ranking global chooses between channels and heads, and this model's heads cannot go")
+    found: list[tuple[float | None, int]] = []
+    why: UserError | None = None
+    for heads in range(min(unit.count for unit in units)):
+        try:
+            share = _within(checkpoint, f"width.{key}", asked, heads or None)
+        except UserError as error:
+            why = why or error
+            continue
+        found.append((share, heads))
+        if share is None:  # more heads would only lose more
+            break
+    if not found and why is not None:
+        raise why
+    return found
+
+
+def ranked(checkpoint: Checkpoint, recipe: Recipe, whole: Narrow, saliencies: Mapping[str, Tensor]) -> Width:
+    """How many channels and heads go, by what the model loses with them over all blocks.
+
+    Args:
+        whole: a narrower model that has cuts of both kinds.
+        saliencies: (units,) by the names of the cuts, of all that could go.
+
+    Returns:
+        Of all widths within the budget those whose saliencies that go have the smallest sum.
+    """
+    kinds: dict[str, list[Tensor]] = {"channels": [], "heads": []}
+    for block in whole.cuts:
+        for name, cuts in block.items():
+            kinds[cuts.pattern.what].append(saliencies[name].double().sort().values)
+    best: tuple[float, float | None, int] | None = None
+    for share, heads in within(checkpoint, recipe.width):
+        lost = sum(float(sums[:heads].sum()) for sums in kinds["heads"])
+        if share is not None:
+            for sums in kinds["channels"]:
+                left = _left("width.channels", share, len(sums), MULTIPLE, width_step(checkpoint))
+                lost += float(sums[: len(sums) - left].sum())
+        if best is None or lost < best[0]:
+            best = lost, share, heads
+    assert best is not None
+    return Width(channels=best[1], heads=best[2] or None, by=recipe.width.by)
+
+
+def _within(checkpoint: Checkpoint, key: str, asked: str | float, heads: str | int | float | None) -> float | None:
+    """The smallest share of channels whose loss brings a model within a budget; None where it is within already.
 
     Args:
         key: what the budget is of.
@@ -116,6 +204,8 @@ def _within(checkpoint: Checkpoint, key: str, asked: str | float, heads: str | i
         left -= sum(
             (unit.count - _left("width.heads", heads, unit.count, 1)) * worth(unit) for unit in head_units(checkpoint)
         )
+    if heads is not None and left <= allowed * total:
+        return None
     units = channel_units(checkpoint)
     for share in (step / 1000 for step in range(1, 1000)):
         gone = sum(
