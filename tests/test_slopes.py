@@ -337,3 +337,117 @@ def test_linears_that_are_kept_stay_as_they_are(model: Path) -> None:
         assert (before == after) == (before.kept is not None)
         if before.kept is None:
             assert dataclasses.replace(after, solver=before.solver) == before
+
+
+RANKED: dict[str, Any] = {"by": "taylor", "ranking": "global"}
+
+
+def with_heads(folder: Path, dead: int | None = None) -> Path:
+    """Four heads with keys of their own, of two queries each; what a dead one gives is never looked at."""
+    heads = {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "hidden_size": 48,
+        "head_dim": 8,
+        "num_hidden_layers": 4,
+    }
+    source = uneven(folder, tie_word_embeddings=False, **heads)
+    if dead is not None:
+        whole = load(source)
+        for block in whole.model.layers:
+            block.self_attn.o_proj.weight.data[:, 16 * dead : 16 * dead + 16] = 0
+        whole.save_pretrained(source)
+    return source
+
+
+def ranked_by_hand(source: Path, asked: float, ids: Tensor) -> tuple[int, int]:
+    """The channels and heads that stay: of all that leave so few weights those whose loss of saliencies is smallest."""
+    whole = load(source)
+    blocks_ = len(whole.model.layers)
+    units = {f"model.layers.{number}.self_attn.o_proj": 4 for number in range(blocks_)}
+    units |= {f"model.layers.{number}.mlp.down_proj": 64 for number in range(blocks_)}
+    sums = {name: saliency.sort().values for name, saliency in restated(source, units, ids).items()}
+    total = sum(value.numel() for value in whole.state_dict().values())
+    found = []
+    for heads in (4, 3, 2, 1):
+        if 48 % (2 * heads):  # what the config of a llama cannot say
+            continue
+        for channels in range(64, 0, -4):
+            left = total - blocks_ * ((4 - heads) * (2 * 2 + 2) * 8 * 48 + (64 - channels) * 3 * 48)
+            if left <= asked * total:
+                lost = sum(
+                    float(each[: len(each) - (heads if "o_proj" in name else channels)].sum())
+                    for name, each in sums.items()
+                )
+                found.append((lost, channels, heads))
+                break
+    return min(found)[1:]
+
+
+@pytest.mark.parametrize("asked", [0.9, 0.8, 0.6])
+@pytest.mark.parametrize("dead", [None, 2])
+def test_a_ranking_says_how_many_of_each_kind_go(asked: float, dead: int | None, tmp_path: Path) -> None:
+    source = with_heads(tmp_path / "model", dead)
+    _, _, tokens = planned(source)
+    channels, heads = ranked_by_hand(source, asked, tokens.ids)
+    report = llmprune.prune(source, out=tmp_path / "out", width={"params": asked, **RANKED}, **SETTINGS)
+    config = load(tmp_path / "out").config
+    assert (config.intermediate_size, config.num_key_value_heads) == (channels, heads)
+    assert config.num_attention_heads == 2 * heads
+    assert report.dense_weights is not None
+    assert report.weights <= asked * report.dense_weights
+    if dead is not None:
+        assert heads < 4
+        ids = tokens.ids
+        if channels == 64:
+            assert torch.allclose(logits(load(tmp_path / "out"), ids), logits(load(source), ids), atol=1e-4)
+
+
+@pytest.mark.parametrize("stopped", [1, 2])
+def test_a_ranking_is_gone_on_with(stopped: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = with_heads(tmp_path / "model", 1)
+    chosen: dict[str, Any] = {"width": {"flops": "85%", **RANKED}, **SETTINGS}
+    llmprune.prune(source, out=tmp_path / "whole", **chosen)
+    interrupted(source, tmp_path / "out", stopped, monkeypatch, **chosen)
+    monkeypatch.setattr(pipeline, "foresee", lambda *_: pytest.fail("it was ranked before"))
+    report = llmprune.prune(source, out=tmp_path / "out", **chosen)
+    assert report.resumed == stopped
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def ranked_on(model: Path, out: Path) -> None:
+    llmprune.prune(model, out=out, width={"params": "80%", **RANKED}, **SETTINGS)
+
+
+def test_ranks_rank_the_same(tmp_path: Path) -> None:
+    source = with_heads(tmp_path / "model", 0)
+    ranked_on(source, tmp_path / "one")
+    with Ranks(tmp_path, 2, ranked_on, source, tmp_path / "two") as ranks:
+        ranks.all_well()
+    assert digests(tmp_path / "two") == digests(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"params": "80%", "ranking": "global"}, "ranking global compares units of all blocks .* osscar does not"),
+        ({"channels": 8, **RANKED}, "finds out how many channels and heads go within a budget"),
+        ({"params": "80%", "heads": 1, **RANKED}, "finds out how many channels and heads go within a budget"),
+        ({"params": "80%", "by": "taylor", "ranking": "gobal"}, "width.ranking must be local or global, not 'gobal'"),
+        ({"params": "1%", **RANKED}, "width.params: channels alone bring the model to"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_ranked(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+    source = with_heads(tmp_path / "model")
+    with pytest.raises(UserError, match=says):
+        llmprune.prune(source, out=tmp_path / "out", width=changes, **SETTINGS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_tells_that_it_is_still_to_be_ranked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from llmprune.cli import main
+
+    source = with_heads(tmp_path / "model")
+    ranked = ["--params", "80%", "--narrow-by", "taylor", "--ranking", "global", "--calibration", "builtin"]
+    assert main(["plan", str(source), *ranked, "--length", "24"]) == 0
+    assert "channels and heads go until 80% of the weights are left" in " ".join(capsys.readouterr().out.split())

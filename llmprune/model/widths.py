@@ -6,6 +6,7 @@ what it governs.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -219,6 +220,17 @@ def channel_units(whole: Checkpoint) -> list[Unit]:
 def head_units(whole: Checkpoint) -> list[Unit]:
     """The heads that have keys and values of their own, and what each is worth; none where none can go."""
     return _units(whole, "heads", lambda count: max(1, count // 2))
+
+
+def heads_that_can_go(whole: Checkpoint) -> list[int]:
+    """How many heads may go, of those that have keys and values of their own, as far as the config can say it."""
+    found = []
+    for gone in range(1, min((number.count for number in _heads(whole, lambda count: count - 1)), default=1)):
+        with contextlib.suppress(UserError):
+            for number in _heads(whole, lambda count, gone=gone: count - gone):  # type: ignore[misc]
+                altered(whole, number.changes, number.words)
+                found.append(gone)
+    return found
 
 
 def products(whole: Checkpoint) -> float:

@@ -19,7 +19,7 @@ from llmprune.errors import UserError
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.cuts import width_step
 from llmprune.model.width import Narrow, narrowed
-from llmprune.model.widths import Target, Unit, channel_units, head_units, products
+from llmprune.model.widths import Target, Unit, channel_units, head_units, heads_that_can_go, products
 from llmprune.recipe import Experts, Recipe, Width, share_of
 from llmprune.solvers import Solver
 from llmprune.structured import experts
@@ -123,7 +123,7 @@ def stand_in(checkpoint: Checkpoint, recipe: Recipe) -> Width:
     """
     found = within(checkpoint, recipe.width)
     share = next((share for share, _ in found if share is not None), 0.001)
-    return Width(channels=share, heads=1, by=recipe.width.by)
+    return Width(channels=share, heads=heads_that_can_go(checkpoint)[0], by=recipe.width.by)
 
 
 def within(checkpoint: Checkpoint, width: Width) -> list[tuple[float | None, int]]:
@@ -133,12 +133,12 @@ def within(checkpoint: Checkpoint, width: Width) -> list[tuple[float | None, int
         UserError: nothing does, or heads cannot go.
     """
     key, asked = _budget(width)
-    units = head_units(checkpoint)
-    if not units:
+    counts = heads_that_can_go(checkpoint)
+    if not counts:
         raise UserError("width.ranking global chooses between channels and heads, and this model's heads cannot go")
     found: list[tuple[float | None, int]] = []
     why: UserError | None = None
-    for heads in range(min(unit.count for unit in units)):
+    for heads in (0, *counts):
         try:
             share = _within(checkpoint, f"width.{key}", asked, heads or None)
         except UserError as error:
