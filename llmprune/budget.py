@@ -323,7 +323,10 @@ class Needs:
         packed = self._packed(option, had)
         if had.holds(packed.peak):
             return packed
-        raise UserError(_too_small(self._packed(option, None), had))
+        least = self._packed(option, None)
+        error = UserError(_too_small(least, had))
+        error.least = least.peak.host
+        raise error
 
     def _options(self, batch: int, had: Room) -> Iterator[Schedule]:
         """From the fastest to the leanest; without a cap the batches on a CPU stay as they are."""

@@ -18,9 +18,14 @@ class LLMPruneError(Exception):
 
 
 class UserError(LLMPruneError):
-    """The request cannot be carried out as given; nothing was written."""
+    """The request cannot be carried out as given; nothing was written.
+
+    Attributes:
+        least: bytes of the host's memory that it takes, where there are fewer; None where that is not what is wrong.
+    """
 
     exit_code = 2
+    least: int | None = None
 
 
 class Failure(LLMPruneError):

@@ -7,6 +7,7 @@ blocks are in memory.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from llmprune import allocation, data, dense, distributed, memory
 from llmprune.budget import CHOOSE, SAMPLE, Room, batch_size, room, windows_at_once
-from llmprune.errors import Interrupted
+from llmprune.errors import Interrupted, UserError
 from llmprune.evaluate import perplexity
 from llmprune.follow import DenseWay, drift
 from llmprune.model import blocks
@@ -520,12 +521,24 @@ def _plan(source: Source, recipe: Recipe) -> tuple[Checkpoint, Checkpoint, Plan]
         reconstruct=(),
         calibration=plain,
     )
-    first = _planned(checkpoint, replace(choosing, allocation="uniform"), had, shortening, count is not None)
+    choosing, small = replace(choosing, allocation="uniform"), None
+    try:
+        first = _planned(checkpoint, choosing, had, shortening, count is not None)
+    except UserError as error:
+        if error.least is None or distributed.size() > 1:
+            raise
+        roomy = _planned(checkpoint, choosing, replace(had, host=sys.maxsize), shortening, count is not None)
+        small, first = error, replace(roomy, room=had)  # what comes afterwards may take still more
     if count is not None:
         laid_out = first.schedule.batch, first.schedule.place
         first = replace(first, slimming=Slimming(checkpoint.hidden_size, count, checkpoint.weights, *laid_out))
     stands = None if count is None else range(count)
-    smaller, made = _smaller(checkpoint, first, recipe, None if shortening is None else shortening.kept, stands)
+    try:
+        smaller, made = _smaller(checkpoint, first, recipe, None if shortening is None else shortening.kept, stands)
+    except UserError as error:
+        raise (error if small is None or (small.least or 0) < (error.least or sys.maxsize) else small) from None
+    if small is not None:
+        raise small
     if made.slimming is not None and smaller.shape is not None:  # others may be chosen, but it is known how they go
         made = replace(made, slimming=replace(made.slimming, way=smaller.shape.way))
     return checkpoint, smaller, replace(made, shortening=shortening)

@@ -296,7 +296,7 @@ from llmprune import memory
 model, out, text, method, cap = sys.argv[1:]
 method = json.loads(method)
 after = {key: method.pop(key) for key in ("refine", "reconstruct", "calibration.asymmetric") if key in method}
-chosen = {"width": method} if "channels" in method else {"sparsity": "2:4", "method": method}
+chosen = {"width": method} if {"channels", "hidden"} & method.keys() else {"sparsity": "2:4", "method": method}
 report = llmprune.prune(model, out=out, calibration=text, samples=4, length=256, max_memory=cap, **chosen, **after)
 print(json.dumps([report.predicted_memory, report.peak_memory, memory.peak(), report.sparsity]))
 """
@@ -328,6 +328,8 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         ("wide", {"name": "sparsegpt", "calibration.asymmetric": 0.5}),
         ("wide", {"channels": "25%", "by": "taylor"}),
         ("sparse", {"channels": "25%", "by": "taylor"}),
+        ("wide", {"hidden": "25%"}),
+        ("deep", {"hidden": "25%", "reconstruct": [{"name": "block", "steps": 4}]}),
     ],
 )
 def test_the_peak_is_below_the_smallest_cap_and_near_what_was_said(
@@ -342,7 +344,7 @@ def test_the_peak_is_below_the_smallest_cap_and_near_what_was_said(
     done = run(source, out, text, json.dumps(method), found[1])
     assert done.returncode == 0, done.stderr
     predicted, measured, later, sparsity = json.loads(done.stdout.splitlines()[-1])
-    assert sparsity > 0.49 or "channels" in method
+    assert sparsity > 0.49 or {"channels", "hidden"} & method.keys()
     assert measured <= later <= parse_size(found[1])
     assert 0.75 * measured <= predicted <= 1.25 * measured
     shutil.rmtree(tmp_path)
