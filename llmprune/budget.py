@@ -406,7 +406,7 @@ class Needs:
                 dealt = _DEALT * work.widest
                 capture |= behind + loaded + self._near(max(flow + 4 * work.widest, dealt))
             for gone in self._gone:  # the dense model's states go through blocks that went
-                through = self._near(self._flow(replace(work, moments=()), option.batch, option.length))
+                through = self._wider(self._near(self._flow(replace(work, moments=()), option.batch, option.length)))
                 capture |= behind + loaded + self._placed(gone) + (Peak(gone.reading) | through)
             if self._fitted:
                 solve |= beside + loaded + self._fitting(work, option)
@@ -415,7 +415,7 @@ class Needs:
         found = {"capture": kept + capture, "solve": kept + solve, "write": kept + write, "copy": Peak(self._largest)}
         if self._samples:
             found["tokens"] = Peak(TOKEN_BYTES * self._samples * self._length)
-            found["embed"] = kept + self._embedding(option)
+            found["embed"] = kept + self._wider(self._embedding(option))
         if self._look != "nothing":
             found["allocate"] = self._looking(option) | self._answering(option, *self._together)
         sequences, drawn = self._shortened
@@ -444,9 +444,7 @@ class Needs:
     def _kept(self, option: Schedule) -> Peak:
         """The activations of all batches, and the dense model's of all or a sample of them."""
         follow = self._samples if self._fitted or self._beside else min(SAMPLE * option.batch, self._samples)
-        wide = self._checkpoint.shape.wide if self._checkpoint.shape is not None else None  # as the dense model's are
-        width = self._width if wide is None else self._width * wide // self._checkpoint.hidden_size
-        size = (self._samples * self._width + follow * width) * self._length
+        size = (self._samples * self._width + follow * self._wider(Peak(self._width)).host) * self._length
         return {"device": Peak(device=size), "host": Peak(size), "disk": Peak()}[option.place]
 
     def _still(self, work: Work, option: Schedule) -> int:
@@ -502,7 +500,24 @@ class Needs:
         for work in self._blocks:
             flow = self._flow(replace(work, moments=()), option.batch, option.length)
             most |= self._loaded(work) + (Peak(self._sizes[work.number].reading) | self._near(flow))
-        return self._kept(option) + (most | self._embedding(option))
+        return self._kept(option) + (most | self._embedding(option)) | self._trial()
+
+    def _trial(self) -> Peak:
+        """A block in float32 beside what the files hold of it, on the host: does a slimmer one return the same?"""
+        most = Peak()
+        for keys in self._checkpoint.block_keys:
+            weights = sum(self._checkpoint.index[key].numel for key in keys)
+            size = self._checkpoint.footprint(keys)
+            most |= Peak(size.stored + size.reading + 4 * weights)
+        return most
+
+    def _wider(self, peak: Peak) -> Peak:
+        """What something takes in the dense model, by what it takes in one with fewer hidden channels."""
+        wide = self._checkpoint.shape.wide if self._checkpoint.shape is not None else None
+        if wide is None:
+            return peak
+        width = self._checkpoint.hidden_size
+        return Peak(-(-peak.host * wide // width), -(-peak.device * wide // width))
 
     def _embedding(self, option: Schedule) -> Peak:
         """What surrounds the blocks, and a batch that is embedded."""

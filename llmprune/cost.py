@@ -92,11 +92,14 @@ def cost(checkpoint: Checkpoint, plan: Plan, recipe: Recipe) -> Cost:
         forwards += whole * looked_at * min(drawn, asked.chooser.tokens)
     if plan.foresight is not None:  # there, and for the way back once more and as much for the gradient
         forwards += 3 * passing * min(drawn, plan.foresight.tokens)
+    wider = 1.0 if plan.slimming is None else plan.slimming.width / plan.slimming.kept  # the dense model's blocks are
+    if plan.slimming is not None:  # all of the text goes through it to choose them
+        forwards += passing * wider * drawn
     if plan.calibrates:  # the dense model's states go beside, or a sample of them, and through what went
         sample = float(SAMPLE * plan.schedule.batch * plan.schedule.length)
         followed = tokens if plan.follows_dense else min(tokens, sample)
         gone = plan.shortening.count / len(plan.blocks) if plan.shortening is not None else 0.0
-        forwards += passing * followed * (gone + (not plan.follows_dense))
+        forwards += passing * wider * followed * (gone + (not plan.follows_dense))
     return Cost(forwards, statistics, solving, fitting)
 
 

@@ -320,6 +320,11 @@ def _check_ahead(folder: Path, dense: Checkpoint, course: Course, model: str | P
     there = [path for name in (PRUNED, RECOVERED) for path in (folder / name).rglob("*") if path.is_file()]
     check_room(folder, folder, dense, there, copies=1 if course.recover is None else 2)
     if course.recover is not None:
+        if course.recover.training.hidden_weight and course.prune.width.hidden is not None:
+            raise UserError(
+                "recover.training.hidden_weight compares the hidden states with the dense model's, which are wider than"
+                " those of a model without some hidden channels (prune.width.hidden): leave one of them out"
+            )
         check_request(model, course.recover.data, course.recover.teacher(model), course.training)
     dense.forget_tokenizer()
 

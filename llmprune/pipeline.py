@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llmprune import allocation, data, dense, distributed, memory
-from llmprune.budget import CHOOSE, SAMPLE, Room, batch_size, room, windows_at_once
+from llmprune.budget import CHOOSE, SAMPLE, Peak, Room, batch_size, room, windows_at_once
 from llmprune.errors import Interrupted, UserError
 from llmprune.evaluate import perplexity
 from llmprune.follow import DenseWay, drift
@@ -540,7 +540,7 @@ def _plan(source: Source, recipe: Recipe) -> tuple[Checkpoint, Checkpoint, Plan]
     if small is not None:
         raise small
     if made.slimming is not None and smaller.shape is not None:  # others may be chosen, but it is known how they go
-        made = replace(made, slimming=replace(made.slimming, way=smaller.shape.way))
+        made = replace(made, slimming=replace(made.slimming, way=distributed.share(smaller.shape.way)))
     return checkpoint, smaller, replace(made, shortening=shortening)
 
 
@@ -578,8 +578,10 @@ def _smaller(
 def _anew(checkpoint: Checkpoint, recipe: Recipe, plan: Plan) -> Plan:
     """The plan for what a model has become, of which that is no part by which it was found out."""
     made = _planned(checkpoint, recipe, replace(plan.room, base=plan.schedule.base))
-    chosen = {phase: peak for phase, peak in plan.schedule.memory.items() if phase == CHOOSE}
-    schedule = replace(made.schedule, memory={**made.schedule.memory, **chosen})
+    phases = dict(made.schedule.memory)
+    for phase in {CHOOSE, "evaluate"} & plan.schedule.memory.keys():  # the dense model is evaluated too
+        phases[phase] = phases.get(phase, Peak()) | plan.schedule.memory[phase]
+    schedule = replace(made.schedule, memory=phases)
     return replace(made, schedule=schedule, slimming=plan.slimming, abreast=plan.abreast)
 
 
@@ -617,9 +619,6 @@ def _fingerprint(
         del chosen["depth"]  # it says nothing, and runs that are older than it go on
     for part in () if recipe.narrows else ("width", "experts"):
         del chosen[part]
-    for part, silent in (("hidden", None), ("ranking", "local")):  # nor do these, and are younger than the others
-        if recipe.narrows and chosen["width"][part] == silent:
-            del chosen["width"][part]
     return {
         "recipe": chosen,
         "revision": checkpoint.source.revision,

@@ -170,9 +170,9 @@ class Plan:
 
     @property
     def widths(self) -> dict[str, tuple[int, int]]:
-        """By the config's name for it, each number that is less: what it was, and what it is."""
+        """By the config's name for it, each number that is less: what it was and is, as far as that is known."""
         slim = {} if self.slimming is None else {"hidden_size": (self.slimming.width, self.slimming.kept)}
-        return {**slim, **(self.narrow.widths if self.narrow is not None else {})}
+        return {**slim, **(self.narrow.widths if self.narrow is not None and not self.ranked else {})}
 
     @property
     def choices(self) -> list[Choice]:

@@ -275,8 +275,15 @@ class Recipe:
             raise UserError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for YAML and JSON; `from_dict` takes it back."""
-        return typing.cast(dict[str, Any], _plain(asdict(self)))
+        """Plain data, for YAML and JSON; `from_dict` takes it back.
+
+        What is younger than the rest, and says nothing, is left out: earlier requests were the same without it.
+        """
+        told = typing.cast(dict[str, Any], _plain(asdict(self)))
+        for name, silent in (("hidden", None), ("ranking", "local")):
+            if told["width"][name] == silent:
+                del told["width"][name]
+        return told
 
     def to_yaml(self) -> str:
         """The recipe as a YAML text that `read` takes back."""

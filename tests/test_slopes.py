@@ -434,7 +434,7 @@ def test_ranks_rank_the_same(tmp_path: Path) -> None:
         ({"channels": 8, **RANKED}, "finds out how many channels and heads go within a budget"),
         ({"params": "80%", "heads": 1, **RANKED}, "finds out how many channels and heads go within a budget"),
         ({"params": "80%", "by": "taylor", "ranking": "gobal"}, "width.ranking must be local or global, not 'gobal'"),
-        ({"params": "1%", **RANKED}, "width.params: channels alone bring the model to"),
+        ({"params": "1%", **RANKED}, "width.params: channels and heads bring the model to"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_ranked(changes: dict[str, Any], says: str, tmp_path: Path) -> None:

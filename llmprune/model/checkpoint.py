@@ -306,7 +306,7 @@ class Checkpoint:
             for key in self.block_keys[number]:
                 info = self.index[key]
                 with info.file.open("rb") as file:
-                    os.posix_fadvise(file.fileno(), info.offset, info.nbytes, os.POSIX_FADV_WILLNEED)
+                    os.posix_fadvise(file.fileno(), info.offset, info.stored, os.POSIX_FADV_WILLNEED)
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """Tensors exactly as the files hold them, in memory of their own.
@@ -436,6 +436,8 @@ class Checkpoint:
             reverted = self._revert({name: value for name, value in meta.items() if names[name]})
             for key in list(keys):
                 made = reverted.get(key) if key in self._converted else meta[self._targets[key][0]]
+                if made is None and keys is self.outer_keys:
+                    raise Failure(f"transformers does not restore {key} of {self.source.name}")
                 if made is None:
                     keys.remove(key)
                     del self.index[key], self._targets[key], self._converted[key]

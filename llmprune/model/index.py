@@ -51,16 +51,16 @@ class Part:
 
     Attributes:
         shape: as it is stored.
-        dims: those along which places are taken.
-        places: which, the same along each, in order.
+        places: which of its places along each dimension, in order; all along those that are not named.
         factor, shift: what is taken is multiplied by one, and the other is added.
+        dtype: what it is taken in, where it is not rounded to the stored dtype.
     """
 
     shape: tuple[int, ...]
-    dims: tuple[int, ...]
-    places: Tensor = field(repr=False)
+    places: Mapping[int, Tensor] = field(repr=False)
     factor: float = 1.0
     shift: float = 0.0
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,11 @@ class TensorInfo:
     def numel(self) -> int:
         """Number of elements."""
         return int(torch.Size(self.shape).numel())
+
+    @property
+    def stored(self) -> int:
+        """Bytes on disk."""
+        return self.nbytes if self.part is None else torch.Size(self.part.shape).numel() * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
@@ -158,7 +163,9 @@ def read_tensors(infos: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
     Raises:
         OSError: a file cannot be read, or ends too early.
     """
-    found = {key: torch.empty(info.shape, dtype=info.dtype) for key, info in infos.items()}
+    found = {
+        key: torch.empty(info.shape, dtype=(info.part and info.part.dtype) or info.dtype) for key, info in infos.items()
+    }
     large = [key for key, info in infos.items() if info.nbytes > _ALONE]
     for key in infos.keys() - large:
         _read_into(found[key], infos[key])
@@ -173,7 +180,7 @@ def _read_into(tensor: Tensor, info: TensorInfo) -> None:
         if info.part is None:
             _fill(tensor, file)
         else:
-            _take(tensor, info.part, file)
+            _take(tensor, info.part, info.dtype, file)
 
 
 def _fill(tensor: Tensor, file: io.FileIO) -> None:
@@ -186,19 +193,17 @@ def _fill(tensor: Tensor, file: io.FileIO) -> None:
         rest = rest[count:]
 
 
-def _take(tensor: Tensor, part: Part, file: io.FileIO) -> None:
+def _take(tensor: Tensor, part: Part, dtype: torch.dtype, file: io.FileIO) -> None:
     """Read a part of a tensor from where a file stands."""
     rows, inner = part.shape[0], part.shape[1:]
-    step = max(1, _AT_ONCE // max(1, torch.Size(inner).numel() * tensor.itemsize))
+    step = max(1, _AT_ONCE // max(1, torch.Size(inner).numel() * dtype.itemsize))
     done = 0
     for first in range(0, rows, step):
-        read = tensor.new_empty((min(step, rows - first), *inner))
+        read = torch.empty((min(step, rows - first), *inner), dtype=dtype)
         _fill(read, file)
-        for dim in part.dims:
-            places = part.places
-            if dim == 0:
-                places = places[(places >= first) & (places < first + step)] - first
-            read = read.index_select(dim, places)
+        for dim, places in part.places.items():
+            here = places[(places >= first) & (places < first + step)] - first if dim == 0 else places
+            read = read.index_select(dim, here)
         if part.factor != 1 or part.shift:
             read = read.double().mul_(part.factor).add_(part.shift)
         tensor[done : done + len(read)] = read

@@ -219,7 +219,8 @@ def channel_units(whole: Checkpoint) -> list[Unit]:
 
 def head_units(whole: Checkpoint) -> list[Unit]:
     """The heads that have keys and values of their own, and what each is worth; none where none can go."""
-    return _units(whole, "heads", lambda count: max(1, count // 2))
+    fewest = next(iter(heads_that_can_go(whole)), None)
+    return _units(whole, "heads", lambda count: max(1, count // 2) if fewest is None else count - fewest)
 
 
 def heads_that_can_go(whole: Checkpoint) -> list[int]:

@@ -258,7 +258,7 @@ def _less(report: Mapping[str, Any]) -> list[str]:
 
 def _narrows(recipe: Mapping[str, Any]) -> bool:
     """Whether a recipe makes matrices smaller by what `width.by` chooses."""
-    return any(value is not None for key, value in recipe["width"].items() if key not in ("by", "hidden"))
+    return any(recipe["width"].get(key) is not None for key in ("channels", "heads", "params", "flops"))
 
 
 def _how(report: Mapping[str, Any], pruned: list[dict[str, Any]], methods: list[str]) -> str:

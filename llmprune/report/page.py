@@ -402,6 +402,10 @@ def _error_plots(report: Report, cells: plots.Grid) -> list[Plot]:
             f"‖x − x₀‖² / ‖x₀‖², the mean over {'the' if fitted else 'some'} tokens of the calibration text, of the "
             "states x that leave a pruned block and x₀ that leave it in the dense model: all that was lost up to there."
         )
+        if report.kept_blocks is not None:
+            caption += " Of a block in front of some that were taken out, x₀ is what leaves the last of these."
+        if report.hidden_channels is not None:
+            caption += " Both are looked at in the hidden channels that are left."
         made.append(Plot("away", "Distance from the dense model over depth", plots.away(report.blocks), caption))
     return made
 

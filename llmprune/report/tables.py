@@ -91,12 +91,13 @@ def shortening_lines(plan: Plan) -> list[str]:
 
 def width_lines(plan: Plan) -> list[str]:
     """How much narrower blocks become, where they do."""
-    if not plan.widths:
-        return []
     left = plan.weights if plan.narrow is None else plan.narrow.checkpoint.weights
     dense = plan.weights if plan.slimming is None else plan.slimming.weights
     if plan.ranked:
-        return [f"widths       channels and heads go until {plan.ranked}, as many of each as a ranking says"]
+        slim = f"{narrowed(plan.widths)}; " if plan.widths else ""
+        return [f"widths       {slim}channels and heads go until {plan.ranked}, as many of each as a ranking says"]
+    if not plan.widths:
+        return []
     lines = [f"widths       {narrowed(plan.widths)}: {left:,} of {dense:,} weights ({left / dense:.1%}) are left"]
     if plan.narrow is not None and (others := plan.narrow.checkpoint.unclaimed_keys):
         lines.append(f"note         {len(others)} tensors that no module asks for are copied with their old shapes")

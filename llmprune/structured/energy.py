@@ -34,8 +34,8 @@ def channels_left(checkpoint: Checkpoint, asked: str | int | float) -> int:
         share = share_of(asked)
         if share is None:
             raise UserError(f"width.hidden must be how many go (64), or a share of them (12.5%), not {asked!r}")
-        heads = getattr(checkpoint.config.get_text_config(), "num_attention_heads", None) or 1
-        step = math.gcd(width, math.lcm(heads, width_step(checkpoint)))
+        heads = getattr(checkpoint.config.get_text_config(), "num_attention_heads", None)
+        step = math.gcd(width, math.lcm(heads if isinstance(heads, int) else 1, width_step(checkpoint)))
         left = min(max(step, round(width * (1 - share) / step) * step), width - step)
     if not 0 < left < width:
         raise UserError(f"width.hidden: of {width:,} at least one must go, and at least one must stay; {asked} go")
@@ -78,5 +78,5 @@ def _energies(activations: Activations, width: int) -> Tensor:
     for batch in range(len(activations)):
         squares = activations.read(batch).float().square().flatten(0, -2)
         total = squares.sum(-1, keepdim=True)
-        sums += squares.div_(total.masked_fill_(total == 0, torch.inf)).sum(0).double().cpu()
+        sums += squares.div_(total.masked_fill_(total == 0, torch.inf)).sum(0).cpu().double()
     return sums

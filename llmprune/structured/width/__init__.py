@@ -137,18 +137,18 @@ def within(checkpoint: Checkpoint, width: Width) -> list[tuple[float | None, int
     if not counts:
         raise UserError("width.ranking global chooses between channels and heads, and this model's heads cannot go")
     found: list[tuple[float | None, int]] = []
-    why: UserError | None = None
+    least = 1.0
     for heads in (0, *counts):
-        try:
-            share = _within(checkpoint, f"width.{key}", asked, heads or None)
-        except UserError as error:
-            why = why or error
-            continue
-        found.append((share, heads))
+        share, part = _reach(checkpoint, f"width.{key}", asked, heads or None)
+        least = min(least, part)
+        if share != 1:
+            found.append((share, heads))
         if share is None:  # more heads would only lose more
             break
-    if not found and why is not None:
-        raise why
+    if not found:
+        raise UserError(
+            f"width.{key}: channels and heads bring the model to {least:.1%} at the least, and {asked} may stay"
+        )
     return found
 
 
@@ -190,6 +190,16 @@ def _within(checkpoint: Checkpoint, key: str, asked: str | float, heads: str | i
     Raises:
         UserError: no such share, or there are not enough channels.
     """
+    share, least = _reach(checkpoint, key, asked, heads)
+    if share == 1:
+        raise UserError(f"{key}: channels alone bring the model to {least:.1%} at the least, and {asked} may stay")
+    return share
+
+
+def _reach(
+    checkpoint: Checkpoint, key: str, asked: str | float, heads: str | int | float | None
+) -> tuple[float | None, float]:
+    """As `_within`, 1 where there are not enough channels; and the part that is left then."""
     allowed = share_of(asked)
     if allowed is None:
         raise UserError(f"{key} must be the share that may stay (80%), not {asked!r}")
@@ -205,7 +215,7 @@ def _within(checkpoint: Checkpoint, key: str, asked: str | float, heads: str | i
             (unit.count - _left("width.heads", heads, unit.count, 1)) * worth(unit) for unit in head_units(checkpoint)
         )
     if heads is not None and left <= allowed * total:
-        return None
+        return None, left / total
     units = channel_units(checkpoint)
     for share in (step / 1000 for step in range(1, 1000)):
         gone = sum(
@@ -213,9 +223,8 @@ def _within(checkpoint: Checkpoint, key: str, asked: str | float, heads: str | i
             for unit in units
         )
         if left - gone <= allowed * total:
-            return share
-    least = (left - gone) / total if units else 1.0
-    raise UserError(f"{key}: channels alone bring the model to {least:.1%} at the least, and {asked} may stay")
+            return share, (left - gone) / total
+    return 1.0, ((left - gone) if units else left) / total
 
 
 def _left(name: str, asked: str | int | float, count: int, multiple: int, least: int = 1) -> int:
