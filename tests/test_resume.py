@@ -474,7 +474,7 @@ def test_ctrl_c_on_the_command_line(model: Path, text: str, whole: dict[str, str
             assert "blocks are finished in" in line
     blocks = [event for event in events if event["event"] == "block"]
     assert blocks
-    assert set(blocks[0]["seconds"]) == {"read", "capture", "solve", "propagate", "write"}
+    assert set(blocks[0]["seconds"]) == {"read", "dense", "capture", "solve", "propagate", "write"}
     assert blocks[0]["peak_memory"] > 2**20
     if process.returncode:
         llmprune.prune(model, out=out, calibration=text, **SETTINGS)
