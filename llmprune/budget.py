@@ -6,6 +6,7 @@ only where the room asks for them; all but the size of the batches leave the res
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -42,7 +43,7 @@ SAMPLE = 1
 """Batches of each rank on which it is measured how far the pruned model's states drift from the dense one's."""
 
 CHOOSE = "choose"
-"""The phase in which blocks are chosen that a model does without."""
+"""The phase in which blocks and hidden channels are chosen that a model does without."""
 
 LOSS_TOKENS = 256
 """Tokens whose scores over the whole vocabulary are held at once in an evaluation."""
@@ -292,7 +293,9 @@ class Needs:
         self._checkpoint, self._blocks, self._samples, self._length = checkpoint, blocks, samples, length
         self._text, self._fitted, self._look = text, fitted, look
         self._beside = any(stage.beside for work in blocks for stage in work.stages)  # the dense model's way
-        self._gone = checkpoint.shape.gone if samples and checkpoint.shape is not None else ()
+        shape = checkpoint.shape
+        self._gone = shape.gone if samples and shape is not None else ()
+        self._wide = 1.0 if shape is None or shape.wide is None else shape.wide / checkpoint.hidden_size
         self._apart = checkpoint.device.type != "cpu"
         self._width = _width(checkpoint)
         self._vocabulary = int(checkpoint.config.get_text_config().vocab_size)
@@ -444,7 +447,7 @@ class Needs:
     def _kept(self, option: Schedule) -> Peak:
         """The activations of all batches, and the dense model's of all or a sample of them."""
         follow = self._samples if self._fitted or self._beside else min(SAMPLE * option.batch, self._samples)
-        size = (self._samples * self._width + follow * self._wider(Peak(self._width)).host) * self._length
+        size = math.ceil((self._samples + follow * self._wide) * self._width) * self._length
         return {"device": Peak(device=size), "host": Peak(size), "disk": Peak()}[option.place]
 
     def _still(self, work: Work, option: Schedule) -> int:
@@ -505,19 +508,14 @@ class Needs:
     def _trial(self) -> Peak:
         """A block in float32 beside what the files hold of it, on the host: does a slimmer one return the same?"""
         most = Peak()
-        for keys in self._checkpoint.block_keys:
-            weights = sum(self._checkpoint.index[key].numel for key in keys)
-            size = self._checkpoint.footprint(keys)
-            most |= Peak(size.stored + size.reading + 4 * weights)
+        for work in self._blocks:
+            size = self._sizes[work.number]
+            most |= Peak(size.stored + size.reading + 4 * self._weights(work))
         return most
 
     def _wider(self, peak: Peak) -> Peak:
         """What something takes in the dense model, by what it takes in one with fewer hidden channels."""
-        wide = self._checkpoint.shape.wide if self._checkpoint.shape is not None else None
-        if wide is None:
-            return peak
-        width = self._checkpoint.hidden_size
-        return Peak(-(-peak.host * wide // width), -(-peak.device * wide // width))
+        return Peak(math.ceil(peak.host * self._wide), math.ceil(peak.device * self._wide))
 
     def _embedding(self, option: Schedule) -> Peak:
         """What surrounds the blocks, and a batch that is embedded."""

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from llmprune.errors import Failure, UserError, unknown
+from llmprune.errors import Failure, UserError, first_line, unknown
 from llmprune.model.files import sha256_of
 
 Part = Literal["calibration", "evaluation"]
@@ -336,10 +336,6 @@ def _hub(text: HubText) -> Iterator[str]:
     except UserError:
         raise
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError, HTTPError, OSError) as error:
-        raise Failure(f"the data set {text.name} cannot be read from the Hub: {_first_line(error)}; {advice}") from None
+        raise Failure(f"the data set {text.name} cannot be read from the Hub: {first_line(error)}; {advice}") from None
     except ValueError as error:
         raise UserError(f"the data set {text.name} (config {text.config}, split {text.split}): {error}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -6,6 +6,12 @@ import difflib
 from collections.abc import Iterable
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, and in the next where that is only its heading; else what kind it is."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__
+
+
 class LLMPruneError(Exception):
     """Base of every error that llmprune raises on purpose: the message says what, where, and what to do.
 

@@ -7,8 +7,7 @@ blocks are in memory.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,8 +17,8 @@ import torch
 from torch import Tensor
 
 from llmprune import allocation, data, dense, distributed, memory
-from llmprune.budget import CHOOSE, SAMPLE, Peak, Room, batch_size, room, windows_at_once
-from llmprune.errors import Interrupted, UserError
+from llmprune.budget import SAMPLE, batch_size, windows_at_once
+from llmprune.errors import Interrupted
 from llmprune.evaluate import perplexity
 from llmprune.follow import DenseWay, drift
 from llmprune.model import blocks
@@ -27,29 +26,20 @@ from llmprune.model.activations import Activations
 from llmprune.model.capture import Capture
 from llmprune.model.checkpoint import Checkpoint, LoadedBlock
 from llmprune.model.cpu import quick
-from llmprune.model.depth import shortened
-from llmprune.model.hidden import slimmer
 from llmprune.model.linears import Linear, find_linears
-from llmprune.model.source import Source, resolve
-from llmprune.model.width import Narrow
+from llmprune.model.source import Source
 from llmprune.model.writer import INDEX, Writer, check_out, fingerprint_files, writing
 from llmprune.permute import rearrange
-from llmprune.plan import Choice, Plan, Slimming, allocated, foreseen
-from llmprune.planning import make_plan
+from llmprune.plan import Choice, Plan, allocated
+from llmprune.prepare import Found, find, first_plan, settle
 from llmprune.progress import Clock, Progress, of_first
-from llmprune.recipe import Experts, Recipe, Width, assemble, check_said, parse_size
+from llmprune.recipe import Recipe, assemble, check_said
 from llmprune.reconstruct.block import Next
 from llmprune.reconstruct.block import Reconstructor as BlockReconstructor
 from llmprune.report.record import BlockRecord, ExpertsRecord, LinearRecord, Perplexity, Report, versions
 from llmprune.report.verify import compare
 from llmprune.solve import as_narrower, narrower, renewed, solve_stage
-from llmprune.structured.depth import Shortening, read_shortening
-from llmprune.structured.energy import channels_left, choose_hidden
 from llmprune.structured.send import choose_experts
-from llmprune.structured.shorten import choose
-from llmprune.structured.slopes import foresee
-from llmprune.structured.width import narrow as narrow_by
-from llmprune.structured.width import ranked
 
 
 def prune(
@@ -91,84 +81,35 @@ def prune(
 def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, shown: Progress) -> Report:
     clock = Clock()
     with clock("plan"):
-        source = _find(model, recipe, shown)
+        source = find(model, recipe, shown)
     with clock("plan"), shown.waiting("planning"):
-        whole, checkpoint, plan = _plan(source, recipe)
-    tokens, text, fingerprint = _prepare(whole, checkpoint, plan, recipe, out, restart, clock, shown)
+        whole, checkpoint, plan = first_plan(source, recipe)
+    tokens, text, fingerprint = _read_texts(whole, checkpoint, plan, recipe, out, restart, clock, shown)
     with writing(out, checkpoint, recipe.shard_size, restart) as writer, _interruptible(writer):
-        resumed = begun = distributed.share(not restart and writer.find(fingerprint))
+        resumed = distributed.share(not restart and writer.find(fingerprint))
+        found = Found(writer, fingerprint, clock, resumed)
         if not resumed and text is not None:
             with clock("evaluate"):
-                writer.dense = vars(perplexity.dense(whole, text, recipe.evaluate, shown, plan.spare))
-        if plan.shortening is not None:
-            writer.kept = distributed.share(writer.kept)
-            if writer.kept is None:
-                with clock("choose"), quick(whole.device, whole.dtype):
-                    writer.kept = choose(whole, plan, tokens, shown)
-                writer.begin(fingerprint)
-                begun = True
-        if plan.slimming is not None:
-            writer.hidden = distributed.share(writer.hidden)
-            if writer.hidden is None:
-                assert tokens is not None
-                with clock("choose"), quick(whole.device, whole.dtype):
-                    shorter = whole if writer.kept is None else shortened(whole, writer.kept)
-                    writer.hidden = choose_hidden(shorter, plan, tokens, shown, writer.out)
-                writer.begin(fingerprint)
-                begun = True
-        if (writer.kept or writer.hidden) is not None:
-            with clock("plan"), shown.waiting("planning"):
-                checkpoint, plan = _smaller(whole, plan, recipe, writer.kept, writer.hidden)
-        if recipe.width.ranks:
-            writer.widths = distributed.share(writer.widths)
-            if writer.widths is None:
-                with clock("choose"), quick(checkpoint.device, checkpoint.dtype):
-                    _rank(checkpoint, plan, recipe, tokens, shown, writer)
-                writer.begin(fingerprint)
-                begun = True
-            with clock("plan"), shown.waiting("planning"):
-                width = Width(**(writer.widths or {}))
-                plan = _anew(checkpoint, replace(recipe, width=width), plan)
-        writer.lay_out(plan.written(checkpoint))
-        if resumed:
-            writer.recover(shown)
-        if plan.budget is not None and plan.budget.targets is None:
-            writer.allocation = distributed.share(writer.allocation)
-            if writer.allocation is None:
-                with clock("allocate"), quick(checkpoint.device, checkpoint.dtype):
-                    writer.allocation = dense.look(checkpoint, plan, tokens, shown, writer.out)
-                begun = False
-            plan = allocated(plan, writer.allocation)
-        if plan.foresight is not None:
-            writer.gone = distributed.share(writer.gone)
-            if writer.gone is None:
-                with clock("choose"), quick(checkpoint.device, checkpoint.dtype):
-                    writer.gone = foresee(checkpoint, plan, tokens, shown, writer.out)
-                begun = False
-            plan = foreseen(plan, writer.gone)
-        if not begun:
-            writer.begin(fingerprint)
+                writer.found["dense"] = vars(perplexity.dense(whole, text, recipe.evaluate, shown, plan.spare))
+        checkpoint, plan = settle(whole, checkpoint, plan, recipe, tokens, found, shown)
         weights = plan.written(checkpoint).weights
         report = Report(writer.out, checkpoint.source.name, checkpoint.source.revision, recipe.to_dict(), weights)
         report.base = dict(checkpoint.source.base)
         report.origin = checkpoint.source.origin
         report.resumed = len(writer.records) if resumed else None
-        if writer.kept is not None:
-            report.kept_blocks = list(writer.kept)
-        if writer.hidden is not None:
-            report.hidden_channels = list(writer.hidden)
+        report.kept_blocks, report.hidden_channels = found.get("kept"), found.get("hidden")
         report.widths = {name: list(width) for name, width in plan.widths.items()} or None
-        if writer.kept is not None or plan.widths:
+        if report.kept_blocks or report.widths:
             report.dense_blocks, report.dense_weights = len(whole.blocks), whole.weights
         with quick(checkpoint.device, checkpoint.dtype):
-            way = DenseWay(whole, writer.kept, writer.hidden)
+            way = DenseWay(whole, report.kept_blocks, report.hidden_channels)
             prune_blocks(checkpoint, plan, tokens if plan.calibrates else None, writer, clock, shown, way)
         with distributed.first():  # ranks are told of a failure, and wait for files that they go on to read
             if distributed.is_first():
                 _finish(writer, report, _plan_file(plan, checkpoint.source), str(checkpoint.device), clock, shown)
         if text is not None:
             with clock("evaluate"):
-                report.dense = Perplexity(**writer.dense) if writer.dense else None
+                report.dense = Perplexity(**had) if (had := found.get("dense")) else None
                 report.sparse = _evaluate(writer.out, recipe, text, plan, shown)
         if tokens is not None:
             drawn = {"length": plan.schedule.length, "tokens_sha256": tokens.sha256}
@@ -184,23 +125,7 @@ def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, sh
     return distributed.share(report)
 
 
-def _rank(
-    checkpoint: Checkpoint, plan: Plan, recipe: Recipe, tokens: data.Tokens | None, shown: Progress, writer: Writer
-) -> None:
-    """Find out how many channels and heads go, and which; both are the writer's then."""
-
-    def settle(saliencies: Mapping[str, Tensor]) -> Narrow:
-        assert plan.narrow is not None
-        width = ranked(checkpoint, recipe, plan.narrow, saliencies)
-        writer.widths = {name: getattr(width, name) for name in ("channels", "heads", "by")}
-        made = narrow_by(checkpoint, replace(recipe, width=width))
-        assert made is not None
-        return made
-
-    writer.gone = foresee(checkpoint, plan, tokens, shown, writer.out, settle)
-
-
-def _prepare(
+def _read_texts(
     whole: Checkpoint,
     checkpoint: Checkpoint,
     plan: Plan,
@@ -479,9 +404,9 @@ def plan(
     check_said(chosen, options)
     memory.frugal()
     shown = of_first(progress)
-    source = _find(model, chosen, shown)
+    source = find(model, chosen, shown)
     with shown.waiting("planning"):
-        _, checkpoint, made = _plan(source, chosen)
+        _, checkpoint, made = first_plan(source, chosen)
     for text in (chosen.calibration.source if made.needs_data else None, chosen.evaluate.text):
         if text is not None:
             data.check(text)
@@ -489,100 +414,6 @@ def plan(
         with torch.no_grad():
             made = allocated(made, dense.look(checkpoint, made, None, shown))
     return checkpoint, made
-
-
-def _find(model: str | Path, recipe: Recipe, shown: Progress) -> Source:
-    cap = parse_size(recipe.max_memory) if recipe.max_memory is not None else None
-    with distributed.first():  # who downloads or converts the model, and tells what is wrong with the request
-        trusted = recipe.trust_remote_code
-        return resolve(model, recipe.dtype, trust_remote_code=trusted, most=cap, progress=shown)
-
-
-def _plan(source: Source, recipe: Recipe) -> tuple[Checkpoint, Checkpoint, Plan]:
-    """The model, what is to be pruned of it, and the plan.
-
-    Where blocks go that are still to be chosen, others stand for them: mistakes are found before any work.
-    """
-    with distributed.first():
-        checkpoint = Checkpoint(source, distributed.local_device(recipe.device), recipe.dtype)
-        shortening = read_shortening(recipe.depth.drop, recipe.depth.by, len(checkpoint.blocks))
-        count = None if recipe.width.hidden is None else channels_left(checkpoint, recipe.width.hidden)
-    had = room(checkpoint, parse_size(recipe.max_memory) if recipe.max_memory is not None else None)
-    if shortening is None and count is None:
-        return checkpoint, checkpoint, _planned(checkpoint, recipe, had)
-    plain = replace(recipe.calibration, asymmetric=0.0)  # what is done to linears is planned for those that are left
-    choosing = replace(
-        recipe,
-        sparsity=None,
-        width=Width(),
-        experts=Experts(),
-        permute=False,
-        refine=(),
-        reconstruct=(),
-        calibration=plain,
-    )
-    choosing, small = replace(choosing, allocation="uniform"), None
-    try:
-        first = _planned(checkpoint, choosing, had, shortening, count is not None)
-    except UserError as error:
-        if error.least is None or distributed.size() > 1:
-            raise
-        roomy = _planned(checkpoint, choosing, replace(had, host=sys.maxsize), shortening, count is not None)
-        small, first = error, replace(roomy, room=had)  # what comes afterwards may take still more
-    if count is not None:
-        laid_out = first.schedule.batch, first.schedule.place
-        first = replace(first, slimming=Slimming(checkpoint.hidden_size, count, checkpoint.weights, *laid_out))
-    stands = None if count is None else range(count)
-    try:
-        smaller, made = _smaller(checkpoint, first, recipe, None if shortening is None else shortening.kept, stands)
-    except UserError as error:
-        raise (error if small is None or (small.least or 0) < (error.least or sys.maxsize) else small) from None
-    if small is not None:
-        raise small
-    if made.slimming is not None and smaller.shape is not None:  # others may be chosen, but it is known how they go
-        made = replace(made, slimming=replace(made.slimming, way=distributed.share(smaller.shape.way)))
-    return checkpoint, smaller, replace(made, shortening=shortening)
-
-
-def _planned(
-    checkpoint: Checkpoint, recipe: Recipe, had: Room, shortening: Shortening | None = None, passes: bool = False
-) -> Plan:
-    """The plan, the same on every rank.
-
-    Args:
-        passes: whether the calibration text goes through the dense model before.
-    """
-    with distributed.first():
-        made = make_plan(checkpoint, recipe, had, shortening, narrow_by(checkpoint, recipe), passes)
-    # each rank may find others
-    schedule, channels, abreast = distributed.share((made.schedule, made.channels, made.abreast))
-    return replace(made, schedule=schedule, channels=channels, abreast=abreast)
-
-
-def _smaller(
-    whole: Checkpoint, plan: Plan, recipe: Recipe, kept: Sequence[int] | None, hidden: Sequence[int] | None
-) -> tuple[Checkpoint, Plan]:
-    """The model without some of its blocks and hidden channels, and the plan for it.
-
-    Args:
-        kept: the numbers of the blocks that stay; None for all.
-        hidden: likewise of the hidden channels.
-    """
-    with distributed.first():
-        checkpoint = whole if kept is None else shortened(whole, kept)
-        way = None if plan.slimming is None else plan.slimming.way
-        checkpoint = checkpoint if hidden is None else slimmer(checkpoint, hidden, way)
-    return checkpoint, _anew(checkpoint, recipe, plan)
-
-
-def _anew(checkpoint: Checkpoint, recipe: Recipe, plan: Plan) -> Plan:
-    """The plan for what a model has become, of which that is no part by which it was found out."""
-    made = _planned(checkpoint, recipe, replace(plan.room, base=plan.schedule.base))
-    phases = dict(made.schedule.memory)
-    for phase in {CHOOSE, "evaluate"} & plan.schedule.memory.keys():  # the dense model is evaluated too
-        phases[phase] = phases.get(phase, Peak()) | plan.schedule.memory[phase]
-    schedule = replace(made.schedule, memory=phases)
-    return replace(made, schedule=schedule, slimming=plan.slimming, abreast=plan.abreast)
 
 
 @contextmanager

@@ -114,7 +114,7 @@ class Slimming:
         kept: how many of them stay.
         weights: of the model before they go.
         batch, place: how the dense model is run to choose them; see `Schedule`.
-        way: see `Shape`; None until it is found out.
+        way: see `way_to_slim`.
     """
 
     width: int
@@ -122,7 +122,7 @@ class Slimming:
     weights: int
     batch: int
     place: Place
-    way: int | None = None
+    way: int
 
 
 @dataclass(frozen=True)

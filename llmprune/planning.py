@@ -29,7 +29,7 @@ from llmprune.plan import NOT_ASKED, Budget, Choice, Plan, known_of, settled
 from llmprune.recipe import DEFAULT_SPARSITY, Recipe
 from llmprune.solvers import Solver
 from llmprune.stats import LEVELS
-from llmprune.structured import experts, width
+from llmprune.structured import counts, experts, width
 from llmprune.structured.depth import Shortening
 
 DEFAULT_LENGTH = 2048
@@ -135,7 +135,7 @@ def make_plan(
     others = _others(checkpoint, blocks)
     parts = tuple(blocks), chain, checkpoint.weights, others, schedule, had, budget, tuple(writers), tuple(channels)
     made = Plan(
-        *parts, shortening, None, together, narrow, experts.load(recipe.experts.by), width.ranking_of(recipe.width)
+        *parts, shortening, None, together, narrow, experts.load(recipe.experts.by), counts.ranking_of(recipe.width)
     )
     _check_permuted(made, recipe)
     return made
@@ -253,15 +253,15 @@ def _schedule(
         samples if calibrates or passes else 0,
         length,
         text,
-        fitted,
-        look,
-        together,
-        permutes,
-        (looked_at, drawn),
-        had.base,
-        narrow is not None,
-        any(isinstance(choice.solver, width.Foreseeing) for choice in pruned),
-        passes,
+        fitted=fitted,
+        look=look,
+        together=together,
+        permuted=permutes,
+        shortened=(looked_at, drawn),
+        base=had.base,
+        narrowed=narrow is not None,
+        foresees=any(isinstance(choice.solver, width.Foreseeing) for choice in pruned),
+        passes=passes,
     )
     made = needs.schedule(min(samples, batch_size(checkpoint, length, fitted > 0)), had)
     return abreast(checkpoint, made, looked_at, had) if looked_at else (made, 1)

@@ -132,6 +132,12 @@ class Width:
             )
 
     @property
+    def budget(self) -> tuple[str, str | float] | None:
+        """What a budget is of, `params` or `flops`, and the part of it that may stay; None without one."""
+        said = (("params", self.params), ("flops", self.flops))
+        return next(((name, share) for name, share in said if share is not None), None)
+
+    @property
     def ranks(self) -> bool:
         """Whether it is still to be ranked how many of each kind go."""
         return self.ranking == "global"

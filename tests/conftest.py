@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,11 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 def no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs draw no report.html, which is most of the time of a tiny one."""
     monkeypatch.setattr("llmprune.pipeline.draw_page", lambda *_: None)
+
+
+def hears_interrupts() -> None:
+    """In a process that is started: SIGINT ends it, also where the tests run in the background of a shell."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="module")

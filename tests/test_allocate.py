@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import llmprune
-from llmprune import allocate, allocation, data, pipeline
+from llmprune import allocate, allocation, data, pipeline, prepare
 from llmprune.allocate.alpha import exponent
 from llmprune.allocation import DENSE, LEFT_DENSE, Fitted, Known, Seen, reached, target
 from llmprune.errors import UserError
@@ -543,7 +543,7 @@ def test_a_killed_run_goes_on_with_its_allocation(
     assert process.exitcode == -9
     assert (out / JOURNAL).exists()
     assert not (out / REPORT).exists()
-    monkeypatch.setattr(pipeline.dense, "look", lambda *_: pytest.fail("it is found out anew"))
+    monkeypatch.setattr(prepare.dense, "look", lambda *_: pytest.fail("it is found out anew"))
     report, _ = pruned(model, out, text, sparsity=0.6, allocation="owl")
     assert report.resumed == lines - 1
     assert report.linears == whole.linears

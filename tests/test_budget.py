@@ -76,7 +76,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch, held: float) -> None:
     """Let there be room for `held` GiB, which the statistics of an input and a batch that stands still seem to take."""
     monkeypatch.setattr(budget, "_held", lambda entry: GIB)
     monkeypatch.setattr(Needs, "_still", lambda self, work, option: 0 if work.dense else GIB * option.held)
-    monkeypatch.setattr("llmprune.pipeline.room", lambda checkpoint, cap: roomy(held))
+    monkeypatch.setattr("llmprune.prepare.room", lambda checkpoint, cap: roomy(held))
 
 
 def crowd(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import llmprune
-from llmprune import data, dense, memory, pipeline
+from llmprune import data, dense, memory, pipeline, prepare
 from llmprune.cli import main
 from llmprune.cost import cost
 from llmprune.errors import Failure, Interrupted, UserError
@@ -333,7 +333,7 @@ def test_a_run_goes_on_with_the_blocks_that_were_chosen(
     chosen: dict[str, Any] = {"depth": {"drop": 2}, "sparsity": "50%", "method": "wanda", **SETTINGS}
     llmprune.prune(model, out=tmp_path / "whole", **chosen)
     interrupted(model, tmp_path / "out", 3, monkeypatch, **chosen)
-    monkeypatch.setattr(pipeline, "choose", lambda *_: pytest.fail("they were chosen before"))
+    monkeypatch.setattr(prepare, "choose", lambda *_: pytest.fail("they were chosen before"))
     report = llmprune.prune(model, out=tmp_path / "out", **chosen)
     assert report.resumed == 3
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
@@ -571,7 +571,7 @@ def test_a_plan_file_says_what_is_pruned_of_what_is_left(model: Path, tmp_path: 
 def test_mistakes_are_found_before_blocks_are_chosen(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "choose", lambda *_: pytest.fail("the request makes no sense"))
+    monkeypatch.setattr(prepare, "choose", lambda *_: pytest.fail("the request makes no sense"))
     chosen: dict[str, Any] = {"depth": {"drop": 2}, **SETTINGS}
     for wrong, message in (
         ({"sparsity": "3:7"}, "3:7 needs in_features divisible by 7"),
@@ -610,7 +610,7 @@ def test_a_choice_is_kept_as_soon_as_it_is_made(model: Path, tmp_path: Path, mon
     with pytest.raises(Interrupted):
         llmprune.prune(model, out=tmp_path / "out", **chosen)
     monkeypatch.setattr(dense, "look", look)
-    monkeypatch.setattr(pipeline, "choose", lambda *_: pytest.fail("they were chosen before"))
+    monkeypatch.setattr(prepare, "choose", lambda *_: pytest.fail("they were chosen before"))
     llmprune.prune(model, out=tmp_path / "out", **chosen)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
@@ -622,13 +622,13 @@ def test_what_fits_when_it_is_planned_fits_when_blocks_were_chosen(
     with pytest.raises(UserError, match="the smallest that can hold is") as caught:
         pipeline.plan(model, max_memory="1MB", **chosen)
     least = parse_size(str(caught.value).rsplit(" ", 1)[-1]) + 2**23
-    grown, choose, current = [0], pipeline.choose, memory.current
+    grown, choose, current = [0], prepare.choose, memory.current
 
     def growing(*told: Any) -> tuple[int, ...]:
         grown[0] = 2**30
         return choose(*told)
 
-    monkeypatch.setattr(pipeline, "choose", growing)
+    monkeypatch.setattr(prepare, "choose", growing)
     monkeypatch.setattr(memory, "current", lambda: current() + grown[0])
     report = llmprune.prune(model, out=tmp_path / "out", max_memory=str(least), **chosen)
     assert grown[0]
@@ -638,7 +638,7 @@ def test_what_fits_when_it_is_planned_fits_when_blocks_were_chosen(
 def test_a_broken_dense_model_is_found_out_before_blocks_are_chosen(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "choose", lambda *_: pytest.fail("it is broken"))
+    monkeypatch.setattr(prepare, "choose", lambda *_: pytest.fail("it is broken"))
     asked = {"text": "builtin", "length": 32, "max_perplexity": 1.5}
     with pytest.raises(UserError, match="is broken before it is pruned"):
         llmprune.prune(model, out=tmp_path / "out", depth={"drop": 1}, evaluate=asked, **SETTINGS)

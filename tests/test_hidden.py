@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import llmprune
-from llmprune import pipeline
+from llmprune import pipeline, prepare
 from llmprune.budget import CHOOSE
 from llmprune.errors import UserError
 from llmprune.model.checkpoint import Checkpoint
-from llmprune.model.hidden import slimmer
+from llmprune.model.hidden import way_to_slim
 from llmprune.model.index import Part, TensorInfo, read_header, read_tensors
 from llmprune.model.source import resolve
 from llmprune.model.writer import JOURNAL, REPORT, Writer
@@ -111,15 +111,13 @@ def test_others_are_refused_before_any_work(family: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "mixtral", "qwen3_moe", "starcoder2", "cohere2"])
 def test_a_trial_tells_in_half_precision_what_it_tells_in_full(family: str, tmp_path: Path) -> None:
     """Where few channels go, a scale that is wrong is hardly more than what bfloat16 rounds."""
-    found = []
+    found: list[int | None] = []
     for dtype in (torch.float32, torch.bfloat16):
         source = make(family, tmp_path / str(dtype), hidden_size=128, dtype=dtype)
         checkpoint = Checkpoint(resolve(source), "cpu")
         try:
             with torch.no_grad():
-                shape = slimmer(checkpoint, range(4, 124)).shape
-            assert shape is not None
-            found.append(shape.way)
+                found.append(way_to_slim(checkpoint, range(4, 124)))
         except UserError:
             found.append(None)
     assert found[0] == found[1]
@@ -208,7 +206,7 @@ def test_a_run_that_goes_on_gives_the_same_bytes(
     def never(*_: Any) -> None:
         raise AssertionError("chosen anew")
 
-    monkeypatch.setattr(pipeline, "choose_hidden", never)
+    monkeypatch.setattr(prepare, "choose_hidden", never)
     report = llmprune.prune(model, out=tmp_path / "out", recipe=settings)
     assert report.resumed == 2
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")

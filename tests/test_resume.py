@@ -27,6 +27,7 @@ from llmprune.errors import Failure, Interrupted, UserError
 from llmprune.model import writer
 from llmprune.model.writer import JOURNAL, PAGE, REPORT
 from llmprune.progress import Silent
+from tests.conftest import hears_interrupts
 from tests.families import make
 
 BLOCKS = 6
@@ -460,7 +461,8 @@ def test_ctrl_c_on_the_command_line(model: Path, text: str, whole: dict[str, str
     out = tmp_path / "out"
     settings = [f"--{key}={value}" for key, value in SETTINGS.items()]
     command = [sys.executable, "-m", "llmprune", "prune", str(model), "-o", str(out), "--calibration", text, *settings]
-    with subprocess.Popen([*command, "--log-json"], stderr=subprocess.PIPE, text=True) as process:
+    command += ["--log-json"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=hears_interrupts) as process:
         assert process.stderr is not None
         events = []
         for line in process.stderr:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import llmprune
-from llmprune import budget, pipeline
+from llmprune import budget, pipeline, prepare
 from llmprune.errors import Failure, UserError
 from llmprune.model import blocks, cpu
 from llmprune.model.backward import Numbers, Run
@@ -203,7 +203,7 @@ def test_it_goes_on_without_choosing_anew(
     chosen = {"width": BOTH, **SETTINGS}
     llmprune.prune(model, out=tmp_path / "whole", **chosen)
     interrupted(model, tmp_path / "out", stopped, monkeypatch, of=3, **chosen)
-    monkeypatch.setattr(pipeline, "foresee", lambda *_: pytest.fail("units are chosen anew"))
+    monkeypatch.setattr(prepare, "foresee", lambda *_: pytest.fail("units are chosen anew"))
     report = llmprune.prune(model, out=tmp_path / "out", **chosen)
     assert report.resumed == stopped
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
@@ -409,7 +409,7 @@ def test_a_ranking_is_gone_on_with(stopped: int, tmp_path: Path, monkeypatch: py
     chosen: dict[str, Any] = {"width": {"flops": "85%", **RANKED}, **SETTINGS}
     llmprune.prune(source, out=tmp_path / "whole", **chosen)
     interrupted(source, tmp_path / "out", stopped, monkeypatch, **chosen)
-    monkeypatch.setattr(pipeline, "foresee", lambda *_: pytest.fail("it was ranked before"))
+    monkeypatch.setattr(prepare, "foresee", lambda *_: pytest.fail("it was ranked before"))
     report = llmprune.prune(source, out=tmp_path / "out", **chosen)
     assert report.resumed == stopped
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")

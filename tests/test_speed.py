@@ -31,6 +31,7 @@ from llmprune.model.quiet import quiet
 from llmprune.report import card, page, results
 from llmprune.report import speed as told
 from llmprune.report.speed import Ratio, Speed, Spread, Timed
+from tests.conftest import hears_interrupts
 from tests.families import make
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -347,8 +348,9 @@ def children(pid: int) -> list[int]:
 def test_an_interrupt_ends_all(dense: Path, tmp_path: Path) -> None:
     command = ["-m", "llmprune", "speed", str(dense), "--rounds", "100000", "--threads", "1"]
     command += ["--prompt-tokens", "20", "--new-tokens", "6", "--device", "cpu", "-o", str(tmp_path / "new")]
+    own_session: dict[str, Any] = {"start_new_session": True, "preexec_fn": hears_interrupts}
     with subprocess.Popen(
-        [sys.executable, *command], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
+        [sys.executable, *command], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **own_session
     ) as process:
         assert process.stderr is not None
         line = next(line for line in process.stderr if line.startswith("rounds 2/"))

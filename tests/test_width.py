@@ -23,7 +23,7 @@ from llmprune.patterns import Columns
 from llmprune.recipe import Recipe
 from llmprune.report.record import Report
 from llmprune.stats import LinearStats
-from llmprune.structured import width
+from llmprune.structured import counts, width
 from llmprune.structured.width.osscar import Solver as Osscar
 from llmprune.structured.width.osscar import _Left
 from tests.families import FAMILIES, VOCABULARY, make
@@ -273,7 +273,7 @@ def test_columns() -> None:
     [("20%", 1536, 1216), (0.2, 11008, 8800), ("25%", 64, 48), (100, 1536, 1436), ("99%", 64, 2), ("0.1%", 1000, 992)],
 )
 def test_how_many_stay(asked: Any, count: int, left: int) -> None:
-    assert width._left("channels", asked, count, width.MULTIPLE) == left
+    assert counts.left("channels", asked, count, counts.step_of(count, 1)) == left
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe", "gpt2"])
@@ -329,7 +329,7 @@ def test_a_budget_counts_heads_that_go_besides(model: Path) -> None:
 
 @pytest.mark.parametrize(("asked", "count", "left"), [("20%", 3, 2), ("50%", 4, 2), (1, 2, 1), ("90%", 8, 1)])
 def test_how_many_heads_stay(asked: Any, count: int, left: int) -> None:
-    assert width._left("heads", asked, count, 1) == left
+    assert counts.left("heads", asked, count) == left
 
 
 # -- whole runs -------------------------------------------------------------------------------------------------------

@@ -40,11 +40,11 @@ def add_recipe(parser: argparse.ArgumentParser, several: bool = False, sought: b
     budget = "instead: as many channels as it takes for this share of all weights to stay (80%%)"
     add("--params", metavar="SHARE", help=budget)
     add("--flops", metavar="SHARE", help="likewise, of the products that a token takes")
-    groups = "heads of each attention that go, with their queries: how many of those with keys of their own, or a share"
     ranking = (
         "global: heads go within the budget as well as channels, as many of each as lose the least over all blocks"
     )
     add("--ranking", metavar="NAME", help=f"{ranking} (with --narrow-by taylor)")
+    groups = "heads of each attention that go, with their queries: how many of those with keys of their own, or a share"
     add("--drop-heads", metavar="N", help=groups)
     hidden = "hidden channels that the whole model does without: how many, or a share"
     add("--drop-hidden", metavar="N", help=hidden)

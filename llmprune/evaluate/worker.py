@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteri
 
 import llmprune
 from llmprune import memory
-from llmprune.errors import Failure, LLMPruneError, UserError
+from llmprune.errors import Failure, LLMPruneError, UserError, first_line
 from llmprune.model.quiet import quiet
 from llmprune.model.skeleton import pick_device
 
@@ -261,8 +261,7 @@ def load(asked: Load) -> Any:
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot be loaded: {reason}") from None
+        raise UserError(f"cannot be loaded: {first_line(error)}") from None
     # What comes with the model may ask for an end at some token, for beams or for draws.
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
     return model.eval()

@@ -76,7 +76,6 @@ class Shape:
         narrower: whether tensors of its blocks are smaller than those of the files. They cannot be read from these: its
             blocks are given (`place_block`), or read from where they were written.
         wide: the width of the hidden states in the model that it comes from, where that is larger.
-        way: how norms use that width, one of those that `slimmer` knows.
     """
 
     config: Any
@@ -86,7 +85,6 @@ class Shape:
     gone: tuple[Footprint, ...] = ()
     narrower: bool = False
     wide: int | None = None
-    way: int | None = None
 
 
 @dataclass
@@ -159,6 +157,19 @@ class Checkpoint:
         self._map_keys()
         if shape is not None and shape.narrower:
             self._adopt_shapes()
+
+    def reshaped(self, config: Any, config_json: str, device: str = "", dtype: str = "", **shape: Any) -> Checkpoint:
+        """The same files as a model of another shape, on the same device and in the same dtype unless said otherwise.
+
+        Args:
+            config, config_json: see `Shape`.
+            **shape: what else is other than it is here, by the names in `Shape`.
+        """
+        own = self.shape or Shape(config, config_json, self.index, tuple(self.blocks))
+        made = replace(own, config=config, config_json=config_json, **{"index": self.index, **shape})
+        return Checkpoint(
+            self.source, device or str(self.device), dtype or str(self.dtype).removeprefix("torch."), made
+        )
 
     @cached_property
     def tokenizer(self) -> Any:

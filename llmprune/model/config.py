@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from llmprune.errors import UserError
+from llmprune.errors import UserError, first_line
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.quiet import quiet
 
@@ -43,9 +43,7 @@ def altered(checkpoint: Checkpoint, changes: Mapping[str, Any], what: str) -> tu
         config._name_or_path = str(checkpoint.source.folder)  # where code that comes with the model is looked for
         return config, json.dumps(said, indent=2)
     except Exception as error:  # what is wrong in a config surfaces in many kinds, depending on the family
-        told = str(error).splitlines() or [type(error).__name__]
-        reason = " ".join(map(str.strip, told[: 2 if told[0].endswith(":") else 1]))
-        raise UserError(f"{kind} cannot have {what}: {reason}") from None
+        raise UserError(f"{kind} cannot have {what}: {first_line(error)}") from None
 
 
 def _decoded(said: Any) -> Any:

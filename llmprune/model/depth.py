@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llmprune.errors import Failure, UserError
 from llmprune.model import blocks
 from llmprune.model.activations import Call
-from llmprune.model.checkpoint import Checkpoint, Shape
+from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.config import altered
 from llmprune.model.index import TensorInfo
 
@@ -45,9 +45,9 @@ def shortened(whole: Checkpoint, kept: Sequence[int]) -> Checkpoint:
     places = {number: place for place, number in enumerate(kept)}
     config, text = _config(whole, kept)
     gone = [whole.footprint(keys) for number, keys in enumerate(whole.block_keys) if number not in places]
-    shape = Shape(config, text, _index(whole, places), tuple(whole.blocks[number] for number in kept), tuple(gone))
+    before = tuple(whole.blocks[number] for number in kept)
     try:
-        made = Checkpoint(whole.source, str(whole.device), str(whole.dtype).removeprefix("torch."), shape)
+        made = whole.reshaped(config, text, index=_index(whole, places), before=before, gone=tuple(gone))
     except Failure as error:  # a block that is of another kind by its place asks for other tensors
         told = str(error).partition(";")[0]  # what follows blames the files, which were whole before
         raise UserError(f"{_kind(whole)} cannot do without these blocks: {told}") from None

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmprune.errors import LLMPruneError, UserError
+from llmprune.errors import LLMPruneError, UserError, first_line
 from llmprune.model import blocks
-from llmprune.model.checkpoint import Checkpoint, Footprint, LoadedBlock, Shape
+from llmprune.model.checkpoint import Checkpoint, LoadedBlock
 from llmprune.model.config import altered
 from llmprune.model.index import Part, TensorInfo
 from llmprune.model.linears import find_linears
@@ -40,42 +40,49 @@ _ENOUGH = 0.75
 """The part of the tokens that must come out right where there are experts: two may be alike but for rounding."""
 
 
-def slimmer(whole: Checkpoint, kept: Sequence[int], way: int | None = None) -> Checkpoint:
+def slimmer(whole: Checkpoint, kept: Sequence[int], way: int) -> Checkpoint:
     """The model without some of its hidden channels.
 
     Args:
         whole: the model; nothing of it is loaded before or after.
         kept: the numbers of the channels that stay, in order.
-        way: how norms use the width, as `Shape.way` of a model that was tried before with as many of them; by default
-            that is found out by a trial.
+        way: how norms use the width; see `way_to_slim`.
+
+    Raises:
+        UserError: its config cannot say that.
+    """
+    form, index = next(itertools.islice(_ways(whole, torch.tensor(kept)), way, None))
+    return _made(whole, form, index)
+
+
+def way_to_slim(whole: Checkpoint, kept: Sequence[int]) -> int:
+    """The number of the way in which a model uses its width, by a trial on the host, in float32 and with few words.
+
+    Args:
+        kept: channels that stay; as many others may stay in the same way.
 
     Raises:
         UserError: its config cannot say that, or what is left would be another model than without what went.
     """
-    places, what = torch.tensor(kept), f"{len(kept):,} of {whole.hidden_size:,} hidden channels"
-    chosen = _tried(whole, places, what) if way is None else way
-    form, index = next(itertools.islice(_ways(whole, places, what), chosen, None))
-    shape = _shape(form, whole, index)
-    return Checkpoint(whole.source, str(whole.device), _named(whole.dtype), replace(shape, way=chosen))
-
-
-def _tried(whole: Checkpoint, kept: Tensor, what: str) -> int:
-    """The way in which a model uses the width, by a trial on the host, in float32 and with few words.
-
-    Raises:
-        UserError: none that is known.
-    """
-    small, trial, why = _with_few_words(whole, what), None, ""
-    for number, (form, index) in enumerate(_ways(small, kept, what)):
-        made = Checkpoint(small.source, "cpu", "float32", _shape(form, small, _unrounded(index)))
-        trial = trial or _Trial(small, form, kept)
-        if not (found := trial.otherwise(made)):
+    places = torch.tensor(kept)
+    small, trial, why = _with_few_words(whole), None, ""
+    for number, (form, index) in enumerate(_ways(small, places)):
+        trial = trial or _Trial(small, form, places)
+        if not (found := trial.otherwise(_made(small, form, _unrounded(index)))):
             return number
         why = why or found
-    raise UserError(f"{type(whole.model).__name__} cannot have {what}: what is left would not be what it was ({why})")
+    raise UserError(f"{_cannot(whole, len(kept))}: what is left would not be what it was ({why})")
 
 
-def _unrounded(index: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+def _cannot(whole: Checkpoint, count: int) -> str:
+    return f"{type(whole.model).__name__} cannot have {_words(whole, count)}"
+
+
+def _words(whole: Checkpoint, count: int) -> str:
+    return f"{count:,} of {whole.hidden_size:,} hidden channels"
+
+
+def _unrounded(index: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """The same tensors, of which those that are scaled are not rounded to the dtype that they will be stored in."""
     return {
         key: replace(info, part=replace(info.part, dtype=torch.float32))
@@ -85,41 +92,36 @@ def _unrounded(index: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
     }
 
 
-def _shape(form: Checkpoint, whole: Checkpoint, index: dict[str, TensorInfo]) -> Shape:
-    shape, gone = form.shape, _footprints(whole)
-    assert shape is not None
-    return Shape(shape.config, shape.config_json, index, shape.before, gone, wide=whole.hidden_size)
+def _made(whole: Checkpoint, form: Checkpoint, index: Mapping[str, TensorInfo]) -> Checkpoint:
+    """The slimmer model; the dense model's states go beside through all blocks of the whole one."""
+    assert form.shape is not None
+    gone = (*map(whole.footprint, whole.block_keys), *(() if whole.shape is None else whole.shape.gone))
+    said = form.shape.config, form.shape.config_json
+    return whole.reshaped(*said, index=index, gone=gone, wide=whole.hidden_size)
 
 
-def _with_few_words(whole: Checkpoint, what: str) -> Checkpoint:
-    """The model in float32 with the first rows of its embeddings alone."""
+def _with_few_words(whole: Checkpoint) -> Checkpoint:
+    """The model in float32 on the host, with the first rows of its embeddings alone."""
     words = min(_WORDS, whole.model.get_input_embeddings().weight.shape[0])
-    config, text = altered(whole, {"vocab_size": words, "pad_token_id": None}, what)
-    form, index = _form(whole, config, text, what), dict(whole.index)
+    config, text = altered(whole, {"vocab_size": words, "pad_token_id": None}, f"{words} words")
+    form, index = _form(whole, config, text), dict(whole.index)
     for key, info in whole.index.items():
         shape = form.index[key].shape if key in form.index else info.shape
-        dims = [dim for dim, size in enumerate(shape) if size != info.shape[dim]]
-        if dims:
+        if dims := _smaller_dims(info, shape):
             index[key] = replace(info, shape=shape, part=_part(info, {dim: torch.arange(shape[dim]) for dim in dims}))
-    assert form.shape is not None
-    return Checkpoint(whole.source, "cpu", "float32", replace(form.shape, index=index, narrower=False))
+    return whole.reshaped(config, text, "cpu", "float32", index=index)
 
 
-def _ways(whole: Checkpoint, kept: Tensor, what: str) -> Iterator[tuple[Checkpoint, dict[str, TensorInfo]]]:
+def _smaller_dims(info: TensorInfo, shape: tuple[int, ...]) -> list[int]:
+    return [dim for dim, size in enumerate(shape) if size != info.shape[dim]]
+
+
+def _ways(whole: Checkpoint, kept: Tensor) -> Iterator[tuple[Checkpoint, dict[str, TensorInfo]]]:
     """The slimmer model without any weights, and its tensors, in each of the ways in which it may use the width."""
     for change in _changes(whole, len(kept)):
-        form = _form(whole, *altered(whole, change, what), what)
-        for index in _indices(whole, _shapes(whole, form, what), kept):
+        form = _form(whole, *altered(whole, change, _words(whole, len(kept))))
+        for index in _indices(whole, _shapes(whole, form), kept):
             yield form, index
-
-
-def _footprints(whole: Checkpoint) -> tuple[Footprint, ...]:
-    """What blocks take through which the dense model's states go beside."""
-    return (*map(whole.footprint, whole.block_keys), *(() if whole.shape is None else whole.shape.gone))
-
-
-def _named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _changes(whole: Checkpoint, count: int) -> Iterator[dict[str, Any]]:
@@ -135,34 +137,27 @@ def _changes(whole: Checkpoint, count: int) -> Iterator[dict[str, Any]]:
         yield changes
 
 
-def _form(whole: Checkpoint, config: Any, text: str, what: str) -> Checkpoint:
-    """The slimmer model without any weights."""
-    kind = type(whole.model).__name__
-    before = tuple(whole.blocks) if whole.shape is None else whole.shape.before
+def _form(whole: Checkpoint, config: Any, text: str) -> Checkpoint:
+    """A model of other widths without any weights."""
     try:
-        form = Checkpoint(
-            whole.source, "cpu", _named(whole.dtype), Shape(config, text, whole.index, before, narrower=True)
-        )
+        return whole.reshaped(config, text, "cpu", narrower=True)
     except Exception as error:  # the skeleton of a family may fail in any way
-        reason = (str(error).splitlines() or [type(error).__name__])[0].partition(";")[0]
-        raise UserError(f"{kind} cannot have {what}: {reason}") from None
-    return form
+        count = config.get_text_config().hidden_size
+        raise UserError(f"{_cannot(whole, count)}: {first_line(error).partition(';')[0]}") from None
 
 
-def _shapes(whole: Checkpoint, form: Checkpoint, what: str) -> dict[str, tuple[int, ...]]:
+def _shapes(whole: Checkpoint, form: Checkpoint) -> dict[str, tuple[int, ...]]:
     """The shapes of the slimmer model's tensors by their keys, where they are other than they were.
 
     Raises:
         UserError: there are others, or something else would change.
     """
-    kind, width = type(whole.model).__name__, whole.hidden_size
+    width, cannot = whole.hidden_size, _cannot(whole, form.hidden_size)
     if other := whole.index.keys() ^ form.index.keys():
-        raise UserError(f"{kind} cannot have {what}: {min(other)} would not be there in one of the two models")
+        raise UserError(f"{cannot}: {min(other)} would not be there in one of the two models")
     for key in whole.unclaimed_keys:
         if width in whole.index[key].shape:
-            raise UserError(
-                f"{kind} cannot have {what}: no module asks for {key}, and nobody knows whether it has hidden channels"
-            )
+            raise UserError(f"{cannot}: no module asks for {key}, and nobody knows whether it has hidden channels")
     found = {}
     for key, info in whole.index.items():
         shape = form.index[key].shape
@@ -170,7 +165,7 @@ def _shapes(whole: Checkpoint, form: Checkpoint, what: str) -> dict[str, tuple[i
             continue
         pairs = list(zip(info.shape, shape, strict=True)) if len(shape) == len(info.shape) else []
         if not pairs or any(pair not in {(width, form.hidden_size), pair[:1] * 2} for pair in pairs):
-            raise UserError(f"{kind} cannot have {what}: {key} would change from {info.shape} to {shape}")
+            raise UserError(f"{cannot}: {key} would change from {info.shape} to {shape}")
         found[key] = shape
     return found
 
@@ -189,13 +184,14 @@ def _indices(whole: Checkpoint, shapes: dict[str, tuple[int, ...]], kept: Tensor
         index = dict(whole.index)
         for key, shape in shapes.items():
             info, name = whole.index[key], whole.targets(key)[0]
-            dims = [dim for dim, size in enumerate(shape) if size != info.shape[dim]]
             scale = 1.0, 0.0
             if whole.model.get_submodule(name.rpartition(".")[0]) is embedded:
                 scale = large, 0.0
             elif _of_norm(whole, key) and not (tied and large > 1 and key in outer):
                 scale = factor, shift
-            index[key] = replace(info, shape=shape, part=_part(info, dict.fromkeys(dims, kept), *scale))
+            index[key] = replace(
+                info, shape=shape, part=_part(info, dict.fromkeys(_smaller_dims(info, shape), kept), *scale)
+            )
         yield index
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmprune.errors import Failure, UserError
+from llmprune.errors import Failure, UserError, first_line
 from llmprune.model.files import has_safetensors
 
 SINGLE = "pytorch_model.bin"
@@ -65,7 +65,7 @@ def read_pickle(path: Path, aliases: bool = False) -> dict[str, Tensor]:
         tensors = dict(_separate({str(k): v for k, v in state.items() if isinstance(v, Tensor)}, aliases))
     except Exception as error:  # a file that is no pickle, or a harmed one, surfaces in many kinds
         reason = _CULPRIT.search(str(error).replace("\n", " "))
-        told = reason[0].strip() if reason else (str(error).splitlines() or [type(error).__name__])[0]
+        told = reason[0].strip() if reason else first_line(error)
         raise Failure(f"{path} cannot be read as plain weights (code in it is never run): {told}") from None
     if not tensors:
         raise Failure(f"{path} cannot be read as plain weights: it holds no tensors by name")

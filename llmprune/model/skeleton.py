@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from llmprune.errors import UserError
+from llmprune.errors import UserError, first_line
 from llmprune.model.quiet import quiet
 
 if TYPE_CHECKING:
@@ -32,8 +32,7 @@ def load_config(source: Source) -> Any:
                 f"{source.name} brings code of its own (auto_map in config.json), which is not run unless asked: "
                 "read it, then give --trust-remote-code"
             ) from None
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{source.name}: config.json cannot be used: {reason}") from None
+        raise UserError(f"{source.name}: config.json cannot be used: {first_line(error)}") from None
 
 
 def load_tokenizer(source: Source) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 from llmprune.errors import Failure, LLMPruneError, UserError
 from llmprune.model import blocks
 from llmprune.model.activations import Call
-from llmprune.model.checkpoint import Checkpoint, LoadedBlock, Shape
+from llmprune.model.checkpoint import Checkpoint, LoadedBlock
 from llmprune.model.config import altered
 from llmprune.model.cuts import Cuts, expert_cuts, ways_to_cut
 from llmprune.model.linears import find_linears
@@ -141,10 +141,8 @@ def _made(whole: Checkpoint, found: Sequence[Number]) -> Checkpoint:
     """The model of which these numbers are smaller; its blocks are in no file."""
     changes = {key: value for number in found for key, value in number.changes.items()}
     config, text = altered(whole, changes, ", ".join(number.words for number in found))
-    before, gone = (tuple(whole.blocks), ()) if whole.shape is None else (whole.shape.before, whole.shape.gone)
-    shape = Shape(config, text, whole.index, before, gone, narrower=True)
     try:
-        return Checkpoint(whole.source, str(whole.device), str(whole.dtype).removeprefix("torch."), shape)
+        return whole.reshaped(config, text, narrower=True)
     except Failure as error:
         kind = type(whole.model).__name__
         raise UserError(f"{kind} cannot be made narrower: {str(error).partition(';')[0]}") from None

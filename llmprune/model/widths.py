@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from llmprune.errors import UserError
+from llmprune.errors import UserError, first_line
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.config import altered
 from llmprune.model.linears import find_linears
@@ -175,8 +175,7 @@ def _changed(whole: Checkpoint, config: Any, number: Number) -> list[Changed]:
         with quiet():
             model = make_skeleton(config, whole.dtype, whole.source.trusted)
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{kind} cannot have {number.words}: {reason}") from None
+        raise UserError(f"{kind} cannot have {number.words}: {first_line(error)}") from None
     before, after = whole.model.state_dict(), model.state_dict()
     if before.keys() != after.keys():
         raise UserError(f"{kind} cannot have {number.words}: it would have other weights")

@@ -2,13 +2,10 @@
 
 A shard is written in a folder of drafts, flushed to disk and moved from there; then a line is added to the journal
 (`llmprune.journal.jsonl`, one JSON object a line). The first line is the header: `format` (1), `fingerprint`, all that
-the result depends on, `side_files`, which go with the weights, `dense`, the perplexity before, `allocation`, the target
-of each linear where it was found out, `kept`, the numbers of the blocks that are left where some were taken out,
-`hidden`, those of the hidden channels that are left, `widths`, how many channels and heads go where that was ranked,
-and `gone`, the units that go of linears' inputs where those were chosen before the first block. Every further line is a
-committed shard: `shard`, `bytes`, `sha256`, `block` (its number, null for what surrounds the blocks), and with the last
-shard of a block `record`, what became of the block and its linears. `close` writes the report, which makes the run a
-finished one, and takes the journal away.
+the result depends on, `side_files`, which go with the weights, and what was found out of the dense model before the
+first block (`FOUND`). Every further line is a committed shard: `shard`, `bytes`, `sha256`, `block` (its number, null
+for what surrounds the blocks), and with the last shard of a block `record`, what became of the block and its linears.
+`close` writes the report, which makes the run a finished one, and takes the journal away.
 
 Whenever the process ends, what OUT holds is a whole number of shards and the lines that vouch for them, perhaps with a
 torn last line, or with a shard whose line is missing: `recover` finds out how much of it can be used, once `find`
@@ -60,6 +57,13 @@ INDEX = "model.safetensors.index.json"
 LOCK = ".llmprune.lock"
 JOURNAL_FORMAT = 1
 
+FOUND = ("dense", "kept", "hidden", "ranking", "allocation", "gone")
+"""What a journal's header may tell of the dense model.
+
+Its perplexity; the numbers of the blocks and of the hidden channels that are left; how many channels and heads go where
+that was ranked (`width`) and which (`gone`); the target of each linear; and the units that go of linears' inputs.
+"""
+
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -106,8 +110,7 @@ class Writer:
         side_files: what is copied from the source.
         hashes: file name to sha256, of the shards committed so far.
         records: of each finished block, as given to `commit_block`.
-        dense, allocation, kept, hidden, widths, gone: what was found out before the first block, for the header: see
-            above.
+        found: what was found out before the first block, for the header, by its name there.
         onward: what to tell somebody whose run stops.
     """
 
@@ -119,12 +122,7 @@ class Writer:
         self.side_files = side_files(checkpoint.source.folder)
         self.hashes: dict[str, str] = {}
         self.records: list[dict[str, Any]] = []
-        self.dense: dict[str, Any] | None = None
-        self.allocation: dict[str, str] | None = None
-        self.kept: tuple[int, ...] | None = None
-        self.hidden: tuple[int, ...] | None = None
-        self.widths: dict[str, Any] | None = None
-        self.gone: dict[str, dict[str, Any]] | None = None
+        self.found: dict[str, Any] = {}
         self._lines: list[dict[str, Any]] = []
         self._background = ThreadPoolExecutor(1, "llmprune-writer")
         self._pending: tuple[Future[None], Callable[[], None]] | None = None
@@ -153,10 +151,7 @@ class Writer:
                 f"{self.out} holds an unfinished run with {other}: give the same to go on with it, "
                 "choose another folder, or begin anew with --restart"
             )
-        self.dense, self.allocation = header.get("dense"), header.get("allocation")
-        self.kept = tuple(header["kept"]) if header.get("kept") else None
-        self.hidden = tuple(header["hidden"]) if header.get("hidden") else None
-        self.widths, self.gone = header.get("widths"), header.get("gone")
+        self.found = {name: header[name] for name in FOUND if header.get(name) is not None}
         self._lines = lines
         return True
 
@@ -190,8 +185,7 @@ class Writer:
         with self._failing("the journal"):
             clear(self.out)
             header = {"format": JOURNAL_FORMAT, "fingerprint": dict(fingerprint), "side_files": self.side_files}
-            found = {name: getattr(self, name) for name in ("dense", "allocation", "kept", "hidden", "widths", "gone")}
-            self._append({**header, **found})
+            self._append({**header, **self.found})
 
     def commit_block(
         self,
@@ -327,8 +321,7 @@ class Elsewhere(Writer):
     """Stands for the writer on every rank but the first, which alone writes."""
 
     def __init__(self, out: Path) -> None:
-        self.out, self.records = out, []
-        self.dense = self.allocation = self.kept = self.hidden = self.widths = self.gone = None
+        self.out, self.records, self.found = out, [], {}
 
     def lay_out(self, checkpoint: Checkpoint) -> None:
         """Do nothing."""

@@ -2,44 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from llmprune import data, distributed, memory
-from llmprune.errors import UserError
 from llmprune.model import blocks
 from llmprune.model.activations import Activations
 from llmprune.model.checkpoint import Checkpoint
-from llmprune.model.cuts import width_step
 from llmprune.plan import Plan
 from llmprune.progress import Progress
-from llmprune.recipe import share_of
-
-
-def channels_left(checkpoint: Checkpoint, asked: str | int | float) -> int:
-    """How many hidden channels stay.
-
-    A share comes to what both kernels and the number of heads go into, where the dense width is such a number too.
-
-    Raises:
-        UserError: what is asked for makes no sense.
-    """
-    width = checkpoint.hidden_size
-    if isinstance(asked, int) and not isinstance(asked, bool):
-        left = width - asked
-    else:
-        share = share_of(asked)
-        if share is None:
-            raise UserError(f"width.hidden must be how many go (64), or a share of them (12.5%), not {asked!r}")
-        heads = getattr(checkpoint.config.get_text_config(), "num_attention_heads", None)
-        step = math.gcd(width, math.lcm(heads if isinstance(heads, int) else 1, width_step(checkpoint)))
-        left = min(max(step, round(width * (1 - share) / step) * step), width - step)
-    if not 0 < left < width:
-        raise UserError(f"width.hidden: of {width:,} at least one must go, and at least one must stay; {asked} go")
-    return left
 
 
 def choose_hidden(
