@@ -303,6 +303,7 @@ def _check(folder: Path, request: Mapping[str, Any], restart: bool) -> None:
         return
     parts = ("files", "prune") if request["recover"] is None or not recovered else ("files", "prune", "recover")
     if other := difference({part: before[part] for part in parts}, {part: request[part] for part in parts}):
+        other = other.replace("recover.training.", "recover.")
         alone = other.startswith("another recover")
         rest = f"take {folder / RECOVERED} away to train anew, or begin all" if alone else "or begin"
         raise UserError(
@@ -322,7 +323,7 @@ def _check_ahead(folder: Path, dense: Checkpoint, course: Course, model: str | P
     if course.recover is not None:
         if course.recover.training.hidden_weight and course.prune.width.hidden is not None:
             raise UserError(
-                "recover.training.hidden_weight compares the hidden states with the dense model's, which are wider than"
+                "recover.hidden_weight compares the hidden states with the dense model's, which are wider than"
                 " those of a model without some hidden channels (prune.width.hidden): leave one of them out"
             )
         check_request(model, course.recover.data, course.recover.teacher(model), course.training)

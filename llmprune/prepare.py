@@ -116,11 +116,11 @@ def settle(
     gone = None
     if plan.ranked:
         ranking = found.out(
-            "ranking", "choose", checkpoint, lambda: _rank(checkpoint, plan, recipe, tokens, shown, out)
+            "ranking", "choose", checkpoint, lambda: _rank(whole, checkpoint, plan, recipe, tokens, shown, out)
         )
         gone = ranking["gone"]
         with found.clock("plan"), shown.waiting("planning"):
-            plan = _anew(checkpoint, replace(recipe, width=Width(**ranking["width"])), plan)
+            plan = _anew(whole, checkpoint, replace(recipe, width=Width(**ranking["width"])), plan)
     found.writer.lay_out(plan.written(checkpoint))
     if found.resumed:
         found.writer.recover(shown)
@@ -144,7 +144,13 @@ def _choose_hidden(
 
 
 def _rank(
-    checkpoint: Checkpoint, plan: Plan, recipe: Recipe, tokens: data.Tokens | None, shown: Progress, out: Path
+    whole: Checkpoint,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    recipe: Recipe,
+    tokens: data.Tokens | None,
+    shown: Progress,
+    out: Path,
 ) -> dict[str, Any]:
     """How many channels and heads go, as keys of `Width`, and which; see `foresee`."""
     width = Width()
@@ -152,7 +158,7 @@ def _rank(
     def narrower(saliencies: Mapping[str, Tensor]) -> Narrow:
         nonlocal width
         assert plan.narrow is not None
-        width = ranked(checkpoint, recipe.width, plan.narrow, saliencies)
+        width = ranked(checkpoint, recipe, whole, plan.narrow, saliencies)
         made = narrow_by(checkpoint, replace(recipe, width=width))
         assert made is not None
         return made
@@ -173,7 +179,7 @@ def first_plan(source: Source, recipe: Recipe) -> tuple[Checkpoint, Checkpoint, 
         left = None if recipe.width.hidden is None else channels_left(checkpoint, recipe.width.hidden)
     had = room(checkpoint, parse_size(recipe.max_memory) if recipe.max_memory is not None else None)
     if shortening is None and left is None:
-        return checkpoint, checkpoint, _planned(checkpoint, recipe, had)
+        return checkpoint, checkpoint, _planned(checkpoint, checkpoint, recipe, had)
     first, small = _for_choosing(checkpoint, recipe, had, shortening, left is not None)
     if left is not None:
         laid_out = first.schedule.batch, first.schedule.place
@@ -211,24 +217,30 @@ def _for_choosing(
         calibration=plain,
     )
     try:
-        return _planned(checkpoint, choosing, had, shortening, passes), None
+        return _planned(checkpoint, checkpoint, choosing, had, shortening, passes), None
     except UserError as error:
         if error.least is None or distributed.size() > 1:
             raise
-        made = _planned(checkpoint, choosing, replace(had, host=sys.maxsize), shortening, passes)
+        made = _planned(checkpoint, checkpoint, choosing, replace(had, host=sys.maxsize), shortening, passes)
         return replace(made, room=had), error
 
 
 def _planned(
-    checkpoint: Checkpoint, recipe: Recipe, had: Room, shortening: Shortening | None = None, passes: bool = False
+    whole: Checkpoint,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    had: Room,
+    shortening: Shortening | None = None,
+    passes: bool = False,
 ) -> Plan:
     """The plan, the same on every rank.
 
     Args:
+        whole: the dense model.
         passes: whether the calibration text goes through the dense model before.
     """
     with distributed.first():
-        made = make_plan(checkpoint, recipe, had, shortening, narrow_by(checkpoint, recipe), passes)
+        made = make_plan(checkpoint, recipe, had, shortening, narrow_by(checkpoint, recipe, whole), passes)
     # each rank may find others
     schedule, channels, abreast = distributed.share((made.schedule, made.channels, made.abreast))
     return replace(made, schedule=schedule, channels=channels, abreast=abreast)
@@ -248,12 +260,12 @@ def _smaller(
         if hidden is not None:
             assert plan.slimming is not None
             checkpoint = slimmer(checkpoint, hidden, plan.slimming.way)
-    return checkpoint, _anew(checkpoint, recipe, plan)
+    return checkpoint, _anew(whole, checkpoint, recipe, plan)
 
 
-def _anew(checkpoint: Checkpoint, recipe: Recipe, plan: Plan) -> Plan:
+def _anew(whole: Checkpoint, checkpoint: Checkpoint, recipe: Recipe, plan: Plan) -> Plan:
     """The plan for what a model has become, of which that is no part by which it was found out."""
-    made = _planned(checkpoint, recipe, replace(plan.room, base=plan.schedule.base))
+    made = _planned(whole, checkpoint, recipe, replace(plan.room, base=plan.schedule.base))
     phases = dict(made.schedule.memory)
     for phase in {CHOOSE, "evaluate"} & plan.schedule.memory.keys():  # the dense model is evaluated too
         phases[phase] = phases.get(phase, Peak()) | plan.schedule.memory[phase]

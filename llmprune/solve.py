@@ -19,13 +19,10 @@ from llmprune.model.width import Narrow
 from llmprune.parts import not_finite, some_rows, zeros
 from llmprune.patterns import Pattern
 from llmprune.plan import Choice
-from llmprune.report.record import LinearRecord, mask_sha256
+from llmprune.report.record import FEW_TOKENS, LinearRecord, mask_sha256
 from llmprune.solvers import Solver
 from llmprune.stats import LinearStats, Needs, ratio
 from llmprune.structured.knowing import Knowing
-
-FEW_TOKENS = 64
-"""A linear that fewer calibration tokens reached is noted; where a Gram is needed, one with fewer than its inputs."""
 
 Losses = tuple[float, float]
 

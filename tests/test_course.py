@@ -23,6 +23,7 @@ from llmprune.report.record import Score
 from llmprune.report.results import read_results
 from tests.families import make
 from tests.test_distributed import Ranks
+from tests.test_report_page import Parsed
 from tests.test_resume import digests
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -89,6 +90,10 @@ def test_the_report_shows_dense_pruned_and_recovered(whole: Path) -> None:
     assert any(f"Before the recovery it was {pruned['perplexity']['value']:.2f}." in told for told in sentences)
     assert "divergence from the dense model" not in missing
     drawn = page.draw(whole / "recovered").path.read_text()
+    record = results.report.recovery
+    losses = Parsed(drawn).data["losses-data"]["data"][0]
+    assert [*zip(losses["x"], losses["y"], strict=True)] == [(told["step"], told["loss"]) for told in record["losses"]]
+    assert "before it was trained" in drawn
     head = drawn[drawn.index('<table class="verdict-table">') :].partition("</thead>")[0]
     assert [part.partition("<")[0] for part in head.split('<th scope="col">')[2:]] == [
         "dense", "pruned", "recovered", "difference",
@@ -216,7 +221,7 @@ def test_a_mistake_in_the_recovery_can_be_mended(
     done = course.run(model, out=out, recipe={**recipe, "recover": {**recipe["recover"], "batch": 1}})
     assert done.recovered is not None
     assert json.loads((done.recovered / "llmprune.json").read_text())["recovery"]["batch"] == 1
-    with pytest.raises(UserError, match=r"another recover\.training\.batch.*recovered away to train anew"):
+    with pytest.raises(UserError, match=r"another recover\.batch.*recovered away to train anew"):
         course.run(model, out=out, recipe=recipe)
     monkeypatch.setattr(pipeline, "prune", known)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tests.families import VOCABULARY, make
 from tests.test_depth import apart, interrupted, logits, states
 from tests.test_depth import load as load_plain
 from tests.test_distributed import Ranks
+from tests.test_report_page import Parsed
 from tests.test_resume import digests
 from tests.test_width import _stored, _tokens
 
@@ -128,6 +130,28 @@ def test_without_an_expert_that_no_token_uses_nothing_changes(tmp_path: Path) ->
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("family", "count"), [("mixtral", "num_local_experts"), ("qwen3_moe", "num_experts")])
+def test_without_an_expert_that_no_token_can_use_nothing_changes(family: str, count: str, tmp_path: Path) -> None:
+    """Routers without biases: of scores a, -a, b, -b and 0 two are above 0 for any token, and two experts are taken."""
+    scaled = {"norm_topk_prob": True} if family == "qwen3_moe" else {}  # else the others get less of what it gets
+    source = mixture(family, tmp_path, **{count: 5}, **scaled)
+    loaded = load_plain(source)
+    for name, _ in fused(loaded):
+        rows = router_of(loaded, name).weight.data
+        rows[1], rows[3], rows[4] = -rows[0], -rows[2], 0
+    loaded.save_pretrained(source)
+    report = llmprune.prune(source, out=tmp_path / "out", experts={"drop": 1}, **SETTINGS)
+    for told in report.experts:
+        assert (told.kept, told.tokens[4]) == ([0, 1, 2, 3], 0)
+    assert len(report.experts) == len(fused(loaded))
+    ids = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
+    found, wanted = logits(load_plain(tmp_path / "out"), ids), logits(load_plain(source), ids)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)  # of scores that sum up to another sum
+    before, after = _stored(source), _stored(tmp_path / "out")
+    for key, value in after.items():
+        assert torch.equal(value, before[key][: len(value)]), key
+
+
 def test_scores() -> None:
     seen = Seen(torch.tensor([4.0, 0, 2]), torch.tensor([8.0, 0, 12]), torch.tensor([4.0, 0, 3]))
     assert load("reap").scores(seen).tolist() == [1, 0, 1.5]
@@ -228,12 +252,47 @@ def test_reports_tell_of_experts(model: Path, tmp_path: Path) -> None:
     report = llmprune.prune(model, out=out, experts={"drop": 1}, **SETTINGS)
     read = Report.read(json.loads((out / "llmprune.json").read_text()), out)
     assert read.blocks == report.blocks
-    assert "num_local_experts 3 of 4" in page.render(read_results(out), [])
+    drawn = Parsed(page.render(read_results(out), []))
+    assert "num_local_experts 3 of 4" in drawn.text
+    assert "has seen no calibration" not in drawn.text
+    assert drawn.data["away-data"]["data"][0]["y"] == [block.drift for block in report.blocks]
+    cells = drawn.data["experts-data"]["data"]
+    for place, block in enumerate(report.blocks):
+        (told,) = block.experts
+        for number, count in enumerate(told.tokens):
+            assert cells[0]["customdata"][number][place] == count
+            assert cells[0]["z"][number][place] == pytest.approx(math.log10(max(count, 1)), abs=1e-3)
+            assert ((place, number) in marked(cells[1])) == (number not in told.kept)
+            assert ((place, number) in marked(cells[2])) == (number in told.few)
+    assert all(note.replace("\n", " ") in drawn.text for note in tables.expert_notes(report.blocks))
     made = str(card.make_card(report.to_dict(), [], "me/few", {}))
     assert "num_local_experts 3 of 4" in made
     assert "arXiv:2510.13999" in made
     told = [entry for block in report.blocks for entry in block.experts if entry.few]
     assert len(tables.expert_notes(report.blocks)) == len(told) > 0
+
+
+def marked(trace: dict[str, Any]) -> set[tuple[int, int]]:
+    return set(zip(trace["x"], trace["y"], strict=True))
+
+
+def test_a_sparse_mixture_tells_how_many_tokens_each_expert_got(model: Path, tmp_path: Path) -> None:
+    """In the first block, which is dense when it is looked at, as many as where experts go."""
+    from llmprune.report import page
+    from llmprune.report.results import read_results
+
+    chosen = {"calibration": {"source": "builtin", "samples": 4, "length": 32, "true_sequential": False}}
+    sparse = llmprune.prune(model, out=tmp_path / "sparse", sparsity="2:4", method="wanda", **chosen)
+    fewer = llmprune.prune(model, out=tmp_path / "fewer", experts={"drop": 1}, **SETTINGS)
+    assert sparse.experts[0].tokens == fewer.experts[0].tokens
+    assert sparse.experts[0].few == fewer.experts[0].few
+    assert [told.name for told in sparse.experts] == [told.name for told in fewer.experts]
+    assert all(told.kept == [0, 1, 2, 3] for told in sparse.experts)
+    drawn = Parsed(page.render(read_results(tmp_path / "sparse"), []))
+    assert drawn.data["experts-data"]["data"][1]["x"] == []  # none went
+    without = llmprune.prune(model, out=tmp_path / "without", sparsity="2:4", method="magnitude")
+    assert without.experts == []  # no data, no tokens
+    assert "experts-data" not in Parsed(page.render(read_results(tmp_path / "without"), [])).data
 
 
 @pytest.mark.parametrize(

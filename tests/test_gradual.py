@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +193,7 @@ def test_the_gradient_passes_straight_through(llama: Path, tmp_path: Path) -> No
 )  # fmt: skip
 def test_resuming_gives_what_an_unbroken_run_gives(options: dict[str, Any], llama: Path, tmp_path: Path) -> None:
     """Saved in the middle of the schedule (step 3 of 5, two after the last update), and once more when it is over."""
-    chosen = {"end": 5, "every": 2, **options}
+    chosen = {"end": 5, **({} if "straight_through" in options else {"every": 2}), **options}
     whole = load(llama)
     trainer(whole, tmp_path, GradualPruning(**chosen), steps=8).train()
     for step in (3, 6):
@@ -199,6 +202,13 @@ def test_resuming_gives_what_an_unbroken_run_gives(options: dict[str, Any], llam
         made.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         for (name, one), two in zip(whole.named_parameters(), again.named_parameters(), strict=True):
             assert torch.equal(one, two[1]), (step, name)
+    for other, words in (
+        ({"ignore": ["*.q_proj"]}, "another ignore"),
+        ({"end": 6}, r"another end \(5 there, 6 here\)"),
+    ):
+        made = trainer(load(llama), tmp_path, GradualPruning(**{**chosen, **other}), steps=8, save_strategy="no")
+        with pytest.raises(UserError, match=words):
+            made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     (tmp_path / "checkpoint-3" / FILE).unlink()
     made = trainer(load(llama), tmp_path, GradualPruning(**chosen), steps=8, save_strategy="no")
     with pytest.raises(UserError, match="was not saved by a training with GradualPruning"):
@@ -216,6 +226,7 @@ def test_resuming_gives_what_an_unbroken_run_gives(options: dict[str, Any], llam
         ({"straight_through": True}, "for N:M patterns"),
         ({"sparsity": "2:4", "straight_through": True, "saliency": "wanda"}, "goes by magnitude"),
         ({"decay": -1.0}, "decay must be"),
+        ({"sparsity": "2:4", "straight_through": True, "every": 3}, "leave every out"),
     ],
 )
 def test_mistakes(options: dict[str, Any], words: str) -> None:
@@ -242,6 +253,70 @@ def test_mistakes_that_show_when_training_begins(llama: Path, tmp_path: Path) ->
     assert {name: bool((weight == 0).any()) for name, weight in matrices(model).items()} == {
         name: ".experts." not in name for name in matrices(model)
     }
+
+
+def test_the_weights_of_an_earlier_step_are_not_taken_back(llama: Path, tmp_path: Path) -> None:
+    made = trainer(load(llama), tmp_path, GradualPruning("2:4"), save_strategy="no")
+    made.args.load_best_model_at_end = True  # its own conditions are about evaluations
+    with pytest.raises(UserError, match="load_best_model_at_end takes back weights of a step at which less was pruned"):
+        made.train()
+
+
+def test_another_trainings_checkpoint_of_the_same_step_is_told(llama: Path, tmp_path: Path) -> None:
+    """The Trainer's callbacks are not told from where it goes on: what lies beside other weights is no use."""
+    chosen = {"sparsity": "2:4", "saliency": "movement", "end": 5, "every": 2}
+    for name, rate in (("one", 1e-2), ("other", 1e-3)):
+        trainer(load(llama), tmp_path / name, GradualPruning(**chosen), learning_rate=rate).train()
+    there = str(tmp_path / "one" / "checkpoint-3")
+    made = trainer(load(llama), tmp_path / "other", GradualPruning(**chosen), save_strategy="no")
+    with pytest.raises(UserError, match=r"checkpoint-3.* lies beside other weights than .*resume_from_checkpoint="):
+        made.train(resume_from_checkpoint=there)
+    again = load(llama)
+    made = trainer(
+        again, tmp_path / "other", GradualPruning(**chosen), save_strategy="no", resume_from_checkpoint=there
+    )
+    made.train(resume_from_checkpoint=there)
+    whole = load(tmp_path / "one" / "checkpoint-6")
+    assert all(torch.equal(one, two) for one, two in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+IN_PROCESSES = """
+import sys
+from pathlib import Path
+from llmprune.recover import GradualPruning
+from tests.test_gradual import load
+from tests.test_recover import trainer
+
+folder, out, batch = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+model = load(folder)
+gradual = GradualPruning("2:4", saliency="wanda", end=4, every=2)
+several = {"ddp_backend": "gloo"} if batch == 1 else {}
+made = trainer(model, out, gradual, save_strategy="no", optim="sgd", batch=batch, **several)
+if batch == 1 and made.args.process_index == 1:  # a linear whose inputs one process never sees
+    known = gradual._see
+    gradual._see = lambda path, *given: None if path.endswith("q_proj") else known(path, *given)
+made.train()
+if made.args.process_index == 0:
+    model.save_pretrained(out / "model")
+"""
+
+
+def test_two_processes_prune_as_one(llama: Path, tmp_path: Path) -> None:
+    """Each sees half of the inputs, and of one kind of linear one of them sees none at all."""
+    python = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    (tmp_path / "in_processes.py").write_text(IN_PROCESSES)
+    for start, name, batch in (([sys.executable], "one", "2"), (python, "two", "1")):
+        command = [*start, str(tmp_path / "in_processes.py"), str(llama), str(tmp_path / name), batch]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=240, check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    one, two = (matrices(load(tmp_path / name / "model")) for name in ("one", "two"))
+    for name, weight in one.items():
+        assert bool((two[name].unflatten(1, (-1, 4)) == 0).sum(-1).eq(2).all()), name
+        if not name.endswith("q_proj"):
+            assert float(((weight == 0) == (two[name] == 0)).float().mean()) > 0.99, name
 
 
 def test_training_that_ends_too_early(llama: Path, tmp_path: Path) -> None:

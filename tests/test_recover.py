@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import llmprune
 import llmprune.cli
@@ -23,7 +24,7 @@ from llmprune.model.linears import find_linears
 from llmprune.recover import KeepZeros, Training, recover
 from llmprune.recover import run as running
 from llmprune.recover.adapters import attach, merge
-from llmprune.recover.masks import Keeper, check_whole, masks_of, trained_linears
+from llmprune.recover.masks import Keeper, check_training, check_whole, masks_of, trained_linears
 from llmprune.recover.objective import Objective, divergence, next_token_loss, states_apart
 from llmprune.recover.trained import choose, round_to
 from llmprune.recover.write import write
@@ -151,10 +152,12 @@ class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": self.ids[number], "labels": self.ids[number]}
 
 
-def trainer(model: Any, folder: Path, *callbacks: TrainerCallback, steps: int = 6, **options: Any) -> Trainer:
+def trainer(
+    model: Any, folder: Path, *callbacks: TrainerCallback, steps: int = 6, batch: int = 2, **options: Any
+) -> Trainer:
     options = {"weight_decay": 0.1, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 3, **options}
     arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, use_cpu=True, report_to="none",
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=batch, use_cpu=True, report_to="none",
         disable_tqdm=True, lr_scheduler_type="constant", **options,
     )  # fmt: skip
     return Trainer(model=model, args=arguments, train_dataset=Rows(), callbacks=list(callbacks))
@@ -201,7 +204,37 @@ def test_masks_go_with_the_trainers_checkpoints(pair: tuple[Path, Path], tmp_pat
     assert torch.equal(again.model.model.layers[0].mlp.up_proj.weight != 0, mask)
 
 
+def test_masks_beside_other_weights_are_told(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Two trainings have a checkpoint of the same step, and the Trainer's callbacks are not told which it is."""
+
+    def fresh() -> Any:
+        return AutoModelForCausalLM.from_pretrained(pair[1], dtype=torch.float32)
+
+    for name, rate in (("one", 1e-2), ("other", 1e-3)):
+        trainer(fresh(), tmp_path / name, KeepZeros(), learning_rate=rate).train()
+    there = str(tmp_path / "one" / "checkpoint-3")
+    with pytest.raises(UserError, match=r"lies beside other weights than those that training goes on with"):
+        trainer(fresh(), tmp_path / "other", KeepZeros()).train(resume_from_checkpoint=there)
+    again = trainer(fresh(), tmp_path / "other", KeepZeros(), resume_from_checkpoint=there, save_strategy="no")
+    again.train(resume_from_checkpoint=there)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "one" / "checkpoint-6", dtype=torch.float32)
+    assert all(torch.equal(one, two) for one, two in zip(whole.parameters(), again.model.parameters(), strict=True))
+
+
+def test_adapters_that_would_fill_the_zeros_are_warned_of(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(pair[1], dtype=torch.float32)
+    model.peft_config = {"default": None}
+    callback = KeepZeros()
+    made = trainer(model, tmp_path, save_strategy="no")
+    with pytest.warns(UserWarning, match="fill the zeros of the weights that they are merged into"):
+        callback.on_train_begin(made.args, made.state, made.control, model=model)
+
+
 def test_keep_zeros_says_what_it_cannot_do(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    search = trainer(AutoModelForCausalLM.from_pretrained(pair[1], dtype=torch.float32), tmp_path, KeepZeros())
+    search.state.is_hyper_param_search = True
+    with pytest.raises(UserError, match="a search for hyperparameters has its checkpoints elsewhere"):
+        check_training(search.model, search.args, search.state)
     dense = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32)
     with pytest.raises(UserError, match="no zeros to keep"):
         trainer(dense, tmp_path, KeepZeros()).train()
@@ -211,7 +244,9 @@ def test_keep_zeros_says_what_it_cannot_do(pair: tuple[Path, Path], tmp_path: Pa
         trainer(dense, tmp_path, KeepZeros({"model.norm.weight": torch.ones(1, dtype=torch.bool)})).train()
 
 
-def test_parameters_that_are_dealt_to_processes(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parameters_that_are_dealt_to_processes(
+    pair: tuple[Path, Path], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An FSDP run takes several GPUs; that it is one is all that counts here."""
     model = AutoModelForCausalLM.from_pretrained(pair[1], dtype=torch.float32)
     check_whole(model)
@@ -220,9 +255,23 @@ def test_parameters_that_are_dealt_to_processes(pair: tuple[Path, Path], monkeyp
         _shared_state: ClassVar[dict[str, Any]] = {"any": 1}
         distributed_type = "DistributedType.FSDP"
 
-    monkeypatch.setattr("accelerate.state.AcceleratorState", Fsdp)
-    with pytest.raises(UserError, match=r"dealt to the processes \(FSDP\)"):
-        check_whole(model)
+    with monkeypatch.context() as patch:
+        patch.setattr("accelerate.state.AcceleratorState", Fsdp)
+        with pytest.raises(UserError, match=r"dealt to the processes \(FSDP\)"):
+            check_whole(model)
+    make_trainer = running.make_trainer
+
+    def dealing(*given: Any) -> Any:
+        made = make_trainer(*given)
+        monkeypatch.setattr("accelerate.state.AcceleratorState", Fsdp)
+        return made
+
+    monkeypatch.setattr(running, "make_trainer", dealing)
+    for method in ("norms", "lora", "full"):
+        with pytest.raises(UserError, match=r"dealt to the processes \(FSDP\)"):
+            recover(pair[1], out=tmp_path / method, data=text, method=method, **SHORT)
+        monkeypatch.undo()
+        monkeypatch.setattr(running, "make_trainer", dealing)
 
 
 def test_an_adapter_that_begins_at_zero_is_trained(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -492,11 +541,35 @@ def test_training_that_breaks_down(pair: tuple[Path, Path], text: str, tmp_path:
     assert not list((tmp_path / "r").glob("*.safetensors"))
 
 
-def test_blocks_computed_once_more_give_the_same(pair: tuple[Path, Path], text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_blocks_computed_once_more_give_the_same(
+    method: str, pair: tuple[Path, Path], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, forward = [0], LlamaMLP.forward
+
+    def counted(self: Any, x: torch.Tensor) -> torch.Tensor:
+        runs[-1] += self.training
+        return forward(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
     for name, checkpointing in (("a", False), ("b", True)):
-        recover(pair[1], out=tmp_path / name, data=text, method="lora", checkpointing=checkpointing, **SHORT)
+        recover(pair[1], out=tmp_path / name, data=text, method=method, checkpointing=checkpointing, **SHORT)
+        runs.append(0)
+    assert runs[1] == 2 * runs[0] > 0
     one, two = weights(tmp_path / "a"), weights(tmp_path / "b")
-    assert all(torch.allclose(value.float(), two[key].float(), atol=1e-2) for key, value in one.items())
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
+
+
+def test_training_in_bfloat16(pair: tuple[Path, Path], text: str, tmp_path: Path) -> None:
+    """Products in bfloat16, weights in float32: close to training in float32, and not the same."""
+    options = {**SHORT, "rate": 1e-3, "device": "cpu"}
+    single = recover(pair[1], out=tmp_path / "a", data=text, dtype="float32", **options)
+    half = recover(pair[1], out=tmp_path / "b", data=text, dtype="bfloat16", **options)
+    assert llmprune.verify(tmp_path / "b").ok
+    assert half.record["losses"] != single.record["losses"]
+    assert half.record["losses"][-1]["loss"] == pytest.approx(single.record["losses"][-1]["loss"], rel=0.01)
+    assert half.after.value == pytest.approx(single.after.value, rel=0.01)
+    assert half.after.value < half.before.value
 
 
 def test_card_and_report(pair: tuple[Path, Path], text: str, tmp_path: Path) -> None:
@@ -529,10 +602,12 @@ def test_card_and_report(pair: tuple[Path, Path], text: str, tmp_path: Path) -> 
     assert any("trained after that for 4 steps" in sentence for sentence in sentences)
 
 
-def test_two_processes_train_as_one(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_two_processes_train_as_one(method: str, text: str, tmp_path: Path) -> None:
     """Each takes its half of every batch: the same steps, but for the order of sums."""
     dense, out = sparse("llama", tmp_path)
     options = {"data": text, "steps": 3, "length": 16, "rate": 1e-3, "held-out": 4, "distill": dense, "device": "cpu"}
+    options |= {"method": method}
     line = ["recover", out, *(part for name, value in options.items() for part in (f"--{name}", value)), "--json"]
     python = [sys.executable, "-m"]
     many = [*python, "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]

@@ -31,6 +31,7 @@ from llmprune.model.quiet import quiet
 from llmprune.report import card, page, results
 from llmprune.report import speed as told
 from llmprune.report.speed import Ratio, Speed, Spread, Timed
+from llmprune.report.tables import size
 from tests.conftest import hears_interrupts
 from tests.families import make
 
@@ -285,6 +286,7 @@ def test_the_page_shows_it(found: Speed, pruned: Path) -> None:
     shown = {row.name: row for row in rows}
     assert shown["Decode, tokens/s"].difference == f"× {found.ratios[1]}"
     assert shown["Prefill, tokens/s"].dense == told.spread(found.dense.prefill)
+    assert shown["Peak memory in generation"].dense == size(found.dense.peak_memory)
     _, rows, missing = page.verdict(results.Results(kept.report))
     assert "speed" in missing
     assert not any("tokens/s" in row.name for row in rows)

@@ -244,6 +244,17 @@ def test_documents_that_are_not_there_are_said(model: Path, tmp_path: Path) -> N
         evaluate(model, ["own"], include_path=[tmp_path])
 
 
+def test_files_that_go_while_a_task_scores_are_not_told_as_its_documents(
+    model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> None:
+        raise FileNotFoundError("model.safetensors")
+
+    monkeypatch.setattr("llmprune.evaluate.tasks.final_states", gone)
+    with pytest.raises(FileNotFoundError, match=r"^model\.safetensors$"):
+        evaluate(model, ["tiny_choice"], include_path=[folder], limit=2)
+
+
 def test_one_document_has_no_standard_error(model: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["eval", str(model), "--tasks", "tiny_choice", "--include-path", str(folder), "--limit", "1", "--json"]
     assert cli.main(given) == 0

@@ -19,6 +19,7 @@ from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.linears import Linear, find_linears
 from llmprune.model.source import resolve
 from llmprune.model.width import narrowed
+from llmprune.model.widths import products
 from llmprune.patterns import Columns
 from llmprune.recipe import Recipe
 from llmprune.report.record import Report
@@ -325,6 +326,36 @@ def test_a_budget_counts_heads_that_go_besides(model: Path) -> None:
         width.narrow(whole, Recipe.from_dict({"width": {"flops": "half"}}))
     with pytest.raises(UserError, match=r"width\.channels and width\.params both say how many channels go"):
         Recipe.from_dict({"width": {"channels": 1, "params": "80%"}})
+
+
+@pytest.mark.parametrize("key", ["params", "flops"])
+@pytest.mark.parametrize("ranking", ["local", "global"])
+def test_a_budget_is_a_share_of_the_dense_model_whatever_else_goes(key: str, ranking: str, tmp_path: Path) -> None:
+    """Blocks, hidden channels and experts that go as well are part of what goes."""
+    source = make("mixtral", tmp_path / "model", num_hidden_layers=4)
+    asked = {"ranking": ranking, "by": "taylor"} if ranking == "global" else {}
+    others = {"depth": {"drop": [1]}, "experts": {"drop": 1}}
+
+    def left(share: float, **more: Any) -> Checkpoint:
+        checkpoint, made = pipeline.plan(source, width={key: share, **asked}, **{**more, **SETTINGS})
+        return made.written(checkpoint)
+
+    def size(checkpoint: Checkpoint) -> float:
+        return checkpoint.weights if key == "params" else products(checkpoint)
+
+    dense = size(Checkpoint(resolve(source), "cpu"))
+    for more in ({"depth": others["depth"]}, others):
+        made = left(0.4, **more)
+        assert 0.3 * dense < size(made) <= 0.4 * dense
+        assert len(made.blocks) == 3
+    with pytest.raises(UserError, match=rf"width\.{key}: what goes besides brings the model to .*no channel has to go"):
+        left(0.9, **others)
+
+
+def test_heads_that_the_config_cannot_say_are_told_with_those_that_it_can(tmp_path: Path) -> None:
+    source = make("llama", tmp_path / "model", num_attention_heads=8, num_key_value_heads=8)
+    with pytest.raises(UserError, match=r"of its 8 heads with keys and values 4, 6 or 7 can go"):
+        pipeline.plan(source, width={"heads": 1}, **SETTINGS)
 
 
 @pytest.mark.parametrize(("asked", "count", "left"), [("20%", 3, 2), ("50%", 4, 2), (1, 2, 1), ("90%", 8, 1)])

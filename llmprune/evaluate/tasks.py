@@ -122,6 +122,8 @@ def evaluate(
                 runner, tasks=wanted, num_fewshot=shots, limit=limit, task_manager=manager, log_samples=samples
             )
         except (FileNotFoundError, ConnectionError) as error:
+            if runner.asked:  # all documents were there
+                raise
             raise UserError(
                 f"the documents of {', '.join(wanted)} cannot be had: {error}. A file that a task of your own names is "
                 "looked for from the folder in which llmprune runs; what is on the Hub needs the network once"
@@ -159,6 +161,9 @@ class Streamed(HFLM):  # type: ignore[misc]
 
     All requests of a task go through a block before the next block is read. What generates text loads the whole model.
     Each rank takes its share of the requests.
+
+    Attributes:
+        asked: whether lm-eval has had anything to ask yet.
     """
 
     def __init__(self, checkpoint: Checkpoint, batch: int | None, progress: Progress) -> None:
@@ -172,6 +177,7 @@ class Streamed(HFLM):  # type: ignore[misc]
         self._tokens, self._texts = batch or batch_tokens(checkpoint), GENERATED
         self._chain = blocks.probe(checkpoint)
         self._whole: Any = None
+        self.asked = False
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes about the model."""
@@ -189,6 +195,7 @@ class Streamed(HFLM):  # type: ignore[misc]
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         """For each request the log probability of its continuation, and whether it is what greedy decoding gives."""
+        self.asked = True
         sequences: dict[tuple[int, ...], list[int]] = {}
         for number, (_, context, continuation) in enumerate(requests):
             if not context or not 0 < len(continuation) <= self.max_length:
@@ -255,6 +262,7 @@ class Streamed(HFLM):  # type: ignore[misc]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """What the model goes on to say; for this it is loaded as a whole."""
+        self.asked = True
         if self._whole is None:
             self._checkpoint.unload()
             source = self._checkpoint.source

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,12 +160,21 @@ def _governed(whole: Checkpoint, number: Number) -> list[Changed]:
     try:
         config, _ = altered(whole, number.changes, number.words)
         return _changed(whole, config, number)
-    except UserError:
+    except UserError as error:
         if number.unsure:
             return []
         if number.problem is not None:
             raise number.problem from None
+        if number.what == "heads" and (counts := heads_that_can_go(whole)):
+            raise UserError(
+                f"{error}; of its {number.count} heads with keys and values {_listed(counts)} can go"
+            ) from None
         raise
+
+
+def _listed(counts: Sequence[int]) -> str:
+    *most, last = map(str, counts)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def _changed(whole: Checkpoint, config: Any, number: Number) -> list[Changed]:

@@ -20,11 +20,11 @@ from llmprune.patterns import NM, Pattern, Scope, keep_more, parse
 from llmprune.recover.masks import (
     Keeper,
     Masks,
-    check_whole,
-    read_tensors,
+    check_training,
+    read_beside,
     resumed_from,
     trained_linears,
-    write_tensors,
+    write_beside,
 )
 
 Saliency = Literal["magnitude", "wanda", "movement"]
@@ -69,7 +69,7 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
             (arXiv:2306.11695); or `movement`, the sum of −W·∂L/∂W since training began (arXiv:2005.07683), of gradients
             as the optimiser gets them.
         begin, end: optimiser steps between which the sparsity grows; `end` is by default two thirds of all.
-        every: steps from one update of the masks to the next.
+        every: steps from one update of the masks to the next; by default 10.
         initial: the sparsity at `begin`, in [0, 1).
         straight_through: SR-STE instead of the schedule.
         decay: its λ.
@@ -77,8 +77,9 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
 
     Raises:
         UserError: here or when training begins: a pattern that does not fit a linear, steps that don't fit the
-            training, nothing to prune, `wanda` on fused experts, adapters of peft, or parameters that are dealt to
-            processes (FSDP, DeepSpeed).
+            training, nothing to prune, `wanda` on fused experts, adapters of peft, a checkpoint that was saved with
+            other options, a Trainer that takes back the weights of an earlier step in the end
+            (`load_best_model_at_end`), or parameters that are dealt to processes (FSDP, DeepSpeed).
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
         saliency: Saliency = "magnitude",
         begin: int = 0,
         end: int | None = None,
-        every: int = 10,
+        every: int | None = None,
         initial: float = 0.0,
         straight_through: bool = False,
         decay: float = 2e-4,
@@ -98,6 +99,9 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
         self.pattern = parse(sparsity, scope)
         if saliency not in get_args(Saliency):
             raise unknown("saliency", saliency, get_args(Saliency))
+        if straight_through and every is not None:
+            raise UserError("straight_through chooses its masks anew at every step: leave every out")
+        every = 10 if every is None else every
         if every < 1 or begin < 0 or (end is not None and end <= begin):
             raise UserError(f"0 ≤ begin < end and every ≥ 1 must hold: begin {begin}, end {end}, every {every}")
         if not 0 <= initial < self.pattern.sparsity:
@@ -126,7 +130,12 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check all, and begin, or go on where the checkpoint was."""
         model = kwargs["model"]
-        check_whole(model)
+        check_training(model, args, state)
+        if args.load_best_model_at_end:
+            raise UserError(
+                "load_best_model_at_end takes back weights of a step at which less was pruned: leave it out, and take "
+                "one of the checkpoints after the last update of the masks"
+            )
         if args.fp16 and not args.max_grad_norm and (self.straight_through or self.saliency == "movement"):
             raise UserError("in float16 gradients are seen as they are only where they are clipped: set max_grad_norm")
         if getattr(model, "peft_config", None):
@@ -142,7 +151,7 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
             if self.straight_through:
                 self._dense = {name: value.detach().clone() for name, value in self._parameters.items()}
         else:
-            self._resume(found, state.global_step)
+            self._resume(found)
         if self.saliency == "wanda" and state.global_step < self._last:
             self._watch(model)
         if self.straight_through:
@@ -189,11 +198,9 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save what goes on, beside the Trainer's checkpoint."""
-        norms = {name: self._reduced(value) for name, value in self._norms.items()}
-        if state.is_world_process_zero:
-            parts = {"mask": self.masks, "score": self._scores, "dense": self._dense, "norm": norms}
-            tensors = {f"{kind} {name}": value for kind, part in parts.items() for name, value in part.items()}
-            write_tensors(tensors, Path(args.output_dir, f"checkpoint-{state.global_step}", FILE))
+        parts = {"mask": self.masks, "score": self._scores, "dense": self._dense, "norm": self._sums()}
+        tensors = {f"{kind} {name}": value for kind, part in parts.items() for name, value in part.items()}
+        write_beside(args, state, FILE, self._parameters, tensors, self._options())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let go of the model; its zeros are where they were promised.
@@ -243,20 +250,13 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
                 )
         self._parameters = {linear.parameter: self._parameters[linear.parameter] for linear in self._linears}
 
-    def _resume(self, checkpoint: Path, step: int) -> None:
+    def _resume(self, checkpoint: Path) -> None:
         if not (checkpoint / FILE).is_file():
             raise UserError(f"{checkpoint} was not saved by a training with GradualPruning: there is no {FILE} in it")
         parts: dict[str, dict[str, Tensor]] = {"mask": {}, "score": {}, "dense": {}, "norm": {}}
-        for key, value in read_tensors(checkpoint / FILE).items():
+        for key, value in read_beside(checkpoint / FILE, self._parameters, self._options()).items():
             kind, _, name = key.partition(" ")
             parts[kind][name] = value
-        if {name: value.shape for name, value in parts["mask"].items()} != {
-            name: value.shape for name, value in self._parameters.items()
-        }:
-            raise UserError(f"{checkpoint / FILE} is of another model, or of other linears")
-        through = self.straight_through and step < self._last
-        if bool(parts["score"]) != (self.saliency == "movement") or bool(parts["dense"]) != through:
-            raise UserError(f"{checkpoint / FILE} was saved by a GradualPruning with other options")
         here = {name: value.device for name, value in self._parameters.items()}
         self.masks = {name: value.to(here[name]) for name, value in parts["mask"].items()}
         self._scores = {name: value.to(here[name]) for name, value in parts["score"].items()}
@@ -264,6 +264,21 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
         # The sum over all ranks was saved; it is summed again later, so that one of them has it.
         first = not dist.is_initialized() or dist.get_rank() == 0
         self._norms = {name: value if first else torch.zeros_like(value) for name, value in parts["norm"].items()}
+
+    def _options(self) -> dict[str, Any]:
+        """What has to be the same where training goes on, as JSON has it."""
+        return {
+            "sparsity": str(self.pattern),
+            "scope": self.pattern.scope,
+            "saliency": self.saliency,
+            "begin": self.begin,
+            "end": self._last,
+            "every": self.every,
+            "initial": self.initial,
+            "straight_through": self.straight_through,
+            "decay": self.decay,
+            "ignore": list(self.ignore),
+        }
 
     def _check_started(self) -> None:
         if not self._parameters:
@@ -283,15 +298,17 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
     @torch.no_grad()
     def _update(self, sparsity: float) -> None:
         part = sparsity / self.pattern.sparsity
-        norms = {name: self._reduced(value).sqrt() for name, value in self._norms.items()}
+        norms = {name: value.sqrt() for name, value in self._sums().items()}
         for linear in self._linears:
             mask = linear.view(self.masks[linear.parameter])
             weight = linear.view(self._parameters[linear.parameter]).float()
             if self.saliency == "movement":
                 saliency = linear.view(self._scores[linear.parameter]).float()
             elif self.saliency == "wanda":
-                if linear.module not in norms:
-                    raise Failure(f"{linear.name} saw no inputs since the last update: take another saliency")
+                if not bool(norms[linear.module].any()):
+                    raise Failure(
+                        f"{linear.name} saw no inputs other than 0 since the last update: take another saliency"
+                    )
                 saliency = weight.abs() * norms[linear.module].to(weight.device)
             else:
                 saliency = weight.abs()
@@ -330,10 +347,13 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
             hook.remove()
         self._watching, self._norms = [], {}
 
-    @staticmethod
-    def _reduced(squares: Tensor) -> Tensor:
-        """The sum over all processes."""
-        if dist.is_initialized():
-            squares = squares.clone()
-            dist.all_reduce(squares)
-        return squares
+    def _sums(self) -> dict[str, Tensor]:
+        """The squares of the inputs of all linears that are watched, summed over all processes; some may see none."""
+        sums = {}
+        for linear in self._linears if self._watching else ():
+            device = self._parameters[linear.parameter].device
+            own = self._norms.get(linear.module)
+            sums[linear.module] = torch.zeros(linear.shape[1], device=device) if own is None else own.to(device).clone()
+            if dist.is_initialized():
+                dist.all_reduce(sums[linear.module])
+        return sums

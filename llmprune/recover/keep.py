@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -13,12 +13,12 @@ from llmprune.errors import UserError
 from llmprune.recover.masks import (
     NOTABLE,
     Keeper,
-    check_whole,
+    check_training,
     masks_of,
-    read_tensors,
+    read_beside,
     resumed_from,
     trained_linears,
-    write_tensors,
+    write_beside,
 )
 
 FILE = "llmprune_masks.safetensors"
@@ -33,7 +33,8 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
     in each checkpoint, and taken from there on resuming: a kept weight that happens to be zero then stays a kept one.
     `Trainer(..., callbacks=[KeepZeros()])`
 
-    Adapters that are merged into the weights later are not seen: see `recover(method="lora")` for those that can be.
+    Adapters of peft may be trained beside the zeros, but fill them when they are merged into the weights, of which a
+    warning tells: those of `recover(method="lora")` do not.
 
     Args:
         masks: {parameter name: (the parameter's shape) bool, True = kept}; by default the zeros that the model holds
@@ -42,8 +43,8 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
         least: see there, a fraction.
 
     Raises:
-        UserError: when training begins: no zeros, masks of another model, or parameters that are dealt to processes
-            (FSDP, DeepSpeed).
+        UserError: when training begins: no zeros, masks of another model or of another training's checkpoint, or
+            parameters that are dealt to processes (FSDP, DeepSpeed).
     """
 
     def __init__(self, masks: Mapping[str, Tensor] | None = None, least: float = NOTABLE) -> None:
@@ -54,12 +55,18 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Find the masks, and begin to keep them."""
         model = kwargs["model"]
-        check_whole(model)
+        check_training(model, args, state)
+        if getattr(model, "peft_config", None):
+            warnings.warn(
+                "these adapters fill the zeros of the weights that they are merged into: leave them apart, or train "
+                "those of `llmprune recover --method lora`, which keep them",
+                stacklevel=2,
+            )
+        parameters = dict(model.named_parameters())
         found = resumed_from(args, state)
         if found is not None and (found / FILE).is_file():
-            self.masks = read_tensors(found / FILE)
+            self.masks = read_beside(found / FILE, parameters, None)
         elif self.masks is None:
-            parameters = dict(model.named_parameters())
             # One that is nothing but zeros is no pruned one, but an adapter that is to grow.
             linears = [
                 linear
@@ -83,8 +90,7 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the masks in the Trainer's checkpoint."""
         assert self._keeper is not None
-        if state.is_world_process_zero:
-            write_tensors(self._keeper.masks, Path(args.output_dir, f"checkpoint-{state.global_step}", FILE))
+        write_beside(args, state, FILE, dict(kwargs["model"].named_parameters()), self._keeper.masks, None)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let go of the gradients."""

@@ -7,18 +7,21 @@ A parameter's mask has the parameter's own shape, transposed or fused as it may 
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llmprune.errors import Failure, UserError
 from llmprune.model.linears import Linear, find_linears
+from llmprune.model.writer import difference
 from llmprune.parts import zeros
 
 NOTABLE = 0.05
@@ -126,23 +129,70 @@ def check_whole(model: nn.Module) -> None:
         )
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors beside a Trainer's checkpoint, whole or not at all."""
-    draft = path.with_name(f".{path.name}.draft")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, draft)
+def check_training(model: nn.Module, args: Any, state: Any) -> None:
+    """See, when a Trainer begins, that its model and its checkpoints are such that masks can go with them.
+
+    Raises:
+        UserError: they are not; see `check_whole` too.
+    """
+    check_whole(model)
+    if state.is_hyper_param_search and str(getattr(args.save_strategy, "value", args.save_strategy)) != "no":
+        raise UserError("a search for hyperparameters has its checkpoints elsewhere: set save_strategy to 'no' for it")
+
+
+def write_beside(args: Any, state: Any, name: str, parameters: Mapping[str, Tensor], tensors: Masks, said: Any) -> None:
+    """Write what goes on beside a Trainer's checkpoint, in `on_save`: whole or not at all, and where that is written.
+
+    Args:
+        name: of the file.
+        parameters: those that it is about, as the checkpoint has them.
+        tensors: what it holds.
+        said: more of it, as JSON has it.
+    """
+    if not args.should_save:
+        return
+    path = _checkpoint(args, state) / name
+    draft = path.with_name(f".{name}.draft")
+    told = {"said": json.dumps(said), "weights": _fingerprint(parameters)}
+    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, draft, told)
     draft.rename(path)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """What `write_tensors` wrote.
+def read_beside(path: Path, parameters: Mapping[str, Tensor], said: Any) -> Masks:
+    """The tensors that `write_beside` wrote, when training goes on with the same parameters and the same said.
 
     Raises:
-        Failure: it is broken.
+        Failure: the file is broken.
+        UserError: something else was said, or it lies beside other weights.
     """
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
+        with safe_open(path, "pt") as file:
+            told = file.metadata()
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        before, weights = json.loads(told["said"]), told["weights"]
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
         raise Failure(f"{path} cannot be read: {error}; resume from another checkpoint") from None
+    if other := difference(before, said):
+        raise UserError(f"{path} was saved with {other}: give the same to go on from there")
+    if weights != _fingerprint(parameters):
+        raise UserError(
+            f"{path} lies beside other weights than those that training goes on with: name the checkpoint in "
+            "TrainingArguments(resume_from_checkpoint=...) too, for what llmprune keeps beside it"
+        )
+    return tensors
+
+
+def _fingerprint(parameters: Mapping[str, Tensor]) -> str:
+    """Of the first numbers of each; another training has others."""
+    found = hashlib.sha256()
+    for name in sorted(parameters):
+        found.update(name.encode())
+        found.update(parameters[name].detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _checkpoint(args: Any, state: Any) -> Path:
+    return Path(args.output_dir, f"checkpoint-{state.global_step}")
 
 
 def resumed_from(args: Any, state: Any) -> Path | None:
@@ -153,7 +203,7 @@ def resumed_from(args: Any, state: Any) -> Path | None:
     """
     if not state.global_step:
         return None
-    places = [Path(args.output_dir, f"checkpoint-{state.global_step}")]
+    places = [_checkpoint(args, state)]
     if isinstance(asked := args.resume_from_checkpoint, str | os.PathLike):
         places.insert(0, Path(asked))
     found = next((place for place in places if place.is_dir()), None)

@@ -30,7 +30,7 @@ from llmprune.model.writer import LOCK, REPORT, check_room, claimed, clear, diff
 from llmprune.progress import Progress, of_first
 from llmprune.recover.adapters import merge
 from llmprune.recover.keep import KeepZeros
-from llmprune.recover.masks import NOTABLE, Masks, masks_of
+from llmprune.recover.masks import NOTABLE, Masks, check_whole, masks_of
 from llmprune.recover.objective import Objective, divergence, next_token_loss
 from llmprune.recover.options import Training
 from llmprune.recover.trained import choose, parameters_of, round_to
@@ -351,6 +351,7 @@ def _run(
         # In the method `norms` no weight with a mask is trained, and adapters have theirs inside.
         callbacks = [KeepZeros(masks)] if masks and training.method == "full" else []
         trainer = make_trainer(model, objective, train, training, work, callbacks, shown)
+        check_whole(model)
         if plan.dense is not None:
             on_gpu = trainer.args.device.type != "cpu"
             objective.teacher = _load(plan.dense.source, "auto" if on_gpu else torch.float32)

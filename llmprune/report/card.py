@@ -231,8 +231,9 @@ def _what(
     told = ", ".join(patterns) if uniform else spanned(patterns)
     pruned = f" ({', '.join(methods)}; {told})" if methods else ""
     trained = report.get("recovery")
-    since = "It was trained after that, within the same masks" if trained else "It was not trained after that"
-    since = "Its weights were changed after that, within the same masks" if changed else since
+    within = ", within the same masks" if methods else ""
+    since = f"It was trained after that{within}" if trained else "It was not trained after that"
+    since = f"Its weights were changed after that{within}" if changed else since
     return (
         f"{dense}{at}, pruned with llmprune {report['llmprune']}{pruned}: {' '.join(_less(report))} {since}.{plain} "
         f"It is a plain Hugging Face checkpoint{' in the dense layout, with exact zeros' if methods else ''}."
@@ -423,9 +424,9 @@ def _speed(patterns: Sequence[str], report: Mapping[str, Any], measured: str) ->
             f"A token goes through {len(kept)} blocks instead of {report['dense_blocks']}, and the cache has no keys "
             f"and values of the others{'' if measured else '; how much faster that is was not measured'}."
         )
-    unknown = "" if measured else "; how much that is was not measured"
+    unknown = "" if measured else "; how much faster that is was not measured"
     if widths and (_narrows(report["recipe"]) or report.get("hidden_channels")):
-        said.append(f"Its matrices are smaller, which every runtime gains from{unknown}.")
+        said.append(f"Its matrices are smaller, so that a token takes less memory and fewer products{unknown}.")
     if widths and report["recipe"]["experts"].get("drop") is not None:
         said.append("It has fewer experts, which takes less memory; a token is sent to as many as before.")
     if patterns or not said:

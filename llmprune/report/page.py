@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import shlex
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from llmprune.model.writer import PAGE
 from llmprune.patterns import parse
 from llmprune.report import plots, tables
 from llmprune.report.comparison import Compared, Difference
-from llmprune.report.record import Divergence, LinearRecord, Perplexity, Report, Score
+from llmprune.report.record import FEW_TOKENS, Divergence, LinearRecord, Perplexity, Report, Score
 from llmprune.report.results import Evaluated, Results, find_dense, read_results
 from llmprune.report.speed import PHASES, spread
 from llmprune.report.weights import MOST, Histogram, choose, weigh
@@ -138,9 +139,11 @@ def render(results: Results, histograms: Sequence[Histogram], many: bool = False
         scores=_score_rows(results),
         task_plot=_task_plot(results),
         errors=_error_plots(report, cells),
-        zeros=_zeros_plot(cells),
+        zeros=_zeros_plot(cells) if report.pruned or not report.smaller else None,
+        experts=_experts_plot(report),
+        losses=_losses_plot(report),
         kinds=_kind_rows(report.solved, report.allocation == "uniform"),
-        notes=tables.notes(report.linears),
+        notes=[*tables.notes(report.linears), *tables.expert_notes(report.blocks)],
         weights=[_weight_plot(shown) for shown in histograms],
         dense_seen=any(shown.before is not None for shown in histograms),
         many=many,
@@ -177,7 +180,7 @@ def verdict(results: Results) -> tuple[list[str], list[Row], list[str]]:
             f"{_percent(report.sparsity)} of the weights in {count} are zero, {_percent(report.model_sparsity)} of the "
             "whole model."
         )
-    rows = []
+    rows = _size_rows(results)
     for before, after in pairs:
         ratio = after.value / before.value if before is not None else None
         rows.append(
@@ -253,12 +256,28 @@ def verdict(results: Results) -> tuple[list[str], list[Row], list[str]]:
         sentences.append("What that costs in quality has not been measured.")
     if report.recovery is not None:
         before, after = (report.recovery[moment]["perplexity"] for moment in ("before", "after"))
+        within = ", within the same masks" if report.recovery["masked_linears"] else ""
         sentences.append(
-            f"It was trained after that for {report.recovery['steps']:,} steps, within the same masks: perplexity on "
+            f"It was trained after that for {report.recovery['steps']:,} steps{within}: perplexity on "
             f"{short_name(report.recovery['data']['source'])} that was held out went from {before['value']:.2f} to "
             f"{after['value']:.2f}."
         )
     return sentences, rows, missing
+
+
+def _size_rows(results: Results) -> list[Row]:
+    """Weights and bytes of both models, where the model has become smaller."""
+    report = results.report
+    pruned, dense = _models(results)
+    if not report.smaller or not report.dense_weights:
+        return []
+    left = f"× {report.weights / report.dense_weights:.3g}"
+    own = f"{report.weights:,}"
+    rows = [Row("Weights", "", f"{report.dense_weights:,}", own, left, own if report.recovery else "")]
+    if pruned is not None and dense is not None:
+        part = f"× {pruned.bytes / dense.bytes:.3g}"
+        rows.append(Row("Files", "", tables.size(dense.bytes), tables.size(pruned.bytes), part))
+    return rows
 
 
 def _speed_rows(results: Results) -> list[Row]:
@@ -273,6 +292,13 @@ def _speed_rows(results: Results) -> list[Row]:
         if before is not None and after is not None and ratio is not None:
             name = f"{_upper(phase)}, tokens/s"
             rows.append(Row(name, found.where, spread(before), spread(after), f"× {ratio}"))
+    for name, before_bytes, after_bytes in (
+        ("Peak memory", found.dense.peak_memory, own.peak_memory),
+        ("Peak memory of the GPU", found.dense.peak_device_memory, own.peak_device_memory),
+    ):
+        if before_bytes and after_bytes:
+            sizes = tables.size(before_bytes), tables.size(after_bytes)
+            rows.append(Row(f"{name} in generation", found.where, *sizes, f"× {after_bytes / before_bytes:.3g}"))
     return rows
 
 
@@ -365,14 +391,20 @@ def measure_command(results: Results) -> str:
 
 
 def _error_plots(report: Report, cells: plots.Grid) -> list[Plot]:
+    return [*_linear_error_plots(report, cells), *_drift_plots(report)]
+
+
+def _drifted(report: Report) -> bool:
+    return any(block.away is not None or block.drift is not None for block in report.blocks)
+
+
+def _linear_error_plots(report: Report, cells: plots.Grid) -> list[Plot]:
     seen = [record for record in report.linears if record.relative_error]
     if not seen:
         return []
     heads, rows = _grid_rows(cells, lambda cell: "" if cell.error is None else f"{cell.error:.4g}")
     sampled = any(record.error_from == "sample" for record in seen)
-    fitted = any(block.away is not None for block in report.blocks)
-    drifted = fitted or any(block.drift is not None for block in report.blocks)
-    made = [
+    return [
         Plot(
             "error-map",
             "Relative error by block and linear",
@@ -394,20 +426,53 @@ def _error_plots(report: Report, cells: plots.Grid) -> list[Plot]:
             plots.depth(report.linears),
             "Mean and worst over the linears of each block. Each error is that of one linear alone, on inputs that "
             "come from the pruned blocks before it: it is not the sum of those before."
-            + ("" if drifted else " How far the outputs of blocks drift away from the dense model's was not recorded."),
+            + (
+                ""
+                if _drifted(report)
+                else " How far the outputs of blocks drift away from the dense model's was not recorded."
+            ),
         ),
     ]
-    if drifted:
-        caption = (
-            f"‖x − x₀‖² / ‖x₀‖², the mean over {'the' if fitted else 'some'} tokens of the calibration text, of the "
-            "states x that leave a pruned block and x₀ that leave it in the dense model: all that was lost up to there."
-        )
-        if report.kept_blocks is not None:
-            caption += " Of a block in front of some that were taken out, x₀ is what leaves the last of these."
-        if report.hidden_channels is not None:
-            caption += " Both are looked at in the hidden channels that are left."
-        made.append(Plot("away", "Distance from the dense model over depth", plots.away(report.blocks), caption))
-    return made
+
+
+def _drift_plots(report: Report) -> list[Plot]:
+    if not _drifted(report):
+        return []
+    fitted = any(block.away is not None for block in report.blocks)
+    caption = (
+        f"‖x − x₀‖² / ‖x₀‖², the mean over {'the' if fitted else 'some'} tokens of the calibration text, of the "
+        "states x that leave a pruned block and x₀ that leave it in the dense model: all that was lost up to there."
+    )
+    if report.kept_blocks is not None:
+        caption += " Of a block in front of some that were taken out, x₀ is what leaves the last of these."
+    if report.hidden_channels is not None:
+        caption += " Both are looked at in the hidden channels that are left."
+    return [Plot("away", "Distance from the dense model over depth", plots.away(report.blocks), caption)]
+
+
+def _experts_plot(report: Report) -> Plot | None:
+    """Tokens per expert, where there are experts that any could reach."""
+    if not (records := report.experts):
+        return None
+    heads = ["mixture", "experts", "that stay", "fewest tokens", "median", "most", f"fewer than {FEW_TOKENS} tokens"]
+    rows = [
+        [told.name, f"{len(told.tokens):,}", f"{len(told.kept):,}", f"{min(told.tokens):,}",
+         f"{statistics.median(told.tokens):,g}", f"{max(told.tokens):,}", ", ".join(map(str, told.few)) or "none"]
+        for told in records
+    ]  # fmt: skip
+    caption = (
+        "Tokens of the calibration text that were sent to each expert of a block. Colours are on a logarithmic scale. "
+        f"Little is known of those that fewer than {FEW_TOKENS} reached."
+    )
+    return Plot("experts", "Tokens per expert", plots.experts(records), caption, heads, rows)
+
+
+def _losses_plot(report: Report) -> Plot | None:
+    if report.recovery is None or not report.recovery.get("losses"):
+        return None
+    aim = "towards the dense model's answers" if report.recovery.get("distilled_from") else "on the text"
+    caption = f"Trained {aim}, each point the mean over the steps since the one before."
+    return Plot("losses", "Loss in training", plots.losses(report.recovery["losses"]), caption)
 
 
 def _zeros_plot(cells: plots.Grid) -> Plot | None:
@@ -488,8 +553,9 @@ def _linear_row(record: LinearRecord) -> list[str]:
     rows, columns = record.shape
     what = f"{record.method or 'dense'}: {record.kept}" if record.kept else f"{record.method} {record.pattern}"
     error = "" if record.relative_error is None else f"{record.relative_error:.4g}"
+    tokens = "" if record.method is None else f"{record.tokens:,}"  # what reaches those that stay dense is not counted
     note = record.note or ""
-    return [record.name, f"{columns:,} × {rows:,}", what, f"{record.sparsity:.2%}", error, f"{record.tokens:,}", note]
+    return [record.name, f"{columns:,} × {rows:,}", what, f"{record.sparsity:.2%}", error, tokens, note]
 
 
 def _worst_first(record: LinearRecord) -> float:

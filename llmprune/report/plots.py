@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import plotly.graph_objects as go
 
-from llmprune.report.record import BlockRecord, LinearRecord, Score
+from llmprune.report.record import FEW_TOKENS, BlockRecord, ExpertsRecord, LinearRecord, Score
 from llmprune.report.tables import kind, size
 from llmprune.report.weights import Histogram
 
@@ -141,18 +141,27 @@ def _map(cells: Grid, scaled: Any, values: Any, bar: dict[str, Any], row: int) -
          for block in range(len(cells.blocks))]
         for place in range(len(cells.kinds))
     ]  # fmt: skip
-    gap = 2 if len(cells.blocks) <= 40 else 0.5
-    trace = go.Heatmap(
-        z=scaled, customdata=values, text=texts, x=list(range(len(cells.blocks))), y=_labels(cells.labels),
-        hovertemplate="%{text}<extra></extra>", hoverongaps=False, coloraxis="coloraxis", xgap=gap, ygap=2,
+    trace = _heat(scaled, texts, list(range(len(cells.blocks))), _labels(cells.labels), gap=len(cells.blocks) <= 40)
+    trace.customdata = values
+    figure = _laid_out(go.Figure(trace), row * len(cells.kinds) + 96, bar)
+    return figure.update_layout(yaxis={"dtick": 1})
+
+
+def _heat(z: Any, texts: Any, x: Sequence[int], y: Sequence[Any], *, gap: bool) -> Any:
+    return go.Heatmap(
+        z=z, text=texts, x=x, y=y, hovertemplate="%{text}<extra></extra>", hoverongaps=False, coloraxis="coloraxis",
+        xgap=2 if gap else 0.5, ygap=2,
     )  # fmt: skip
-    figure = go.Figure(trace)
+
+
+def _laid_out(figure: Figure, height: int, bar: dict[str, Any]) -> Figure:
+    """A heat map over blocks with its bar of colours."""
     bar = {
         "orientation": "h", "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "len": 0.6, "thickness": 8,
         "ypad": 4, "outlinewidth": 0, "ticklabelposition": "outside top", **bar,
     }  # fmt: skip
     return figure.update_layout(
-        height=row * len(cells.kinds) + 96,
+        height=height,
         coloraxis={"colorbar": bar},
         xaxis={
             "title": {"text": "block", "standoff": 10},
@@ -161,7 +170,7 @@ def _map(cells: Grid, scaled: Any, values: Any, bar: dict[str, Any], row: int) -
             "tickformat": "d",
             "automargin": True,
         },
-        yaxis={"autorange": "reversed", "showgrid": False, "automargin": True, "dtick": 1},
+        yaxis={"autorange": "reversed", "showgrid": False, "automargin": True},
         margin={"t": 8, "r": 20},
     )
 
@@ -225,6 +234,64 @@ def away(blocks: Sequence[BlockRecord]) -> Figure:
         hovermode="x unified",
         xaxis={"title": {"text": "block"}, "tickformat": "d"},
         yaxis={"title": {"text": "distance"}, "rangemode": "tozero"},
+    )
+
+
+def experts(records: Sequence[ExpertsRecord]) -> Figure:
+    """How many tokens each expert was sent, as colours on a logarithmic scale; those that went or hardly got any."""
+    count, most = max(len(told.tokens) for told in records), max(max(told.tokens) for told in records)
+    places = [(place, number) for place, told in enumerate(records) for number in range(len(told.tokens))]
+    scaled: list[list[float | None]] = [[None] * len(records) for _ in range(count)]
+    tokens: list[list[int | None]] = [[None] * len(records) for _ in range(count)]
+    for place, number in places:
+        tokens[number][place] = sent = records[place].tokens[number]
+        scaled[number][place] = round(math.log10(max(sent, 1)), 3)
+    ticks = _ticks(1, max(most, 10))
+    bar = {"tickvals": [math.log10(tick) for tick in ticks], "ticktext": [f"{tick:,g}" for tick in ticks]}
+    row = max(6, min(ROW, 720 // count))
+    trace = _heat(scaled, None, list(range(len(records))), list(range(count)), gap=len(records) <= 40)
+    trace.update(customdata=tokens, hovertemplate="mixture %{x}, expert %{y}: %{customdata:,} tokens<extra></extra>")
+    if row < ROW // 2:
+        trace.ygap = 0.5
+    figure = go.Figure(trace)
+    gone = [(place, number) for place, number in places if number not in records[place].kept]
+    few = [(place, number) for place, number in places if number in records[place].few]
+    white = {"color": "#ffffff", "width": 1}  # is seen on any of the scale's colours, in any surroundings
+    for name, at, marker in (
+        ("went", gone, {"symbol": "x", "line": white}),
+        (f"fewer than {FEW_TOKENS} tokens", few, {"symbol": "circle-open", "line": {"width": 1.5}}),
+    ):
+        figure.add_scatter(
+            name=name, mode="markers", x=[place for place, _ in at], y=[number for _, number in at], hoverinfo="skip",
+            marker={"size": min(9, row - 2), **marker}, showlegend=bool(at),
+        )  # fmt: skip
+    figure = _laid_out(figure, row * count + 130, bar)
+    blocks = [block_of(told.name).rpartition(".")[2] for told in records]
+    step = -(-len(records) // 40)
+    return figure.update_layout(
+        coloraxis={"cmin": 0, "cmax": math.log10(max(most, 10))},
+        legend={"x": 0, "xanchor": "left"},
+        xaxis={"tickvals": list(range(0, len(records), step)), "ticktext": blocks[::step]},
+        yaxis={
+            "title": {"text": "expert"},
+            "dtick": max(1, count // 16),
+            "range": [count - 0.5, -0.5],
+            "autorange": False,
+        },
+    )
+
+
+def losses(steps: Sequence[Mapping[str, float]]) -> Figure:
+    """The loss in training: `step` and `loss` of each mean that was kept."""
+    figure = go.Figure()
+    figure.add_scatter(
+        x=[entry["step"] for entry in steps], y=[entry["loss"] for entry in steps], mode="lines+markers",
+        hovertemplate="step %{x}: %{y:.4g}<extra></extra>",
+    )  # fmt: skip
+    return figure.update_layout(
+        height=260,
+        xaxis={"title": {"text": "step"}, "tickformat": "d"},
+        yaxis={"title": {"text": "loss"}},
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -21,6 +22,12 @@ import llmprune
 from llmprune.parts import some_rows
 
 T = TypeVar("T")
+
+FEW_TOKENS = 64
+"""Fewer calibration tokens tell little of what they reach: it is noted."""
+
+_EXPERT = re.compile(r"(.+\.\d+\..*experts.*)\.(\d+)\.[^.]+")
+"""The name of an expert's linear, in a block: the module that holds it, and its number."""
 
 
 @dataclass(frozen=True)
@@ -68,19 +75,24 @@ class LinearRecord:
 
 @dataclass(frozen=True)
 class ExpertsRecord:
-    """What became of the experts of a block, where some went.
+    """What became of the experts of a block.
 
     Attributes:
         name: the module that holds them.
         kept: the numbers of those that stay, in the dense model.
         tokens: of the calibration that were sent to each.
-        few: the numbers of those that hardly any token reached, so that little is known of them.
+        few: the numbers of those that fewer than `FEW_TOKENS` reached, so that little is known of them.
     """
 
     name: str
     kept: list[int]
     tokens: list[int]
     few: list[int]
+
+    @classmethod
+    def of(cls, name: str, kept: Sequence[int], tokens: Sequence[int]) -> ExpertsRecord:
+        """A record from what was seen."""
+        return cls(name, [*kept], [*tokens], [place for place, count in enumerate(tokens) if count < FEW_TOKENS])
 
 
 @dataclass(frozen=True)
@@ -279,6 +291,22 @@ class Report:
     def solved(self) -> list[LinearRecord]:
         """The linears that a method has worked on: those that were pruned, and those that have fewer inputs."""
         return [record for record in self.linears if record.method is not None]
+
+    @property
+    def experts(self) -> list[ExpertsRecord]:
+        """What is known of experts, in order: as it was recorded, or where none went, by what reached their linears."""
+        if recorded := [told for block in self.blocks for told in block.experts or ()]:
+            return recorded
+        reached: dict[str, dict[int, int]] = {}
+        for record in self.linears:
+            if found := _EXPERT.fullmatch(record.name):
+                known, number = reached.setdefault(found[1], {}), int(found[2])
+                known[number] = max(known.get(number, 0), record.tokens)
+        return [
+            ExpertsRecord.of(name, sorted(known), [known[number] for number in sorted(known)])
+            for name, known in reached.items()
+            if any(known.values()) and sorted(known) == list(range(len(known)))
+        ]
 
     @property
     def smaller(self) -> str:

@@ -27,6 +27,9 @@ T = TypeVar("T")
 NAMES = ("model", "task", "metric")
 """Columns of a comparison that hold names; they take several lines where they are too long, and are never cut."""
 
+MIXTURES = 3
+"""Those that are noted one by one."""
+
 
 def kind(name: str) -> str:
     """A linear's name without the numbers of its block and expert: `mlp.experts.*.up_proj`."""
@@ -246,14 +249,16 @@ def notes(records: Iterable[LinearRecord]) -> list[str]:
 
 
 def expert_notes(blocks: Iterable[BlockRecord]) -> list[str]:
-    """Where experts went, those that calibration hardly reached."""
-    return [
+    """Where experts went, those that calibration hardly reached; of many mixtures the first."""
+    made = [
         f"{told.name}: hardly any calibration token was sent to {len(told.few)} of {len(told.tokens)} experts "
         f"({', '.join(map(str, told.few[:8]))}{', ...' if len(told.few) > 8 else ''}): little is known of them"
         for block in blocks
         for told in block.experts or ()
         if told.few
     ]
+    more = len(made) - MIXTURES
+    return made if more < 2 else [*made[:MIXTURES], f"{more} more mixtures have such experts: report.html draws all"]
 
 
 def tasks_table(scores: Iterable[Score]) -> Table:
@@ -283,10 +288,12 @@ def models_table(models: Sequence[Compared]) -> Table:
     read = any(model.perplexity is not None for model in models)
     table = Table(title="Models", title_justify="left", box=SIMPLE_HEAD)
     told = ("perplexity", "KL, nats", "same token") if read else ()
-    for heading in ("model", "files", "zeros", "in linears", *told):
+    smaller = len({model.weights for model in models}) > 1
+    for heading in ("model", *(["weights"] if smaller else []), "files", "zeros", "in linears", *told):
         _add_column(table, heading)
     for model in models:
-        row = [model.name, size(model.bytes), f"{model.sparsity:.1%}", f"{model.linears_sparsity:.1%}"]
+        row = [model.name, *([f"{model.weights:,}"] if smaller else []), size(model.bytes)]
+        row += [f"{model.sparsity:.1%}", f"{model.linears_sparsity:.1%}"]
         if read:
             row.append("-" if model.perplexity is None else f"{model.perplexity.value:.2f}")
             apart = model.divergence

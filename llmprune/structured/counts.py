@@ -10,9 +10,9 @@ from torch import Tensor
 from llmprune.errors import UserError
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.cuts import width_step
-from llmprune.model.width import Narrow
+from llmprune.model.width import Narrow, narrowed
 from llmprune.model.widths import Unit, channel_units, head_units, heads_that_can_go, products
-from llmprune.recipe import Width, share_of
+from llmprune.recipe import Recipe, Width, share_of
 
 MULTIPLE = 32
 """What the channels that stay are a multiple of, where the dense width is: kernels and quantised formats want that."""
@@ -66,29 +66,44 @@ def channels_left(checkpoint: Checkpoint, asked: str | int | float) -> int:
 class _Budget:
     """What may stay of a model's weights, or of the products of a token, and what units are worth there."""
 
-    def __init__(self, checkpoint: Checkpoint, width: Width) -> None:
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, whole: Checkpoint) -> None:
         """Weigh the units.
 
+        Args:
+            checkpoint: what becomes narrower, perhaps without some of its blocks and hidden channels.
+            whole: the dense model, of which a share may stay.
+
         Raises:
-            UserError: no such budget.
+            UserError: no such budget, or nothing has to go for it.
         """
+        width, fewer = recipe.width, checkpoint
         assert width.budget is not None
         name, self.asked = width.budget
         self.key, share = f"width.{name}", share_of(self.asked)
         if share is None:
             raise UserError(f"{self.key} must be the share that may stay (80%), not {self.asked!r}")
+        if (gone := recipe.experts.drop) is not None:
+            fewer = narrowed(checkpoint, None, None, lambda count: left("experts.drop", gone, count)).checkpoint
         self._products = name == "flops"
-        self._total = products(checkpoint) if self._products else float(checkpoint.weights)
+        self._total, self._own = self._size(whole), self._size(fewer)
         self._allowed, self._least = share * self._total, width_step(checkpoint)
-        self._channels = channel_units(checkpoint)
-        self._heads = head_units(checkpoint) if width.heads is not None or width.ranks else []
+        if self._own <= self._allowed:
+            raise UserError(
+                f"{self.key}: what goes besides brings the model to {self._own / self._total:.1%}, and {self.asked} "
+                "may stay: no channel has to go for that"
+            )
+        self._channels = channel_units(fewer)
+        self._heads = head_units(fewer) if width.heads is not None or width.ranks else []
+
+    def _size(self, checkpoint: Checkpoint) -> float:
+        return products(checkpoint) if self._products else float(checkpoint.weights)
 
     def channels(self, heads: str | int | float | None = None) -> tuple[float, float]:
         """The share of channels that has to go besides some heads, and the part of the model that is left then.
 
         The share is 0 where none has to go, and 1 where all are not enough.
         """
-        part = self._total
+        part = self._own
         if heads is not None:
             part -= sum(
                 self._worth(unit) * (unit.count - left("width.heads", heads, unit.count)) for unit in self._heads
@@ -110,14 +125,17 @@ class _Budget:
         return unit.products if self._products else unit.weights
 
 
-def channels_within(checkpoint: Checkpoint, width: Width) -> float | None:
+def channels_within(checkpoint: Checkpoint, recipe: Recipe, whole: Checkpoint) -> float | None:
     """The smallest share of channels whose loss brings a model within a budget; None where heads alone do.
+
+    Args:
+        checkpoint, whole: what becomes narrower, and the dense model.
 
     Raises:
         UserError: no such budget, or there are not enough channels.
     """
-    budget = _Budget(checkpoint, width)
-    share, part = budget.channels(width.heads)
+    budget = _Budget(checkpoint, recipe, whole)
+    share, part = budget.channels(recipe.width.heads)
     if share == 1:
         told = f"channels alone bring the model to {part:.1%} at the least"
         raise UserError(f"{budget.key}: {told}, and {budget.asked} may stay")
@@ -135,22 +153,24 @@ def ranking_of(width: Width) -> str:
     return f"{asked} of {'the weights' if key == 'params' else 'the products of a token'} are left"
 
 
-def stand_in(checkpoint: Checkpoint, width: Width) -> Width:
+def stand_in(checkpoint: Checkpoint, recipe: Recipe, whole: Checkpoint) -> Width:
     """Widths of which some of each kind go, for plans that are made before it is known how many.
 
     Raises:
         UserError: the model cannot lose some of each, or no budget can be met.
     """
-    found = _within(checkpoint, width)
+    found = _within(checkpoint, recipe, whole)
     share = next((one.channels for one in found if one.channels is not None), 0.001)
-    return Width(channels=share, heads=heads_that_can_go(checkpoint)[0], by=width.by)
+    return Width(channels=share, heads=heads_that_can_go(checkpoint)[0], by=recipe.width.by)
 
 
-def ranked(checkpoint: Checkpoint, width: Width, whole: Narrow, saliencies: Mapping[str, Tensor]) -> Width:
+def ranked(
+    checkpoint: Checkpoint, recipe: Recipe, whole: Checkpoint, narrower: Narrow, saliencies: Mapping[str, Tensor]
+) -> Width:
     """How many channels and heads go, by what the model loses with them over all blocks.
 
     Args:
-        whole: a narrower model that has cuts of both kinds.
+        narrower: a model that has cuts of both kinds.
         saliencies: (units,) by the names of the cuts, of all that could go.
 
     Returns:
@@ -158,7 +178,7 @@ def ranked(checkpoint: Checkpoint, width: Width, whole: Narrow, saliencies: Mapp
     """
     least = width_step(checkpoint)
     kinds: dict[str, list[Tensor]] = {"channels": [], "heads": []}
-    for block in whole.cuts:
+    for block in narrower.cuts:
         for name, cuts in block.items():
             kinds[cuts.pattern.what].append(saliencies[name].double().sort().values)
 
@@ -173,16 +193,16 @@ def ranked(checkpoint: Checkpoint, width: Width, whole: Narrow, saliencies: Mapp
                 gone += float(each[: len(each) - left("width.heads", one.heads, len(each))].sum())
         return gone
 
-    return min(_within(checkpoint, width), key=lost)
+    return min(_within(checkpoint, recipe, whole), key=lost)
 
 
-def _within(checkpoint: Checkpoint, width: Width) -> list[Width]:
+def _within(checkpoint: Checkpoint, recipe: Recipe, whole: Checkpoint) -> list[Width]:
     """For each number of heads that may go the fewest channels that bring the model within the budget.
 
     Raises:
         UserError: nothing does, or heads cannot go.
     """
-    counts, budget = heads_that_can_go(checkpoint), _Budget(checkpoint, width)
+    counts, budget = heads_that_can_go(checkpoint), _Budget(checkpoint, recipe, whole)
     if not counts:
         raise UserError("width.ranking global chooses between channels and heads, and this model's heads cannot go")
     found, least = [], 1.0
@@ -190,7 +210,7 @@ def _within(checkpoint: Checkpoint, width: Width) -> list[Width]:
         share, part = budget.channels(heads)
         least = min(least, part)
         if share < 1:
-            found.append(Width(channels=share or None, heads=heads, by=width.by))
+            found.append(Width(channels=share or None, heads=heads, by=recipe.width.by))
         if share == 0:  # more heads would only lose more
             break
     if not found:

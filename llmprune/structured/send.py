@@ -16,7 +16,6 @@ from llmprune.model.cuts import Cuts
 from llmprune.model.linears import find_linears
 from llmprune.model.watch import Shown, Watch
 from llmprune.report.record import ExpertsRecord
-from llmprune.solve import FEW_TOKENS
 from llmprune.structured.experts import Chooser, Seen
 
 
@@ -50,8 +49,7 @@ def choose_experts(
             raise Failure(f"what {name} returns holds NaN or infinite values; try --dtype float32")
         staying[name] = distributed.share(cuts.staying(scores))
         tokens = [int(count) for count in seen.tokens]
-        few = [place for place, count in enumerate(tokens) if count < FEW_TOKENS]
-        told.append(ExpertsRecord(name, staying[name].nonzero()[:, 0].tolist(), tokens, few))
+        told.append(ExpertsRecord.of(name, staying[name].nonzero()[:, 0].tolist(), tokens))
     return staying, told
 
 

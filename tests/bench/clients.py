@@ -212,7 +212,9 @@ def write_gguf(folder: Path, path: Path) -> None:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    head = config.hidden_size // config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_key_length(head)
+    writer.add_value_length(head)
     writer.add_rope_dimension_count(head)
     rope = getattr(config, "rope_parameters", None) or {"rope_theta": config.rope_theta}
     writer.add_rope_freq_base(rope["rope_theta"])

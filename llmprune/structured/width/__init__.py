@@ -54,8 +54,12 @@ def load(way: str | Mapping[str, Any]) -> Solver:
     return made
 
 
-def narrow(checkpoint: Checkpoint, recipe: Recipe) -> Narrow | None:
+def narrow(checkpoint: Checkpoint, recipe: Recipe, whole: Checkpoint | None = None) -> Narrow | None:
     """The narrower model that a recipe asks for, None where it asks for nothing.
+
+    Args:
+        checkpoint: what becomes narrower.
+        whole: the dense model, which that is where it has all of its blocks and hidden channels.
 
     Raises:
         UserError: the model has no such channels, heads or experts, or what is asked for makes no sense.
@@ -79,14 +83,14 @@ def narrow(checkpoint: Checkpoint, recipe: Recipe) -> Narrow | None:
                 "width.ranking global compares units of all blocks with each other, which "
                 f"{named.name_of(asked.by)} does not: take width.by taylor (--narrow-by taylor)"
             )
-        return narrow(checkpoint, replace(recipe, width=counts.stand_in(checkpoint, asked)))
+        return narrow(checkpoint, replace(recipe, width=counts.stand_in(checkpoint, recipe, whole or checkpoint)))
 
     def target(name: str, value: str | int | float | None, step: Target = lambda _: 1) -> Target | None:
         return None if value is None else lambda count: left(name, value, count, step(count))
 
     channels, key = asked.channels, "width.channels"
     if asked.budget is not None:
-        channels, key = counts.channels_within(checkpoint, asked), f"width.{asked.budget[0]}"
+        channels, key = counts.channels_within(checkpoint, recipe, whole or checkpoint), f"width.{asked.budget[0]}"
     return narrowed(
         checkpoint,
         target(key, channels, lambda count: step_of(count, width_step(checkpoint))),
