@@ -27,6 +27,8 @@ from llmprune.evaluate import compare as room
 from llmprune.evaluate import divergence, perplexity, tasks
 from llmprune.evaluate.pieces import FOLDER
 from llmprune.progress import Silent
+from llmprune.report.comparison import Compared
+from llmprune.report.tables import models_table
 from tests.families import make
 from tests.test_tasks import HEAD
 from tests.test_tasks import TASKS as YAML
@@ -371,3 +373,12 @@ def test_the_command_line(
     assert "no model at ./nowhere" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["compare", names[0]])
+
+
+def test_weights_are_told_where_a_model_has_fewer() -> None:
+    def heads(*weights: int) -> dict[str, list[str]]:
+        table = models_table([Compared(f"m{count}", "", False, 2 * count, count, 0.0, 0.0) for count in weights])
+        return {str(column.header): list(map(str, column.cells)) for column in table.columns}
+
+    assert heads(120_000, 96_000)["weights"] == ["120,000", "96,000"]
+    assert "weights" not in heads(120_000, 120_000)
