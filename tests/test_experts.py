@@ -255,6 +255,8 @@ def test_reports_tell_of_experts(model: Path, tmp_path: Path) -> None:
     drawn = Parsed(page.render(read_results(out), []))
     assert "num_local_experts 3 of 4" in drawn.text
     assert "has seen no calibration" not in drawn.text
+    assert f"{report.dense_weights:,}" in drawn.text
+    assert f"× {report.weights / report.dense_weights:.3g}" in drawn.text
     assert drawn.data["away-data"]["data"][0]["y"] == [block.drift for block in report.blocks]
     cells = drawn.data["experts-data"]["data"]
     for place, block in enumerate(report.blocks):
