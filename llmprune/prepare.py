@@ -28,7 +28,7 @@ from llmprune.plan import Plan, Slimming, allocated, foreseen
 from llmprune.planning import make_plan
 from llmprune.progress import Clock, Progress
 from llmprune.recipe import Experts, Recipe, Width, parse_size
-from llmprune.structured.counts import channels_left, ranked
+from llmprune.structured.counts import channels_left, needless, ranked
 from llmprune.structured.depth import Shortening, read_shortening
 from llmprune.structured.energy import choose_hidden
 from llmprune.structured.shorten import choose
@@ -193,6 +193,8 @@ def first_plan(source: Source, recipe: Recipe) -> tuple[Checkpoint, Checkpoint, 
         raise (error if small is None or error.least is None or error.least > (small.least or 0) else small) from None
     if small is not None:
         raise small
+    if recipe.width.budget is not None and made.narrow is None:
+        raise needless(recipe)
     return checkpoint, smaller, replace(made, shortening=shortening)
 
 

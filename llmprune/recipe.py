@@ -102,7 +102,8 @@ class Width:
     Args:
         channels: how many of an MLP's channels go: a number of them, or a share (`20%`).
         heads: how many heads go, likewise: those that have keys and values of their own; their queries go with them.
-        params: instead of `channels`, the share of all weights that may stay (`80%`): as many channels go as it takes.
+        params: instead of `channels`, the share of the dense model's weights that may stay (`80%`): as many channels go
+            as it takes.
         flops: likewise, of the products that a token takes, attention scores aside.
         hidden: how many of the model's hidden channels go, likewise: those that carry the least.
         ranking: `local`, or with `params` or `flops` `global`: heads go as well as channels, as many of each as lose

@@ -169,7 +169,7 @@ def test_another_request_is_refused_and_another_measure_is_not(
     assert done.recovered == out / "recovered"
     assert done.comparison.models[2].perplexity.length == 16  # type: ignore[union-attr]
     assert before.items() <= weights(out).items()
-    with pytest.raises(UserError, match=r"another recover\.training\.steps"):
+    with pytest.raises(UserError, match=r"another recover\.steps"):
         course.run(model, out=out, recipe={**recipe, "recover": {**recipe["recover"], "steps": 3}})
     course.run(model, out=out, recipe={**recipe, "recover": {**recipe["recover"], "save_every": 5}}, restart=False)
     assert course.run(model, out=out, recipe=first).recovered is None

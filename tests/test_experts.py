@@ -275,7 +275,7 @@ def test_reports_tell_of_experts(model: Path, tmp_path: Path) -> None:
 
 
 def marked(trace: dict[str, Any]) -> set[tuple[int, int]]:
-    return set(zip(trace["x"], trace["y"], strict=True))
+    return {(int(block), number) for block, number in zip(trace["x"], trace["y"], strict=True)}
 
 
 def test_a_sparse_mixture_tells_how_many_tokens_each_expert_got(model: Path, tmp_path: Path) -> None:
@@ -292,6 +292,10 @@ def test_a_sparse_mixture_tells_how_many_tokens_each_expert_got(model: Path, tmp
     assert all(told.kept == [0, 1, 2, 3] for told in sparse.experts)
     drawn = Parsed(page.render(read_results(tmp_path / "sparse"), []))
     assert drawn.data["experts-data"]["data"][1]["x"] == []  # none went
+    part = llmprune.prune(
+        model, out=tmp_path / "part", sparsity="2:4", method="wanda", ignore=["*.0.mlp.experts.0.*"], **chosen
+    )
+    assert [told.name for told in part.experts] == [told.name for told in sparse.experts[1:]]  # one was not counted
     without = llmprune.prune(model, out=tmp_path / "without", sparsity="2:4", method="magnitude")
     assert without.experts == []  # no data, no tokens
     assert "experts-data" not in Parsed(page.render(read_results(tmp_path / "without"), [])).data

@@ -221,6 +221,22 @@ def test_masks_beside_other_weights_are_told(pair: tuple[Path, Path], tmp_path: 
     assert all(torch.equal(one, two) for one, two in zip(whole.parameters(), again.model.parameters(), strict=True))
 
 
+def test_a_mixture_goes_on_only_where_all_of_its_weights_were_read(tmp_path: Path) -> None:
+    """The Trainer of some transformers writes fused experts one by one, and does not read them again."""
+    _, out = sparse("mixtral", tmp_path)
+    whole = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    trainer(whole, tmp_path / "run", KeepZeros()).train()
+    again = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    made = trainer(again, tmp_path / "run", KeepZeros())
+    there = tmp_path / "run" / "checkpoint-3"
+    if "model.layers.0.mlp.experts.down_proj" in load_file(there / "model.safetensors"):
+        made.train(resume_from_checkpoint=str(there))
+        assert all(torch.equal(one, two) for one, two in zip(whole.parameters(), again.parameters(), strict=True))
+    else:
+        with pytest.raises(UserError, match="the Trainer did not read all of its weights"):
+            made.train(resume_from_checkpoint=str(there))
+
+
 def test_adapters_that_would_fill_the_zeros_are_warned_of(pair: tuple[Path, Path], tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(pair[1], dtype=torch.float32)
     model.peft_config = {"default": None}

@@ -286,7 +286,7 @@ def test_the_page_shows_it(found: Speed, pruned: Path) -> None:
     shown = {row.name: row for row in rows}
     assert shown["Decode, tokens/s"].difference == f"× {found.ratios[1]}"
     assert shown["Prefill, tokens/s"].dense == told.spread(found.dense.prefill)
-    assert shown["Peak memory in generation"].dense == size(found.dense.peak_memory)
+    assert shown["Peak memory, loading included"].dense == size(found.dense.peak_memory)
     _, rows, missing = page.verdict(results.Results(kept.report))
     assert "speed" in missing
     assert not any("tokens/s" in row.name for row in rows)

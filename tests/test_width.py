@@ -129,8 +129,9 @@ def test_channels_that_no_number_tells_of(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", sorted(NO_HEADS))
 def test_heads_that_cannot_go(family: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot (have|be made narrower without)"):
+    with pytest.raises(UserError, match=r"cannot (have|be made narrower without)") as told:
         llmprune.prune(make(family, tmp_path / "model"), out=tmp_path / "out", width={"heads": 1}, **SETTINGS)
+    assert "can go" not in str(told.value)  # no other number is named
     assert not (tmp_path / "out").exists()
 
 
@@ -348,8 +349,22 @@ def test_a_budget_is_a_share_of_the_dense_model_whatever_else_goes(key: str, ran
         made = left(0.4, **more)
         assert 0.3 * dense < size(made) <= 0.4 * dense
         assert len(made.blocks) == 3
-    with pytest.raises(UserError, match=rf"width\.{key}: what goes besides brings the model to .*no channel has to go"):
-        left(0.9, **others)
+    if ranking == "local":
+        with pytest.raises(UserError, match=rf"width\.{key}: 0\.9 may stay, and what goes besides is enough for that"):
+            left(0.9, depth=others["depth"])
+        made = left(0.9, **others)  # experts go, and no channel
+        assert made.config.intermediate_size == Checkpoint(resolve(source), "cpu").config.intermediate_size
+    else:
+        with pytest.raises(UserError, match=rf"width\.{key}: 0\.9 may stay, and what goes besides is enough"):
+            left(0.9, **others)
+
+
+def test_a_budget_counts_hidden_channels_and_heads_that_go_besides(model: Path) -> None:
+    dense = Checkpoint(resolve(model), "cpu").weights
+    checkpoint, made = pipeline.plan(model, width={"params": "50%", "hidden": 8, "heads": 1}, **SETTINGS)
+    left = made.written(checkpoint)
+    assert 0.42 * dense < left.weights <= 0.5 * dense
+    assert left.hidden_size == Checkpoint(resolve(model), "cpu").hidden_size - 8
 
 
 def test_heads_that_the_config_cannot_say_are_told_with_those_that_it_can(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def add_recipe(parser: argparse.ArgumentParser, several: bool = False, sought: b
     add("--drop-by", metavar="NAME", help="how they are chosen: greedy, influence, evolve [greedy]")
     narrower = "channels of each MLP that go: how many, or a share of them (20%%); no linear is pruned besides"
     add("--drop-channels", metavar="N", help=narrower)
-    budget = "instead: as many channels as it takes for this share of all weights to stay (80%%)"
+    budget = "instead: as many channels as it takes for this share of the dense model's weights to stay (80%%)"
     add("--params", metavar="SHARE", help=budget)
     add("--flops", metavar="SHARE", help="likewise, of the products that a token takes")
     ranking = (

@@ -113,16 +113,7 @@ def narrowed(
         UserError: it has none that can go, or its config cannot say so.
     """
     kind = type(whole.model).__name__
-    found: list[tuple[Number, list[Changed]]] = []
-    for what, target in (("channels", channels), ("heads", heads), ("experts", experts)):
-        if target is not None:
-            known = list(numbers_of(whole, what, target))
-            if not known:
-                why = ", apart from the size of each" if what == "heads" else ""
-                raise UserError(
-                    f"{kind} cannot have fewer {what}: no number in its config says how many there are{why}"
-                )
-            found += known
+    found = _sought(whole, {"channels": channels, "heads": heads, "experts": experts})
     made = _made(whole, [number for number, _ in found])
     routed: list[dict[str, Cuts]] = [{} for _ in whole.blocks]
     for number, changed in (entry for entry in found if entry[0].what == "experts"):
@@ -135,6 +126,31 @@ def narrowed(
         if not (why := trial.otherwise(narrow)):
             return narrow
     raise UserError(f"{kind} cannot be made narrower without changing what is left: {why}")
+
+
+def untried(whole: Checkpoint, **targets: Target) -> Checkpoint:
+    """The narrower model without any weights, of which nobody has seen whether it does what the whole one does.
+
+    Args:
+        **targets: as for `narrowed`.
+    """
+    return _made(whole, [number for number, _ in _sought(whole, targets)])
+
+
+def _sought(whole: Checkpoint, targets: Mapping[str, Target | None]) -> list[tuple[Number, list[Changed]]]:
+    """The numbers of the config that become smaller, and what each governs, per block."""
+    found: list[tuple[Number, list[Changed]]] = []
+    for what, target in targets.items():
+        if target is not None:
+            known = list(numbers_of(whole, what, target))
+            if not known:
+                why = ", apart from the size of each" if what == "heads" else ""
+                raise UserError(
+                    f"{type(whole.model).__name__} cannot have fewer {what}: no number in its config says how many "
+                    f"there are{why}"
+                )
+            found += known
+    return found
 
 
 def _made(whole: Checkpoint, found: Sequence[Number]) -> Checkpoint:

@@ -165,11 +165,20 @@ def _governed(whole: Checkpoint, number: Number) -> list[Changed]:
             return []
         if number.problem is not None:
             raise number.problem from None
-        if number.what == "heads" and (counts := heads_that_can_go(whole)):
+        if number.what == "heads" and (counts := [gone for gone in heads_that_can_go(whole) if _goes(whole, gone)]):
             raise UserError(
                 f"{error}; of its {number.count} heads with keys and values {_listed(counts)} can go"
             ) from None
         raise
+
+
+def _goes(whole: Checkpoint, gone: int) -> bool:
+    """Whether so many heads may go, as a model without any weights shows."""
+    with contextlib.suppress(UserError):
+        for number in _heads(whole, lambda count: count - gone):
+            config, _ = altered(whole, number.changes, number.words)
+            return any(_changed(whole, config, number))
+    return False
 
 
 def _listed(counts: Sequence[int]) -> str:

@@ -133,7 +133,7 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
         check_training(model, args, state)
         if args.load_best_model_at_end:
             raise UserError(
-                "load_best_model_at_end takes back weights of a step at which less was pruned: leave it out, and take "
+                "load_best_model_at_end takes back weights of a step with other masks: leave it out, and take "
                 "one of the checkpoints after the last update of the masks"
             )
         if args.fp16 and not args.max_grad_norm and (self.straight_through or self.saliency == "movement"):

@@ -167,17 +167,20 @@ def read_beside(path: Path, parameters: Mapping[str, Tensor], said: Any) -> Mask
     """
     try:
         with safe_open(path, "pt") as file:
-            told = file.metadata()
+            told = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        before, weights = json.loads(told["said"]), told["weights"]
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+        before = json.loads(told.get("said", "null"))
+    except (OSError, SafetensorError, ValueError) as error:
         raise Failure(f"{path} cannot be read: {error}; resume from another checkpoint") from None
+    if not told.keys() >= {"said", "weights"}:
+        raise Failure(f"{path} was written by another version of llmprune: resume from another checkpoint")
     if other := difference(before, said):
         raise UserError(f"{path} was saved with {other}: give the same to go on from there")
-    if weights != _fingerprint(parameters):
+    if told["weights"] != _fingerprint(parameters):
         raise UserError(
             f"{path} lies beside other weights than those that training goes on with: name the checkpoint in "
-            "TrainingArguments(resume_from_checkpoint=...) too, for what llmprune keeps beside it"
+            "TrainingArguments(resume_from_checkpoint=...) too, for what llmprune keeps beside it; or, where that is "
+            "the one, the Trainer did not read all of its weights (it warns of missing keys)"
         )
     return tensors
 

@@ -293,12 +293,12 @@ def _speed_rows(results: Results) -> list[Row]:
             name = f"{_upper(phase)}, tokens/s"
             rows.append(Row(name, found.where, spread(before), spread(after), f"× {ratio}"))
     for name, before_bytes, after_bytes in (
-        ("Peak memory", found.dense.peak_memory, own.peak_memory),
-        ("Peak memory of the GPU", found.dense.peak_device_memory, own.peak_device_memory),
+        ("Peak memory, loading included", found.dense.peak_memory, own.peak_memory),
+        ("The same of the GPU", found.dense.peak_device_memory, own.peak_device_memory),
     ):
         if before_bytes and after_bytes:
             sizes = tables.size(before_bytes), tables.size(after_bytes)
-            rows.append(Row(f"{name} in generation", found.where, *sizes, f"× {after_bytes / before_bytes:.3g}"))
+            rows.append(Row(name, found.where, *sizes, f"× {after_bytes / before_bytes:.3g}"))
     return rows
 
 
@@ -457,7 +457,7 @@ def _experts_plot(report: Report) -> Plot | None:
     heads = ["mixture", "experts", "that stay", "fewest tokens", "median", "most", f"fewer than {FEW_TOKENS} tokens"]
     rows = [
         [told.name, f"{len(told.tokens):,}", f"{len(told.kept):,}", f"{min(told.tokens):,}",
-         f"{statistics.median(told.tokens):,g}", f"{max(told.tokens):,}", ", ".join(map(str, told.few)) or "none"]
+         f"{statistics.median(told.tokens):,.0f}", f"{max(told.tokens):,}", ", ".join(map(str, told.few)) or "none"]
         for told in records
     ]  # fmt: skip
     caption = (

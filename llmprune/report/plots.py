@@ -147,7 +147,7 @@ def _map(cells: Grid, scaled: Any, values: Any, bar: dict[str, Any], row: int) -
     return figure.update_layout(yaxis={"dtick": 1})
 
 
-def _heat(z: Any, texts: Any, x: Sequence[int], y: Sequence[Any], *, gap: bool) -> Any:
+def _heat(z: Any, texts: Any, x: Sequence[Any], y: Sequence[Any], *, gap: bool) -> Any:
     return go.Heatmap(
         z=z, text=texts, x=x, y=y, hovertemplate="%{text}<extra></extra>", hoverongaps=False, coloraxis="coloraxis",
         xgap=2 if gap else 0.5, ygap=2,
@@ -247,10 +247,12 @@ def experts(records: Sequence[ExpertsRecord]) -> Figure:
         tokens[number][place] = sent = records[place].tokens[number]
         scaled[number][place] = round(math.log10(max(sent, 1)), 3)
     ticks = _ticks(1, max(most, 10))
-    bar = {"tickvals": [math.log10(tick) for tick in ticks], "ticktext": [f"{tick:,g}" for tick in ticks]}
+    bar = {"tickvals": [math.log10(tick) for tick in ticks], "ticktext": [f"{tick:,.0f}" for tick in ticks]}
     row = max(6, min(ROW, 720 // count))
-    trace = _heat(scaled, None, list(range(len(records))), list(range(count)), gap=len(records) <= 40)
-    trace.update(customdata=tokens, hovertemplate="mixture %{x}, expert %{y}: %{customdata:,} tokens<extra></extra>")
+    blocks = [block_of(told.name).rpartition(".")[2] for told in records]
+    names = blocks if len(set(blocks)) == len(blocks) else _labels([told.name for told in records])
+    trace = _heat(scaled, None, names, list(range(count)), gap=len(records) <= 40)
+    trace.update(customdata=tokens, hovertemplate="block %{x}, expert %{y}: %{customdata:,} tokens<extra></extra>")
     if row < ROW // 2:
         trace.ygap = 0.5
     figure = go.Figure(trace)
@@ -262,16 +264,14 @@ def experts(records: Sequence[ExpertsRecord]) -> Figure:
         (f"fewer than {FEW_TOKENS} tokens", few, {"symbol": "circle-open", "line": {"width": 1.5}}),
     ):
         figure.add_scatter(
-            name=name, mode="markers", x=[place for place, _ in at], y=[number for _, number in at], hoverinfo="skip",
-            marker={"size": min(9, row - 2), **marker}, showlegend=bool(at),
+            name=name, mode="markers", x=[names[place] for place, _ in at], y=[number for _, number in at],
+            marker={"size": min(9, row - 2), **marker}, hoverinfo="skip", showlegend=bool(at),
         )  # fmt: skip
     figure = _laid_out(figure, row * count + 130, bar)
-    blocks = [block_of(told.name).rpartition(".")[2] for told in records]
-    step = -(-len(records) // 40)
     return figure.update_layout(
         coloraxis={"cmin": 0, "cmax": math.log10(max(most, 10))},
         legend={"x": 0, "xanchor": "left"},
-        xaxis={"tickvals": list(range(0, len(records), step)), "ticktext": blocks[::step]},
+        xaxis={"type": "category", "dtick": -(-len(records) // 40), "categoryarray": names},
         yaxis={
             "title": {"text": "expert"},
             "dtick": max(1, count // 16),

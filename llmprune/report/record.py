@@ -301,11 +301,12 @@ class Report:
         for record in self.linears:
             if found := _EXPERT.fullmatch(record.name):
                 known, number = reached.setdefault(found[1], {}), int(found[2])
-                known[number] = max(known.get(number, 0), record.tokens)
+                counted = record.tokens or record.note  # one that was looked at and that nothing reached is noted
+                known[number] = max(known.get(number, -1), record.tokens if counted else -1)
         return [
             ExpertsRecord.of(name, sorted(known), [known[number] for number in sorted(known)])
             for name, known in reached.items()
-            if any(known.values()) and sorted(known) == list(range(len(known)))
+            if max(known.values()) > 0 and min(known.values()) >= 0 and sorted(known) == list(range(len(known)))
         ]
 
     @property

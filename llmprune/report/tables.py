@@ -258,7 +258,7 @@ def expert_notes(blocks: Iterable[BlockRecord]) -> list[str]:
         if told.few
     ]
     more = len(made) - MIXTURES
-    return made if more < 2 else [*made[:MIXTURES], f"{more} more mixtures have such experts: report.html draws all"]
+    return made if more < 2 else [*made[:MIXTURES], f"{more} more mixtures have such experts"]
 
 
 def tasks_table(scores: Iterable[Score]) -> Table:

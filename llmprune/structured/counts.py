@@ -10,7 +10,7 @@ from torch import Tensor
 from llmprune.errors import UserError
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.cuts import width_step
-from llmprune.model.width import Narrow, narrowed
+from llmprune.model.width import Narrow, untried
 from llmprune.model.widths import Unit, channel_units, head_units, heads_that_can_go, products
 from llmprune.recipe import Recipe, Width, share_of
 
@@ -74,7 +74,7 @@ class _Budget:
             whole: the dense model, of which a share may stay.
 
         Raises:
-            UserError: no such budget, or nothing has to go for it.
+            UserError: no such budget.
         """
         width, fewer = recipe.width, checkpoint
         assert width.budget is not None
@@ -83,17 +83,17 @@ class _Budget:
         if share is None:
             raise UserError(f"{self.key} must be the share that may stay (80%), not {self.asked!r}")
         if (gone := recipe.experts.drop) is not None:
-            fewer = narrowed(checkpoint, None, None, lambda count: left("experts.drop", gone, count)).checkpoint
+            fewer = untried(checkpoint, experts=lambda count: left("experts.drop", gone, count))
         self._products = name == "flops"
         self._total, self._own = self._size(whole), self._size(fewer)
         self._allowed, self._least = share * self._total, width_step(checkpoint)
-        if self._own <= self._allowed:
-            raise UserError(
-                f"{self.key}: what goes besides brings the model to {self._own / self._total:.1%}, and {self.asked} "
-                "may stay: no channel has to go for that"
-            )
         self._channels = channel_units(fewer)
         self._heads = head_units(fewer) if width.heads is not None or width.ranks else []
+
+    @property
+    def met(self) -> bool:
+        """Whether what goes besides is enough."""
+        return self._own <= self._allowed
 
     def _size(self, checkpoint: Checkpoint) -> float:
         return products(checkpoint) if self._products else float(checkpoint.weights)
@@ -125,8 +125,15 @@ class _Budget:
         return unit.products if self._products else unit.weights
 
 
+def needless(recipe: Recipe) -> UserError:
+    """What is wrong with a budget for which nothing has to go."""
+    assert recipe.width.budget is not None
+    key, asked = recipe.width.budget
+    return UserError(f"width.{key}: {asked} may stay, and what goes besides is enough for that: leave it out")
+
+
 def channels_within(checkpoint: Checkpoint, recipe: Recipe, whole: Checkpoint) -> float | None:
-    """The smallest share of channels whose loss brings a model within a budget; None where heads alone do.
+    """The smallest share of channels whose loss brings a model within a budget; None where what else goes does.
 
     Args:
         checkpoint, whole: what becomes narrower, and the dense model.
@@ -205,6 +212,8 @@ def _within(checkpoint: Checkpoint, recipe: Recipe, whole: Checkpoint) -> list[W
     counts, budget = heads_that_can_go(checkpoint), _Budget(checkpoint, recipe, whole)
     if not counts:
         raise UserError("width.ranking global chooses between channels and heads, and this model's heads cannot go")
+    if budget.met:
+        raise needless(recipe)
     found, least = [], 1.0
     for heads in (None, *counts):
         share, part = budget.channels(heads)

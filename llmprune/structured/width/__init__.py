@@ -91,6 +91,8 @@ def narrow(checkpoint: Checkpoint, recipe: Recipe, whole: Checkpoint | None = No
     channels, key = asked.channels, "width.channels"
     if asked.budget is not None:
         channels, key = counts.channels_within(checkpoint, recipe, whole or checkpoint), f"width.{asked.budget[0]}"
+        if channels is None and asked.heads is None and sent.drop is None:
+            return None
     return narrowed(
         checkpoint,
         target(key, channels, lambda count: step_of(count, width_step(checkpoint))),
