@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -14,12 +15,18 @@ _C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def peak() -> int:
-    """The most resident memory that this process has had so far, in bytes."""
+    """The most resident memory that this process has had so far, or since `begin`, in bytes."""
     told = _status("VmHWM")  # Linux's ru_maxrss also counts what the parent process held when it started this one
     if told is not None:
         return told
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def begin() -> None:
+    """Count the peak from now on, where the system can: this process may have done something else before."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def current() -> int:

@@ -80,6 +80,7 @@ def prune(
 
 def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, shown: Progress) -> Report:
     clock = Clock()
+    memory.begin()
     with clock("plan"):
         source = find(model, recipe, shown)
     with clock("plan"), shown.waiting("planning"):

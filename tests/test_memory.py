@@ -20,6 +20,8 @@ def test_current_and_peak_follow_what_is_held() -> None:
     memory.give_back()  # which the C library does not by itself once it was set up for large tensors
     assert memory.current() < before + 2**27
     assert memory.peak() > before + 2**27
+    memory.begin()
+    assert before - 2**27 < memory.peak() < before + 2**27
 
 
 def test_available_is_within_what_there_is() -> None:

@@ -145,6 +145,7 @@ def recover(
     training = Training.read(options)
     weights = training.weights(distill is not None)
     began = time.monotonic()
+    memory.begin()
     with distributed.joined():
         shown = of_first(progress)
         with distributed.first(), shown.waiting("planning"):

@@ -144,7 +144,7 @@ def render(results: Results, histograms: Sequence[Histogram], many: bool = False
         losses=_losses_plot(report),
         kinds=_kind_rows(report.solved, report.allocation == "uniform"),
         notes=[*tables.notes(report.linears), *tables.expert_notes(report.blocks)],
-        weights=[_weight_plot(shown) for shown in histograms],
+        weights=[_weight_plot(shown, _last(report)) for shown in histograms],
         dense_seen=any(shown.before is not None for shown in histograms),
         many=many,
         generations=results.generations,
@@ -206,7 +206,7 @@ def verdict(results: Results) -> tuple[list[str], list[Row], list[str]]:
     if apart is not None:
         error = "" if apart.stderr is None else f" ±\N{NO-BREAK SPACE}{apart.stderr:.3g}"
         where = _protocol(apart)
-        last = "pruned" if report.recovery is None else "recovered"
+        last = _last(report)
         had = parent.divergence if parent is not None else None
         had = had if had is not None and _protocol(had) == where else None
         was = ("", "") if had is None else (f"{had.kl:.4g}", _percent(had.agreement))
@@ -492,10 +492,15 @@ def _grid_rows(cells: plots.Grid, show: Any) -> tuple[list[str], list[list[str]]
     return ["block", *cells.labels], rows
 
 
-def _weight_plot(shown: Histogram) -> Plot:
+def _last(report: Report) -> str:
+    """What the checkpoint is called beside the dense model."""
+    return "pruned" if report.recovery is None else "recovered"
+
+
+def _weight_plot(shown: Histogram, name: str) -> Plot:
     away = f"; {shown.after.outside:.2%} of the weights lie outside" if shown.after.outside >= 5e-5 else ""
     caption = f"{shown.after.zeros:.2%} zeros, which are not drawn{away}."
-    return Plot(f"weights-{_digest(shown.name)}", shown.name, plots.weights(shown), caption)
+    return Plot(f"weights-{_digest(shown.name)}", shown.name, plots.weights(shown, name), caption)
 
 
 def _task_scores(results: Results) -> dict[str, list[Score]]:
@@ -505,7 +510,7 @@ def _task_scores(results: Results) -> dict[str, list[Score]]:
     shown: dict[str, list[Score]] = {"dense": dense.scores if dense is not None else []}
     if parent is not None and parent.scores:
         shown["pruned"] = parent.scores
-    shown["pruned" if results.report.recovery is None else "recovered"] = _own_scores(results)
+    shown[_last(results.report)] = _own_scores(results)
     if results.comparison is not None:
         for model in results.comparison.models:
             if all(model is not known for known in (own, dense, parent)) and model.scores:

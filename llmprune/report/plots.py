@@ -295,10 +295,10 @@ def losses(steps: Sequence[Mapping[str, float]]) -> Figure:
     )
 
 
-def weights(histogram: Histogram) -> Figure:
+def weights(histogram: Histogram, after: str = "pruned") -> Figure:
     """The weights of a linear that are not zero, before and after, as shares of all its weights."""
     figure = go.Figure()
-    for name, counts in (("dense", histogram.before), ("pruned", histogram.after)):
+    for name, counts in (("dense", histogram.before), (after, histogram.after)):
         # A trace without points takes its colour all the same, so that dense and pruned have theirs in every plot.
         figure.add_scatter(
             name=name, x=histogram.centres if counts else [], y=counts.shares if counts else [], mode="lines",

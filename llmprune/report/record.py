@@ -226,7 +226,7 @@ class Report:
         calibration: source, samples, length, seed and the sha256 of the tokens; None where no data was needed.
         dense, sparse: perplexity before and after, if asked for.
         seconds: time per phase and in total, of the process that finished the run.
-        peak_memory: peak resident bytes of the process; `peak_device_memory` of the GPU.
+        peak_memory: peak resident bytes of the process, in this run; `peak_device_memory` of the GPU.
         predicted_memory: what the plan said it would be.
         ranks: how many processes worked together.
         shards: file name to sha256.
