@@ -179,7 +179,7 @@ def first_plan(source: Source, recipe: Recipe) -> tuple[Checkpoint, Checkpoint, 
         left = None if recipe.width.hidden is None else channels_left(checkpoint, recipe.width.hidden)
     had = room(checkpoint, parse_size(recipe.max_memory) if recipe.max_memory is not None else None)
     if shortening is None and left is None:
-        return checkpoint, checkpoint, _planned(checkpoint, checkpoint, recipe, had)
+        return checkpoint, checkpoint, _planned(checkpoint, recipe, had)
     first, small = _for_choosing(checkpoint, recipe, had, shortening, left is not None)
     if left is not None:
         laid_out = first.schedule.batch, first.schedule.place
@@ -219,27 +219,27 @@ def _for_choosing(
         calibration=plain,
     )
     try:
-        return _planned(checkpoint, checkpoint, choosing, had, shortening, passes), None
+        return _planned(checkpoint, choosing, had, shortening, passes), None
     except UserError as error:
         if error.least is None or distributed.size() > 1:
             raise
-        made = _planned(checkpoint, checkpoint, choosing, replace(had, host=sys.maxsize), shortening, passes)
+        made = _planned(checkpoint, choosing, replace(had, host=sys.maxsize), shortening, passes)
         return replace(made, room=had), error
 
 
 def _planned(
-    whole: Checkpoint,
     checkpoint: Checkpoint,
     recipe: Recipe,
     had: Room,
     shortening: Shortening | None = None,
     passes: bool = False,
+    whole: Checkpoint | None = None,
 ) -> Plan:
     """The plan, the same on every rank.
 
     Args:
-        whole: the dense model.
         passes: whether the calibration text goes through the dense model before.
+        whole: the dense model, where that is another.
     """
     with distributed.first():
         made = make_plan(checkpoint, recipe, had, shortening, narrow_by(checkpoint, recipe, whole), passes)
@@ -267,7 +267,7 @@ def _smaller(
 
 def _anew(whole: Checkpoint, checkpoint: Checkpoint, recipe: Recipe, plan: Plan) -> Plan:
     """The plan for what a model has become, of which that is no part by which it was found out."""
-    made = _planned(whole, checkpoint, recipe, replace(plan.room, base=plan.schedule.base))
+    made = _planned(checkpoint, recipe, replace(plan.room, base=plan.schedule.base), whole=whole)
     phases = dict(made.schedule.memory)
     for phase in {CHOOSE, "evaluate"} & plan.schedule.memory.keys():  # the dense model is evaluated too
         phases[phase] = phases.get(phase, Peak()) | plan.schedule.memory[phase]

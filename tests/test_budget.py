@@ -296,9 +296,10 @@ from llmprune import memory
 model, out, text, method, cap = sys.argv[1:]
 method = json.loads(method)
 after = {key: method.pop(key) for key in ("refine", "reconstruct", "calibration.asymmetric") if key in method}
+before = memory.peak()
 chosen = {"width": method} if {"channels", "hidden"} & method.keys() else {"sparsity": "2:4", "method": method}
 report = llmprune.prune(model, out=out, calibration=text, samples=4, length=256, max_memory=cap, **chosen, **after)
-print(json.dumps([report.predicted_memory, report.peak_memory, memory.peak(), report.sparsity]))
+print(json.dumps([report.predicted_memory, report.peak_memory, max(before, memory.peak()), report.sparsity]))
 """
 
 

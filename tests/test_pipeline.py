@@ -624,8 +624,9 @@ PEAK = """
 import sys, llmprune
 from llmprune import memory
 model, out, text = sys.argv[1:]
+before = memory.peak()
 llmprune.prune(model, out=out, sparsity="2:4", method="sparsegpt", calibration=text, samples=8, length=64)
-print(memory.peak())
+print(max(before, memory.peak()))
 """
 
 

@@ -71,14 +71,14 @@ def way_to_slim(whole: Checkpoint, kept: Sequence[int]) -> int:
         if not (found := trial.otherwise(_made(small, form, _unrounded(index)))):
             return number
         why = why or found
-    raise UserError(f"{_cannot(whole, len(kept))}: what is left would not be what it was ({why})")
+    raise UserError(f"{_cannot(whole, _channels(whole, len(kept)))}: what is left would not be what it was ({why})")
 
 
-def _cannot(whole: Checkpoint, count: int) -> str:
-    return f"{type(whole.model).__name__} cannot have {_words(whole, count)}"
+def _cannot(whole: Checkpoint, what: str) -> str:
+    return f"{type(whole.model).__name__} cannot have {what}"
 
 
-def _words(whole: Checkpoint, count: int) -> str:
+def _channels(whole: Checkpoint, count: int) -> str:
     return f"{count:,} of {whole.hidden_size:,} hidden channels"
 
 
@@ -103,13 +103,13 @@ def _made(whole: Checkpoint, form: Checkpoint, index: Mapping[str, TensorInfo]) 
 def _with_few_words(whole: Checkpoint) -> Checkpoint:
     """The model in float32 on the host, with the first rows of its embeddings alone."""
     words = min(_WORDS, whole.model.get_input_embeddings().weight.shape[0])
-    config, text = altered(whole, {"vocab_size": words, "pad_token_id": None}, f"{words} words")
-    form, index = _form(whole, config, text), dict(whole.index)
+    form, index = _form(whole, {"vocab_size": words, "pad_token_id": None}, f"{words} words"), dict(whole.index)
     for key, info in whole.index.items():
         shape = form.index[key].shape if key in form.index else info.shape
         if dims := _smaller_dims(info, shape):
             index[key] = replace(info, shape=shape, part=_part(info, {dim: torch.arange(shape[dim]) for dim in dims}))
-    return whole.reshaped(config, text, "cpu", "float32", index=index)
+    assert form.shape is not None
+    return whole.reshaped(form.shape.config, form.shape.config_json, "cpu", "float32", index=index)
 
 
 def _smaller_dims(info: TensorInfo, shape: tuple[int, ...]) -> list[int]:
@@ -119,7 +119,7 @@ def _smaller_dims(info: TensorInfo, shape: tuple[int, ...]) -> list[int]:
 def _ways(whole: Checkpoint, kept: Tensor) -> Iterator[tuple[Checkpoint, dict[str, TensorInfo]]]:
     """The slimmer model without any weights, and its tensors, in each of the ways in which it may use the width."""
     for change in _changes(whole, len(kept)):
-        form = _form(whole, *altered(whole, change, _words(whole, len(kept))))
+        form = _form(whole, change, _channels(whole, len(kept)))
         for index in _indices(whole, _shapes(whole, form), kept):
             yield form, index
 
@@ -137,13 +137,17 @@ def _changes(whole: Checkpoint, count: int) -> Iterator[dict[str, Any]]:
         yield changes
 
 
-def _form(whole: Checkpoint, config: Any, text: str) -> Checkpoint:
-    """A model of other widths without any weights."""
+def _form(whole: Checkpoint, changes: Mapping[str, Any], what: str) -> Checkpoint:
+    """A model of other widths without any weights.
+
+    Args:
+        what: what it has, for a message.
+    """
+    config, text = altered(whole, changes, what)
     try:
         return whole.reshaped(config, text, "cpu", narrower=True)
     except Exception as error:  # the skeleton of a family may fail in any way
-        count = config.get_text_config().hidden_size
-        raise UserError(f"{_cannot(whole, count)}: {first_line(error).partition(';')[0]}") from None
+        raise UserError(f"{_cannot(whole, what)}: {first_line(error).partition(';')[0]}") from None
 
 
 def _shapes(whole: Checkpoint, form: Checkpoint) -> dict[str, tuple[int, ...]]:
@@ -152,7 +156,7 @@ def _shapes(whole: Checkpoint, form: Checkpoint) -> dict[str, tuple[int, ...]]:
     Raises:
         UserError: there are others, or something else would change.
     """
-    width, cannot = whole.hidden_size, _cannot(whole, form.hidden_size)
+    width, cannot = whole.hidden_size, _cannot(whole, _channels(whole, form.hidden_size))
     if other := whole.index.keys() ^ form.index.keys():
         raise UserError(f"{cannot}: {min(other)} would not be there in one of the two models")
     for key in whole.unclaimed_keys:

@@ -165,20 +165,11 @@ def _governed(whole: Checkpoint, number: Number) -> list[Changed]:
             return []
         if number.problem is not None:
             raise number.problem from None
-        if number.what == "heads" and (counts := [gone for gone in heads_that_can_go(whole) if _goes(whole, gone)]):
+        if number.what == "heads" and (counts := heads_that_can_go(whole, made=True)):
             raise UserError(
                 f"{error}; of its {number.count} heads with keys and values {_listed(counts)} can go"
             ) from None
         raise
-
-
-def _goes(whole: Checkpoint, gone: int) -> bool:
-    """Whether so many heads may go, as a model without any weights shows."""
-    with contextlib.suppress(UserError):
-        for number in _heads(whole, lambda count: count - gone):
-            config, _ = altered(whole, number.changes, number.words)
-            return any(_changed(whole, config, number))
-    return False
 
 
 def _listed(counts: Sequence[int]) -> str:
@@ -240,14 +231,19 @@ def head_units(whole: Checkpoint) -> list[Unit]:
     return _units(whole, "heads", lambda count: max(1, count // 2) if fewest is None else count - fewest)
 
 
-def heads_that_can_go(whole: Checkpoint) -> list[int]:
-    """How many heads may go, of those that have keys and values of their own, as far as the config can say it."""
+def heads_that_can_go(whole: Checkpoint, made: bool = False) -> list[int]:
+    """How many heads may go, of those that have keys and values of their own, as far as the config can say it.
+
+    Args:
+        made: each is tried by a model without any weights as well, which takes a while.
+    """
     found = []
     for gone in range(1, min((number.count for number in _heads(whole, lambda count: count - 1)), default=1)):
         with contextlib.suppress(UserError):
             for number in _heads(whole, lambda count, gone=gone: count - gone):  # type: ignore[misc]
-                altered(whole, number.changes, number.words)
-                found.append(gone)
+                config, _ = altered(whole, number.changes, number.words)
+                if not made or any(_changed(whole, config, number)):
+                    found.append(gone)
     return found
 
 

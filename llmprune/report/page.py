@@ -131,6 +131,7 @@ def render(results: Results, histograms: Sequence[Histogram], many: bool = False
         report=report,
         name=short_name(report.model),
         asked=_asked(report),
+        last=_last(report),
         calibrated=_calibrated(report),
         sentences=sentences,
         rows=rows,
