@@ -80,9 +80,10 @@ def prune(
 
 def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, shown: Progress) -> Report:
     clock = Clock()
-    memory.begin()
     with clock("plan"):
         source = find(model, recipe, shown)
+    memory.give_back()  # of a model that was made plain
+    memory.begin()
     with clock("plan"), shown.waiting("planning"):
         whole, checkpoint, plan = first_plan(source, recipe)
     tokens, text, fingerprint = _read_texts(whole, checkpoint, plan, recipe, out, restart, clock, shown)

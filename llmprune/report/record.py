@@ -226,7 +226,8 @@ class Report:
         calibration: source, samples, length, seed and the sha256 of the tokens; None where no data was needed.
         dense, sparse: perplexity before and after, if asked for.
         seconds: time per phase and in total, of the process that finished the run.
-        peak_memory: peak resident bytes of the process, in this run; `peak_device_memory` of the GPU.
+        peak_memory: peak resident bytes of the process from the plan on, without what it takes to make a quantised or
+            pickled model plain before, which has a check of its own; `peak_device_memory` of the GPU.
         predicted_memory: what the plan said it would be.
         ranks: how many processes worked together.
         shards: file name to sha256.
