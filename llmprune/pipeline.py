@@ -37,6 +37,7 @@ from llmprune.recipe import Recipe, assemble, check_said
 from llmprune.reconstruct.block import Next
 from llmprune.reconstruct.block import Reconstructor as BlockReconstructor
 from llmprune.report.record import BlockRecord, ExpertsRecord, LinearRecord, Perplexity, Report, versions
+from llmprune.report.results import read_earlier
 from llmprune.report.verify import compare
 from llmprune.solve import as_narrower, narrower, renewed, solve_stage
 from llmprune.structured.send import choose_experts
@@ -87,6 +88,8 @@ def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, sh
     with clock("plan"), shown.waiting("planning"):
         whole, checkpoint, plan = first_plan(source, recipe)
     tokens, text, fingerprint = _read_texts(whole, checkpoint, plan, recipe, out, restart, clock, shown)
+    with distributed.first():
+        earlier = read_earlier(source.folder, fingerprint["files"])
     with writing(out, checkpoint, recipe.shard_size, restart) as writer, _interruptible(writer):
         resumed = distributed.share(not restart and writer.find(fingerprint))
         found = Found(writer, fingerprint, clock, resumed)
@@ -96,7 +99,8 @@ def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, sh
         checkpoint, plan = settle(whole, checkpoint, plan, recipe, tokens, found, shown)
         weights = plan.written(checkpoint).weights
         report = Report(writer.out, checkpoint.source.name, checkpoint.source.revision, recipe.to_dict(), weights)
-        report.base = dict(checkpoint.source.base)
+        report.earlier = earlier
+        report.base = {**(earlier[-1]["base"] if earlier else {}), **checkpoint.source.base}
         report.origin = checkpoint.source.origin
         report.resumed = len(writer.records) if resumed else None
         report.kept_blocks, report.hidden_channels = found.get("kept"), found.get("hidden")

@@ -114,7 +114,7 @@ def recover(
     pruned: str | Path,
     *,
     out: str | Path,
-    data: str,
+    data: str | Path,
     distill: str | Path | None = None,
     restart: bool = False,
     progress: Progress | None = None,
@@ -142,7 +142,7 @@ def recover(
         UserError: the request makes no sense for this checkpoint; nothing was written.
         Failure: training broke down, or the result does not hold what was promised.
     """
-    training = Training.read(options)
+    training, source = Training.read(options), str(data)
     weights = training.weights(distill is not None)
     began = time.monotonic()
     memory.begin()
@@ -156,14 +156,14 @@ def recover(
             drawn: tuple[texts.Tokens, dict[str, Any]] | None = None
             if distributed.is_first():  # the others need no data
                 with shown.waiting("reading the text"):
-                    tokens = _draw(plan.checkpoint, plan.training, data)
+                    tokens = _draw(plan.checkpoint, plan.training, source)
                 with shown.waiting("hashing the models' files"):
-                    drawn = tokens, _fingerprint(plan, data, tokens)
+                    drawn = tokens, _fingerprint(plan, source, tokens)
         drawn = distributed.share(drawn)
         assert drawn is not None
         tokens, fingerprint = drawn
         with _begun(folder, fingerprint, restart) as work:
-            return _run(plan, data, weights, tokens, work, folder, shown, began)
+            return _run(plan, source, weights, tokens, work, folder, shown, began)
 
 
 def _plan(pruned: str | Path, distill: str | Path | None, training: Training) -> _Plan:

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +22,17 @@ from llmprune.errors import LLMPruneError
 from llmprune.model.writer import ALLOCATION
 from llmprune.patterns import NM, Scope, parse
 from llmprune.recipe import Recipe
-from llmprune.report.record import Divergence, Perplexity, Score, allocation_of, maybe, narrowed, shortened
+from llmprune.report.record import (
+    Divergence,
+    Perplexity,
+    Score,
+    allocation_of,
+    beginning,
+    maybe,
+    narrowed,
+    short_name,
+    smaller,
+)
 from llmprune.report.results import read_comparison, read_evaluated
 from llmprune.report.speed import PHASES, Speed
 from llmprune.structured import depth, experts, width
@@ -107,7 +117,7 @@ def known_results(folder: Path, report: Mapping[str, Any], changed: bool = False
 
 def _perplexity(found: Perplexity, dense: Perplexity | None) -> Result:
     windows = "no overlap" if found.stride is None else f"stride {found.stride:,}"
-    text = _text_name(found.text)
+    text = short_name(found.text)
     protocol = f"{text}, context {found.length:,}, {windows}, {found.tokens:,} predicted tokens"
     named = NAMED.get(found.text, {}).get("evaluation")
     index = {
@@ -124,7 +134,7 @@ def _perplexity(found: Perplexity, dense: Perplexity | None) -> Result:
 
 def _divergence(found: Divergence) -> Result:
     agreement = f"the same most likely token {found.agreement:.2%} of the time"
-    protocol = f"{_text_name(found.text)}, context {found.length:,}, {found.tokens:,} tokens; {agreement}"
+    protocol = f"{short_name(found.text)}, context {found.length:,}, {found.tokens:,} tokens; {agreement}"
     return Result("KL(dense ‖ this model), nats a token", 0.0, found.kl, found.stderr, protocol)
 
 
@@ -159,7 +169,6 @@ def make_card(
         changed: the weights are others than the run wrote: somebody has trained them since.
         speed: what was measured of its speed; see `known_speed`.
     """
-    recipe = report["recipe"]
     pruned = [record for record in report["linears"] if not record.get("kept")]
     methods = list(dict.fromkeys(record["method"] for record in pruned))
     patterns = list(dict.fromkeys(record["pattern"] for record in pruned))
@@ -177,7 +186,7 @@ def make_card(
             "## What speed-up not to expect" if not speed else "## Speed",
             _speed(patterns, report, speed),
             "## How to make it again",
-            _again(report, recipe, base),
+            _again(report, base),
         ]
     )
     index = [EvalResult(**result.told, metric_value=result.sparse) for result in results if result.told]
@@ -223,10 +232,11 @@ def is_ours(text: str) -> bool:
 def _what(
     report: Mapping[str, Any], base: Mapping[str, Any], methods: list[str], patterns: list[str], changed: bool
 ) -> str:
-    dense = f"[{base['name']}]({HUB}/{base['name']})" if base.get("name") else _text_name(report["model"])
-    commit = report.get("revision") or ""
+    first = _runs(report)[0]
+    dense = f"[{base['name']}]({HUB}/{base['name']})" if base.get("name") else short_name(first["model"])
+    commit = first.get("revision") or ""
     at = f" at commit `{commit}`" if _COMMIT.fullmatch(commit) and base.get("name") else ""
-    plain = f" The dense weights were {report['origin']} before." if report.get("origin") else ""
+    plain = f" The dense weights were {first['origin']} before." if first.get("origin") else ""
     uniform = allocation_of(report["recipe"]) == "uniform"
     told = ", ".join(patterns) if uniform else spanned(patterns)
     pruned = f" ({', '.join(methods)}; {told})" if methods else ""
@@ -234,8 +244,10 @@ def _what(
     within = ", within the same masks" if methods else ""
     since = f"It was trained after that{within}" if trained else "It was not trained after that"
     since = f"Its weights were changed after that{within}" if changed else since
+    before = beginning(report.get("earlier") or ())
     return (
-        f"{dense}{at}, pruned with llmprune {report['llmprune']}{pruned}: {' '.join(_less(report))} {since}.{plain} "
+        f"{dense}{at}, pruned with llmprune {report['llmprune']}{pruned}: {' '.join(_less(report))} "
+        f"{f'{before} ' if before else ''}{since}.{plain} "
         f"It is a plain Hugging Face checkpoint{' in the dense layout, with exact zeros' if methods else ''}."
     )
 
@@ -243,12 +255,8 @@ def _what(
 def _less(report: Mapping[str, Any]) -> list[str]:
     """How much less there is than in the dense model, in sentences."""
     said = []
-    kept, widths = report.get("kept_blocks"), report.get("widths")
-    parts = [shortened(kept, report["dense_blocks"])] if kept else []
-    parts += [narrowed(widths)] if widths else []
-    if parts:
-        share = report["weights"] / report["dense_weights"]
-        said.append(f"it has {'; '.join(parts)}, and {share:.2%} of the weights.")
+    if less := smaller(report):
+        said.append(f"it has {less}, and {report['weights'] / report['dense_weights']:.2%} of the weights.")
     if report["sparsity"] or not said:
         zeros = f"{report['sparsity']:.2%} of the weights of the pruned linears are zero"
         said.append(
@@ -313,7 +321,7 @@ def _how(report: Mapping[str, Any], pruned: list[dict[str, Any]], methods: list[
         lines.append("- **Calibration**: none; the method sees no data")
     else:
         lines.append(
-            f"- **Calibration**: {_text_name(chosen['source'])}, {chosen['samples']} x {chosen['length']:,} tokens, "
+            f"- **Calibration**: {short_name(chosen['source'])}, {chosen['samples']} x {chosen['length']:,} tokens, "
             f"seed {chosen['seed']} (sha256 of the tokens: `{chosen['tokens_sha256']}`)"
         )
         if share := chosen.get("asymmetric"):
@@ -341,12 +349,12 @@ def _trained(record: Mapping[str, Any]) -> str:
         "lora": f"adapters of rank {record['rank']} within the masks, merged",
         "norms": "norms and biases",
     }
-    aim = "" if record["distilled_from"] is None else f" towards the answers of {_text_name(record['distilled_from'])}"
+    aim = "" if record["distilled_from"] is None else f" towards the answers of {short_name(record['distilled_from'])}"
     before, after = (record[moment]["perplexity"] for moment in ("before", "after"))
     where = f"{told['held_out']:,} sequences of it that were held out, {after['tokens']:,} predicted tokens"
     return (
         f"- **Recovery**: {methods[record['method']]}, trained{aim} for {record['steps']:,} steps of {sequences:,} x "
-        f"{told['length']:,} tokens of {_text_name(told['source'])} (learning rate {record['rate']:g}, seed "
+        f"{told['length']:,} tokens of {short_name(told['source'])} (learning rate {record['rate']:g}, seed "
         f"{record['seed']}; sha256 of the tokens: `{told['tokens_sha256']}`); perplexity {before['value']:.4g} before "
         f"and {after['value']:.4g} after, on {where}"
     )
@@ -446,34 +454,53 @@ def _speed(patterns: Sequence[str], report: Mapping[str, Any], measured: str) ->
     return " ".join([measured, *said] if measured else said)
 
 
-def _again(report: Mapping[str, Any], recipe: dict[str, Any], base: Mapping[str, Any]) -> str:
-    model, commit = _text_name(report["model"]), report.get("revision") or ""
+def _again(report: Mapping[str, Any], base: Mapping[str, Any]) -> str:
+    runs = _runs(report)
+    model, commit = short_name(runs[0]["model"]), runs[0].get("revision") or ""
     if base.get("name") and _COMMIT.fullmatch(commit):
         model = f"{base['name']}@{commit}"
+    commands, recipes = [], []
+    for number, run in enumerate(runs, 1):
+        file, out = ("recipe.yaml", "OUT") if len(runs) == 1 else (f"recipe-{number}.yaml", f"OUT-{number}")
+        names = ("llmprune", "torch", "transformers")
+        versions = ", ".join(f"{name} {run['versions'][name]}" for name in names if name in run["versions"])
+        recipes.append(f"with this `{file}`, and {versions}:\n\n```yaml\n{_shown(run['recipe'])}```")
+        commands.append(f"llmprune prune {model} --recipe {file} -o {out}")
+        trained = list(_recover_commands(run, model, out))
+        commands += [command for command, _ in trained]
+        model = trained[-1][1] if trained else out
+        if run.get("changed"):
+            commands.append(f"# something else has changed the weights in {model} after that")
+    return "```bash\n" + "\n".join(commands) + "\n```\n\n" + "\n\n".join(recipes)
+
+
+def _runs(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The runs that made a model out of one that others can have, the first first: back to what came from the Hub."""
+    runs = [*(report.get("earlier") or ()), report]
+    public = [number for number, run in enumerate(runs) if _COMMIT.fullmatch(run.get("revision") or "")]
+    return runs[public[-1] if public else 0 :]
+
+
+def _shown(recipe: Mapping[str, Any]) -> str:
+    """A recipe as YAML, without where files lie."""
     shown = json.loads(json.dumps(recipe))
     for part, key in (("calibration", "source"), ("evaluate", "text")):
         if shown.get(part, {}).get(key):
-            shown[part][key] = _text_name(shown[part][key])
+            shown[part][key] = short_name(shown[part][key])
     try:
-        text = Recipe.from_dict(shown).to_yaml()
+        return Recipe.from_dict(shown).to_yaml()
     except LLMPruneError:  # of another version
-        text = json.dumps(shown, indent=2) + "\n"
-    names = ("llmprune", "torch", "transformers")
-    versions = ", ".join(f"{name} {report['versions'][name]}" for name in names if name in report["versions"])
-    commands = [f"llmprune prune {model} --recipe recipe.yaml -o OUT", *_recover_commands(report, model)]
-    return (
-        "```bash\n" + "\n".join(commands) + f"\n```\n\nwith this `recipe.yaml`, and {versions}:\n\n```yaml\n{text}```"
-    )
+        return json.dumps(shown, indent=2) + "\n"
 
 
-def _recover_commands(report: Mapping[str, Any], model: str) -> list[str]:
-    """What trains OUT as this model was trained."""
-    commands, before = [], "OUT"
+def _recover_commands(report: Mapping[str, Any], model: str, pruned: str) -> Iterator[tuple[str, str]]:
+    """What trains a pruned folder as this model was trained, and the folder that each command writes."""
+    before, first = pruned, pruned.replace("OUT", "RECOVERED")
     for number, record in enumerate(_recoveries(report), 1):
         told, weights, method = record["data"], record["loss_weights"], record["method"]
-        out = "RECOVERED" if number == 1 else f"RECOVERED-{number}"
+        out = first if number == 1 else f"{first}-{number}"
         options: dict[str, Any] = {
-            "data": _text_name(told["source"]),
+            "data": short_name(told["source"]),
             "method": method,
             "steps": record["steps"],
             "rate": f"{record['rate']:g}",
@@ -488,20 +515,13 @@ def _recover_commands(report: Mapping[str, Any], model: str) -> list[str]:
         if method == "lora":
             options |= {"rank": record["rank"], "alpha": f"{record['alpha'] or 2 * record['rank']:g}"}
         if record["distilled_from"] is not None:
-            teacher = model if record["distilled_from"] == report["model"] else _text_name(record["distilled_from"])
+            teacher = model if record["distilled_from"] == report["model"] else short_name(record["distilled_from"])
             options |= {"distill": teacher, "temperature": f"{record['temperature']:g}"}
             options |= {f"{part}-weight": f"{value:g}" for part, value in weights.items()}
         switch = " --embeddings" if record["embeddings"] else ""
         told_options = " ".join(f"--{name} {value}" for name, value in options.items())
-        commands.append(f"llmprune recover {before} -o {out} {told_options}{switch}")
+        yield f"llmprune recover {before} -o {out} {told_options}{switch}", out
         before = out
-    return commands
-
-
-def _text_name(text: str) -> str:
-    """The name of a text or model; of a local path its last part, for the rest tells of somebody's machine."""
-    path = Path(text).expanduser()
-    return path.name if path.is_absolute() or text.startswith((".", "~")) else text
 
 
 def _data_set(calibration: Mapping[str, Any] | None) -> str | None:

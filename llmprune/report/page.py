@@ -28,7 +28,16 @@ from llmprune.model.writer import PAGE
 from llmprune.patterns import parse
 from llmprune.report import plots, tables
 from llmprune.report.comparison import Compared, Difference
-from llmprune.report.record import FEW_TOKENS, Divergence, LinearRecord, Perplexity, Report, Score
+from llmprune.report.record import (
+    FEW_TOKENS,
+    Divergence,
+    LinearRecord,
+    Perplexity,
+    Report,
+    Score,
+    beginning,
+    short_name,
+)
 from llmprune.report.results import Evaluated, Results, find_dense, read_results
 from llmprune.report.speed import PHASES, spread
 from llmprune.report.weights import MOST, Histogram, choose, weigh
@@ -181,6 +190,7 @@ def verdict(results: Results) -> tuple[list[str], list[Row], list[str]]:
             f"{_percent(report.sparsity)} of the weights in {count} are zero, {_percent(report.model_sparsity)} of the "
             "whole model."
         )
+    sentences += [beginning(report.earlier)] if report.earlier else []
     rows = _size_rows(results)
     for before, after in pairs:
         ratio = after.value / before.value if before is not None else None
@@ -611,12 +621,6 @@ def _calibrated(report: Report) -> str:
         return ""
     told = report.calibration
     return f"{told.get('samples')} × {told.get('length'):,} tokens of {short_name(str(told.get('source')))}"
-
-
-def short_name(name: str) -> str:
-    """A Hub's name as it is; of a path on this machine only the end."""
-    path = Path(name)
-    return path.name if path.is_absolute() or name.startswith(("~", ".")) or len(path.parts) > 2 else name
 
 
 # -- the file --------------------------------------------------------------------------------------------------------

@@ -233,6 +233,9 @@ class Report:
         shards: file name to sha256.
         side_files: what was copied from the source.
         base: what the model's own card says and this one's must: `name` on the Hub, `license`, ...
+        earlier: where the model was itself made by llmprune, what is told of those runs, the first first: those of the
+            keys of llmprune.json that say what was made of what and how, and `changed`, whether the weights were
+            changed by something else before this run began.
         versions: of everything that took part.
         recovery: how the weights were trained after that, as plain data; None where they were not. The records of
             linears, but for their masks, are of the weights before.
@@ -259,6 +262,7 @@ class Report:
     shards: dict[str, str] = field(default_factory=dict)
     side_files: list[str] = field(default_factory=list)
     base: dict[str, Any] = field(default_factory=dict)
+    earlier: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     page_problem: str | None = None
     kept_blocks: list[int] | None = None
@@ -313,7 +317,7 @@ class Report:
     @property
     def smaller(self) -> str:
         """How the model is smaller than the dense one, in words; empty where it has as many weights."""
-        return "; ".join(part for part in (self.shortened, self.narrowed) if part)
+        return smaller(vars(self))
 
     @property
     def sparsity(self) -> float:
@@ -413,6 +417,54 @@ def shortened(kept: Sequence[int], total: int) -> str:
 def narrowed(widths: Mapping[str, Sequence[int]]) -> str:
     """Which numbers of a config are smaller than they were, in words."""
     return ", ".join(f"{name} {now:,} of {was:,}" for name, (was, now) in widths.items())
+
+
+_CARRIED = (
+    *("llmprune", "model", "revision", "origin", "base", "recipe", "calibration", "weights", "dense_weights"),
+    *("sparsity", "model_sparsity", "kept_blocks", "dense_blocks", "widths", "hidden_channels", "recovery", "versions"),
+)
+"""What a run's report keeps of the runs before it."""
+
+
+def as_earlier(report: Report, changed: bool) -> list[dict[str, Any]]:
+    """What is told of a run, and of those before it, in the report of one that begins with what it wrote.
+
+    Args:
+        changed: the weights are no longer those that the run wrote.
+    """
+    data = report.to_dict()
+    return [*report.earlier, {**{key: data[key] for key in _CARRIED}, "changed": changed}]
+
+
+def beginning(earlier: Sequence[Mapping[str, Any]]) -> str:
+    """What earlier runs had made of a model that is called dense since, as a sentence; empty where there were none."""
+    if not earlier:
+        return ""
+    made = (f"of {'that' if number else short_name(run['model'])} {_left(run)}" for number, run in enumerate(earlier))
+    return f"What is called dense here had been pruned before: {'; '.join(made)}."
+
+
+def _left(run: Mapping[str, Any]) -> str:
+    """What a run left of its model, in words."""
+    parts = [f"{told}: {run['weights'] / run['dense_weights']:.2%} of the weights"] if (told := smaller(run)) else []
+    if run["sparsity"] or not parts:
+        parts.append(f"{run['sparsity']:.2%} zeros in the pruned linears")
+    parts += ["trained after that"] if run["recovery"] else []
+    parts += ["changed after that by something else"] if run["changed"] else []
+    return ", ".join(parts)
+
+
+def smaller(run: Mapping[str, Any]) -> str:
+    """How a model is smaller than the dense one, by the keys of its report; empty where it has as many weights."""
+    kept, widths = run.get("kept_blocks"), run.get("widths")
+    parts = [shortened(kept, run["dense_blocks"])] if kept else []
+    return "; ".join([*parts, *([narrowed(widths)] if widths else [])])
+
+
+def short_name(name: str) -> str:
+    """The name of a model or text; of a path its last part, for the rest tells of somebody's machine."""
+    path = Path(name)
+    return path.name if path.is_absolute() or name.startswith(("~", ".")) or len(path.parts) > 2 else name
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ from llmprune.errors import UserError
 from llmprune.model.source import Source, present
 from llmprune.model.writer import EVALUATION, JOURNAL, REPORT
 from llmprune.report.comparison import Comparison
-from llmprune.report.record import Divergence, Perplexity, Report, Score, every, maybe
+from llmprune.report.record import Divergence, Perplexity, Report, Score, as_earlier, every, maybe
 from llmprune.report.speed import Speed
 
 T = TypeVar("T")
@@ -87,8 +87,24 @@ def read_results(out: Path) -> Results:
     if not (out / REPORT).is_file():
         unfinished = "; its run has not finished" if (out / JOURNAL).exists() else ""
         raise UserError(f"no {REPORT} in {out}: it was not written by llmprune{unfinished}")
-    report = _read(out / REPORT, lambda data: Report.read(data, out), "it may be of another version of llmprune")
-    return Results(report, read_evaluated(out), read_comparison(out), read_generations(out), read_speed(out))
+    return Results(_report(out), read_evaluated(out), read_comparison(out), read_generations(out), read_speed(out))
+
+
+def read_earlier(folder: Path, files: Mapping[str, str]) -> list[dict[str, Any]]:
+    """What a run's report tells of the runs that had made its model; nothing where llmprune did not write the folder.
+
+    Args:
+        folder: of the model.
+        files: the sha256 of what lies there now, by name.
+
+    Raises:
+        UserError: it holds an llmprune.json that cannot be read.
+    """
+    if not (folder / REPORT).is_file():
+        return []
+    report = _report(folder)
+    changed = any(files.get(name, sha256) != sha256 for name, sha256 in report.shards.items())
+    return as_earlier(report, changed)
 
 
 def find_dense(report: Report, trusted: bool = False) -> Source | None:
@@ -136,6 +152,10 @@ def read_speed(out: Path) -> Speed | None:
 def _later(out: Path, name: str, build: Callable[[Any], T]) -> T | None:
     path = out / EVALUATION / name
     return _read(path, build, "make it again, or take it away") if path.is_file() else None
+
+
+def _report(out: Path) -> Report:
+    return _read(out / REPORT, lambda data: Report.read(data, out), "it may be of another version of llmprune")
 
 
 def _read(path: Path, build: Callable[[Any], T], advice: str) -> T:

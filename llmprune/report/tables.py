@@ -20,7 +20,16 @@ from llmprune.plan import Choice, Plan
 from llmprune.promise import Verdict
 from llmprune.report.comparison import Compared, Comparison
 from llmprune.report.inspect import Inspection, Matrix
-from llmprune.report.record import BlockRecord, LinearRecord, Perplexity, Report, Score, narrowed, shortened
+from llmprune.report.record import (
+    BlockRecord,
+    LinearRecord,
+    Perplexity,
+    Report,
+    Score,
+    beginning,
+    narrowed,
+    shortened,
+)
 
 T = TypeVar("T")
 
@@ -187,6 +196,8 @@ def summary(report: Report) -> Table:
         table.add_row("zeros", f"{report.sparsity:.2%} of pruned linears, {report.model_sparsity:.2%} of all weights")
     if report.origin is not None:
         table.add_row("source", report.origin)
+    if report.earlier:
+        table.add_row("before that", beginning(report.earlier))
     if report.allocation != "uniform":
         table.add_row("allocation", f"{report.allocation}, kept in {ALLOCATION}")
     if report.dense is not None:
