@@ -37,7 +37,7 @@ from llmprune.recipe import Recipe, assemble, check_said
 from llmprune.reconstruct.block import Next
 from llmprune.reconstruct.block import Reconstructor as BlockReconstructor
 from llmprune.report.record import BlockRecord, ExpertsRecord, LinearRecord, Perplexity, Report, versions
-from llmprune.report.results import read_earlier
+from llmprune.report.results import base_of, earlier_runs, read_beginning
 from llmprune.report.verify import compare
 from llmprune.solve import as_narrower, narrower, renewed, solve_stage
 from llmprune.structured.send import choose_experts
@@ -83,13 +83,12 @@ def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, sh
     clock = Clock()
     with clock("plan"):
         source = find(model, recipe, shown)
+        begun = read_beginning(source)
     memory.give_back()  # of a model that was made plain
     memory.begin()
     with clock("plan"), shown.waiting("planning"):
         whole, checkpoint, plan = first_plan(source, recipe)
     tokens, text, fingerprint = _read_texts(whole, checkpoint, plan, recipe, out, restart, clock, shown)
-    with distributed.first():
-        earlier = read_earlier(source.folder, fingerprint["files"])
     with writing(out, checkpoint, recipe.shard_size, restart) as writer, _interruptible(writer):
         resumed = distributed.share(not restart and writer.find(fingerprint))
         found = Found(writer, fingerprint, clock, resumed)
@@ -99,8 +98,7 @@ def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, sh
         checkpoint, plan = settle(whole, checkpoint, plan, recipe, tokens, found, shown)
         weights = plan.written(checkpoint).weights
         report = Report(writer.out, checkpoint.source.name, checkpoint.source.revision, recipe.to_dict(), weights)
-        report.earlier = earlier
-        report.base = {**(earlier[-1]["base"] if earlier else {}), **checkpoint.source.base}
+        report.earlier, report.base = earlier_runs(begun, fingerprint["files"]), base_of(source, begun)
         report.origin = checkpoint.source.origin
         report.resumed = len(writer.records) if resumed else None
         report.kept_blocks, report.hidden_channels = found.get("kept"), found.get("hidden")
@@ -411,6 +409,7 @@ def plan(
     memory.frugal()
     shown = of_first(progress)
     source = find(model, chosen, shown)
+    read_beginning(source)
     with shown.waiting("planning"):
         _, checkpoint, made = first_plan(source, chosen)
     for text in (chosen.calibration.source if made.needs_data else None, chosen.evaluate.text):

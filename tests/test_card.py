@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 import llmprune
 from llmprune.recipe import Recipe
 from llmprune.report.card import is_ours, known_results, make_card, marked
+from llmprune.report.record import short_name
 from tests.families import make
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -91,6 +92,18 @@ def test_nothing_of_somebodys_machine(report: dict[str, Any]) -> None:
     assert "mine.txt, 4 x 32 tokens" in card
     assert "base_model" not in card
     assert "license" not in card.partition("\n---\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("owner/model", "owner/model"), ("owner/model@refs/pr/1", "owner/model@refs/pr/1"), ("model", "model"),
+        ("/home/me/model", "model"), ("./model", "model"), ("~/models/model", "model"), ("my/own/model", "model"),
+        ("/home/me@work/model", "model"),
+    ],
+)  # fmt: skip
+def test_names(name: str, shown: str) -> None:
+    assert short_name(name) == shown
 
 
 @pytest.mark.parametrize(

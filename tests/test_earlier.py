@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import llmprune
@@ -26,12 +27,17 @@ pytestmark = pytest.mark.usefixtures("no_pages")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER = COMMIT[::-1]
 SETTINGS: dict[str, Any] = {"calibration": "builtin", "samples": 4, "length": 32}
+SHORT: dict[str, Any] = {"steps": 2, "length": 16, "batch": 2, "held_out": 4, "save_every": 0}
 SPARSE: dict[str, Any] = {"sparsity": "2:4", "method": "wanda", **SETTINGS}
 
 
 def told(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "llmprune.json").read_text())
     return found
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {key: value for path in folder.glob("*.safetensors") for key, value in load_file(path).items()}
 
 
 def change(folder: Path, **keys: Any) -> None:
@@ -47,8 +53,7 @@ def way(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make("mixtral", folder / "model")
         (folder / "text.txt").write_text("\n\n".join(f"A line of text, number {n}, to learn." for n in range(200)))
         llmprune.prune(folder / "model", out=folder / "few", experts={"drop": 1}, **SETTINGS)
-        short: dict[str, Any] = {"steps": 2, "length": 16, "batch": 2, "held_out": 4, "save_every": 0}
-        recover(folder / "few", out=folder / "again", data=folder / "text.txt", **short)
+        recover(folder / "few", out=folder / "again", data=folder / "text.txt", **SHORT)
         llmprune.prune(folder / "again", out=folder / "out", **SPARSE)
     return folder
 
@@ -66,7 +71,9 @@ def test_the_last_report_tells_of_the_first(way: Path, capsys: pytest.CaptureFix
     assert said in make_card(report, [], "me/small", {}).text
     assert main(["report", str(way / "out")]) == 0
     capsys.readouterr()
-    assert said in (way / "out" / "report.html").read_text()
+    page = (way / "out" / "report.html").read_text()
+    assert said in page
+    assert "What that costs in quality has not been measured." in page
     assert report["sparsity"] == 0.5
     assert llmprune.verify(way / "out").ok
 
@@ -104,6 +111,18 @@ def test_what_came_from_the_hub_in_between_is_where_the_card_begins(way: Path, t
     assert f"llmprune prune me/few@{OTHER} --recipe recipe.yaml -o OUT\n" in text
     assert "recover" not in text.partition("## How to make it again")[2].partition("```yaml")[0]
     assert "of owner/mixture num_local_experts 3 of 4" in text
+    # Somebody says on pushing what it was made of: the commit is that of another model.
+    named = make_card(report, [], "me/small", {"name": "me/few"}).text
+    assert COMMIT not in named
+    assert "llmprune prune owner/mixture --recipe recipe-1.yaml -o OUT-1" in named
+
+
+def test_a_licence_of_ones_own(way: Path, tmp_path: Path) -> None:
+    shutil.copytree(way / "few", tmp_path / "few")
+    change(tmp_path / "few", base={"name": "owner/mixture", "license": "other", "license_name": "theirs"})
+    (tmp_path / "few" / "README.md").write_text("---\nlicense: mit\n---\n")
+    llmprune.prune(tmp_path / "few", out=tmp_path / "out", sparsity="2:4", method="magnitude")
+    assert told(tmp_path / "out")["base"] == {"name": "owner/mixture", "license": "mit"}
 
 
 def test_three_runs(way: Path, tmp_path: Path) -> None:
@@ -113,13 +132,34 @@ def test_three_runs(way: Path, tmp_path: Path) -> None:
     assert report["earlier"][1]["sparsity"] == 0.5
     said = make_card(report, [], "me/small", {}).text
     assert "trained after that; of that 50.00% zeros in the pruned linears." in said
+    assert "in 3 runs. The last one: it has 2 of 3 blocks, without 0" in said
     assert "llmprune prune OUT-2 --recipe recipe-3.yaml -o OUT-3" in said
 
 
-def test_weights_that_something_else_has_changed(way: Path, tmp_path: Path) -> None:
+def test_a_training_keeps_the_zeros_of_an_earlier_run(way: Path, tmp_path: Path) -> None:
+    """Also where the last run promises none."""
+    llmprune.prune(way / "out", out=tmp_path / "short", depth={"drop": [0]}, **SETTINGS)
+    before = weights(tmp_path / "short")
+    recover(tmp_path / "short", out=tmp_path / "trained", data=way / "text.txt", rate=1e-2, **SHORT)
+    after = weights(tmp_path / "trained")
+    sparse = {key: value for key, value in before.items() if (value == 0).float().mean() > 0.4}
+    assert sum("self_attn" in key for key in sparse) == 8
+    assert sum("experts" in key for key in sparse) >= 2
+    for key, value in sparse.items():
+        assert torch.equal(after[key] == 0, value == 0), key
+        assert not torch.equal(after[key], value), key
+
+
+@pytest.mark.parametrize("how", ["changed", "under another name"])
+def test_weights_that_something_else_has_changed(how: str, way: Path, tmp_path: Path) -> None:
     shutil.copytree(way / "few", tmp_path / "few")
     path = next(iter(sorted((tmp_path / "few").glob("*.safetensors"))))
-    save_file({key: value * 0.5 for key, value in load_file(path).items()}, path, metadata={"format": "pt"})
+    factor, to = (0.5, path) if how == "changed" else (1.0, path.with_name("weights.safetensors"))
+    tensors = {key: value * factor for key, value in load_file(path).items()}
+    path.unlink()
+    save_file(tensors, to, metadata={"format": "pt"})
+    index = tmp_path / "few" / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(path.name, to.name))
     llmprune.prune(tmp_path / "few", out=tmp_path / "out", sparsity="2:4", method="magnitude")
     report = told(tmp_path / "out")
     assert report["earlier"][0]["changed"]

@@ -93,21 +93,28 @@ class _Plan:
     dense: Checkpoint | None
     places: tuple[int, ...] | None
 
+    @property
+    def promised(self) -> dict[str, str]:
+        """The hashes of the masks that the report promises, by linear."""
+        linears = self.report["linears"] if self.report is not None else ()
+        return {record["name"]: record["mask_sha256"] for record in linears if record.get("pattern")}
+
     def masks(self, model: nn.Module) -> Masks:
-        """The masks to keep: of linears with promised zeros, or where nothing is promised, with a notable share."""
-        parameters = parameters_of(model)
-        if self.report is None:
-            return masks_of(parameters, self.linears, NOTABLE)
-        promised = {record["name"]: record for record in self.report["linears"] if record.get("pattern")}
+        """The masks to keep: of linears with promised zeros, and of others with a notable share of them."""
+        parameters, promised = parameters_of(model), self.promised
         sparse = [linear for linear in self.linears if linear.name in promised]
         for linear in sparse:
             weight = linear.view(parameters[linear.parameter].detach())
-            if mask_sha256(weight) != promised[linear.name]["mask_sha256"]:
+            if mask_sha256(weight) != promised[linear.name]:
                 raise UserError(
                     f"{linear.name} of {self.checkpoint.source.name} has other zeros than its {REPORT} promises "
                     f"(`llmprune verify {self.checkpoint.source.name}` shows all): prune it anew"
                 )
-        return masks_of(parameters, sparse, 0)
+        masks = masks_of(parameters, sparse, 0)
+        others = masks_of(parameters, (linear for linear in self.linears if linear.name not in promised), NOTABLE)
+        for name, kept in others.items():
+            masks[name] = masks[name] & kept if name in masks else kept
+        return masks
 
 
 def recover(
@@ -122,8 +129,8 @@ def recover(
 ) -> Recovered:
     """Train a sparse checkpoint, so that its zeros stay zeros, and write it as another one like it.
 
-    Zeros that are kept are those of the linears with a pattern in llmprune.json; where there is none, of each linear
-    that llmprune could prune and that is zero to a twentieth or more. A checkpoint without zeros is trained as it is.
+    Zeros that are kept are those of the linears with a pattern in llmprune.json, and of each other linear that llmprune
+    could prune and that is zero to a twentieth or more. A checkpoint without zeros is trained as it is.
     The result has the same files, keys and dtypes, and the same masks.
 
     Under `torchrun` each process trains on batches of its own. Stopped at any moment, the same call goes on from the
@@ -360,7 +367,7 @@ def _run(
     hashes = {
         linear.name: mask_sha256(linear.view(masks[linear.parameter]))
         for linear in plan.linears
-        if linear.parameter in masks
+        if linear.parameter in masks and not bool(linear.view(masks[linear.parameter]).all())
     }
     request, resumed = distributed.share(_found(work) if distributed.is_first() else ({}, None))
     if resumed is not None and not all(distributed.gather(resumed.is_dir())):
@@ -439,8 +446,8 @@ def _finish(
         trusted = plan.training.trust_remote_code
         if plan.report is not None:
             compare(draft, plan.report["linears"], shards, shown, trusted).raise_for_problems()
-        else:
-            _check_masks(draft, hashes, trusted)
+        if unpromised := {name: sha256 for name, sha256 in hashes.items() if name not in plan.promised}:
+            _check_masks(draft, unpromised, trusted)
         record["files"] = files_of(draft)
         record["seconds"] = round(time.monotonic() - began, 3)
         told: dict[str, Any] = record

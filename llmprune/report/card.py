@@ -190,7 +190,8 @@ def make_card(
         ]
     )
     index = [EvalResult(**result.told, metric_value=result.sparse) for result in results if result.told]
-    texts = [report.get("calibration"), *(found["data"] for found in _recoveries(report))]
+    runs = [*(report.get("earlier") or ()), report]
+    texts = [text for run in runs for text in (run.get("calibration"), *(one["data"] for one in _recoveries(run)))]
     metadata = ModelCardData(
         base_model=base.get("name"),
         # The Hub knows adapter, finetune, merge and quantized; of these, new values for all weights is the nearest.
@@ -204,7 +205,7 @@ def make_card(
         tags=[
             "llmprune",
             "pruned",
-            *(["sparse"] if pruned else []),
+            *(["sparse"] if any(run["sparsity"] for run in runs) else []),
             *methods,
             *dict.fromkeys(name if ":" in name else "unstructured" for name in patterns),
         ],
@@ -234,8 +235,8 @@ def _what(
 ) -> str:
     first = _runs(report)[0]
     dense = f"[{base['name']}]({HUB}/{base['name']})" if base.get("name") else short_name(first["model"])
-    commit = first.get("revision") or ""
-    at = f" at commit `{commit}`" if _COMMIT.fullmatch(commit) and base.get("name") else ""
+    commit = _commit(first, base)
+    at = f" at commit `{commit}`" if commit else ""
     plain = f" The dense weights were {first['origin']} before." if first.get("origin") else ""
     uniform = allocation_of(report["recipe"]) == "uniform"
     told = ", ".join(patterns) if uniform else spanned(patterns)
@@ -244,10 +245,12 @@ def _what(
     within = ", within the same masks" if methods else ""
     since = f"It was trained after that{within}" if trained else "It was not trained after that"
     since = f"Its weights were changed after that{within}" if changed else since
-    before = beginning(report.get("earlier") or ())
+    earlier = report.get("earlier") or ()
+    runs = f" in {len(earlier) + 1} runs. The last{pruned or ' one'}" if earlier else pruned
+    before = f" {beginning(earlier)}" if earlier else ""
     return (
-        f"{dense}{at}, pruned with llmprune {report['llmprune']}{pruned}: {' '.join(_less(report))} "
-        f"{f'{before} ' if before else ''}{since}.{plain} "
+        f"{dense}{at}, pruned with llmprune {report['llmprune']}{runs}: {' '.join(_less(report))} "
+        f"{since}.{before}{plain} "
         f"It is a plain Hugging Face checkpoint{' in the dense layout, with exact zeros' if methods else ''}."
     )
 
@@ -456,9 +459,8 @@ def _speed(patterns: Sequence[str], report: Mapping[str, Any], measured: str) ->
 
 def _again(report: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     runs = _runs(report)
-    model, commit = short_name(runs[0]["model"]), runs[0].get("revision") or ""
-    if base.get("name") and _COMMIT.fullmatch(commit):
-        model = f"{base['name']}@{commit}"
+    commit = _commit(runs[0], base)
+    model = f"{base['name']}@{commit}" if commit else short_name(runs[0]["model"])
     commands, recipes = [], []
     for number, run in enumerate(runs, 1):
         file, out = ("recipe.yaml", "OUT") if len(runs) == 1 else (f"recipe-{number}.yaml", f"OUT-{number}")
@@ -479,6 +481,13 @@ def _runs(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     runs = [*(report.get("earlier") or ()), report]
     public = [number for number, run in enumerate(runs) if _COMMIT.fullmatch(run.get("revision") or "")]
     return runs[public[-1] if public else 0 :]
+
+
+def _commit(run: Mapping[str, Any], base: Mapping[str, Any]) -> str:
+    """The commit of the model that a run began with, if that is the one of this name on the Hub; else empty."""
+    names = ((run.get("base") or {}).get("name"), str(run["model"]).partition("@")[0])
+    commit = run.get("revision") or ""
+    return commit if base.get("name") in names and _COMMIT.fullmatch(commit) else ""
 
 
 def _shown(recipe: Mapping[str, Any]) -> str:

@@ -190,7 +190,6 @@ def verdict(results: Results) -> tuple[list[str], list[Row], list[str]]:
             f"{_percent(report.sparsity)} of the weights in {count} are zero, {_percent(report.model_sparsity)} of the "
             "whole model."
         )
-    sentences += [beginning(report.earlier)] if report.earlier else []
     rows = _size_rows(results)
     for before, after in pairs:
         ratio = after.value / before.value if before is not None else None
@@ -265,6 +264,8 @@ def verdict(results: Results) -> tuple[list[str], list[Row], list[str]]:
         missing.append("speed")
     if len(sentences) == 1:
         sentences.append("What that costs in quality has not been measured.")
+    if report.earlier:
+        sentences.append(beginning(report.earlier))
     if report.recovery is not None:
         before, after = (report.recovery[moment]["perplexity"] for moment in ("before", "after"))
         within = ", within the same masks" if report.recovery["masked_linears"] else ""

@@ -446,7 +446,8 @@ def beginning(earlier: Sequence[Mapping[str, Any]]) -> str:
 
 def _left(run: Mapping[str, Any]) -> str:
     """What a run left of its model, in words."""
-    parts = [f"{told}: {run['weights'] / run['dense_weights']:.2%} of the weights"] if (told := smaller(run)) else []
+    share = f": {run['weights'] / run['dense_weights']:.2%} of the weights" if run["dense_weights"] else ""
+    parts = [f"{told}{share}"] if (told := smaller(run)) else []
     if run["sparsity"] or not parts:
         parts.append(f"{run['sparsity']:.2%} zeros in the pruned linears")
     parts += ["trained after that"] if run["recovery"] else []
@@ -464,7 +465,8 @@ def smaller(run: Mapping[str, Any]) -> str:
 def short_name(name: str) -> str:
     """The name of a model or text; of a path its last part, for the rest tells of somebody's machine."""
     path = Path(name)
-    return path.name if path.is_absolute() or name.startswith(("~", ".")) or len(path.parts) > 2 else name
+    local = path.is_absolute() or name.startswith(("~", ".")) or (len(path.parts) > 2 and "@" not in path.parts[1])
+    return path.name if local else name
 
 
 def versions() -> dict[str, str]:

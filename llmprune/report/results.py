@@ -87,24 +87,41 @@ def read_results(out: Path) -> Results:
     if not (out / REPORT).is_file():
         unfinished = "; its run has not finished" if (out / JOURNAL).exists() else ""
         raise UserError(f"no {REPORT} in {out}: it was not written by llmprune{unfinished}")
-    return Results(_report(out), read_evaluated(out), read_comparison(out), read_generations(out), read_speed(out))
+    return Results(
+        _report(out, "it may be of another version of llmprune"),
+        read_evaluated(out),
+        read_comparison(out),
+        read_generations(out),
+        read_speed(out),
+    )
 
 
-def read_earlier(folder: Path, files: Mapping[str, str]) -> list[dict[str, Any]]:
-    """What a run's report tells of the runs that had made its model; nothing where llmprune did not write the folder.
-
-    Args:
-        folder: of the model.
-        files: the sha256 of what lies there now, by name.
+def read_beginning(source: Source) -> Report | None:
+    """The report of the run that made the model which another begins with; None where llmprune did not make it.
 
     Raises:
-        UserError: it holds an llmprune.json that cannot be read.
+        UserError: an llmprune.json lies there that cannot be read.
     """
-    if not (folder / REPORT).is_file():
+    advice = "it may be of another version of llmprune; a copy of the model without this file can be pruned"
+    return _report(source.folder, advice) if (source.folder / REPORT).is_file() else None
+
+
+def earlier_runs(begun: Report | None, files: Mapping[str, str]) -> list[dict[str, Any]]:
+    """What a run's report tells of the runs that had made its model.
+
+    Args:
+        files: the sha256 of what lies in the model's folder now, by name.
+    """
+    if begun is None:
         return []
-    report = _report(folder)
-    changed = any(files.get(name, sha256) != sha256 for name, sha256 in report.shards.items())
-    return as_earlier(report, changed)
+    return as_earlier(begun, any(files.get(name) != sha256 for name, sha256 in begun.shards.items()))
+
+
+def base_of(source: Source, begun: Report | None) -> dict[str, Any]:
+    """What the card of what is made of a model says of it: see `Source.base`; what it has not, as its run knew it."""
+    known = begun.base if begun is not None else {}
+    licence = "license" in source.base  # which goes with a name and a link of its own, or has none
+    return {**{key: told for key, told in known.items() if not (licence and key.startswith("license"))}, **source.base}
 
 
 def find_dense(report: Report, trusted: bool = False) -> Source | None:
@@ -154,8 +171,8 @@ def _later(out: Path, name: str, build: Callable[[Any], T]) -> T | None:
     return _read(path, build, "make it again, or take it away") if path.is_file() else None
 
 
-def _report(out: Path) -> Report:
-    return _read(out / REPORT, lambda data: Report.read(data, out), "it may be of another version of llmprune")
+def _report(out: Path, advice: str) -> Report:
+    return _read(out / REPORT, lambda data: Report.read(data, out), advice)
 
 
 def _read(path: Path, build: Callable[[Any], T], advice: str) -> T:
