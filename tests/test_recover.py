@@ -507,6 +507,78 @@ def test_a_shorter_dense_model(text: str, tmp_path: Path) -> None:
     assert llmprune.verify(tmp_path / "r").ok
 
 
+def test_hidden_states_of_a_model_that_was_shortened_in_earlier_runs(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each block's states are compared with those of the dense block that it was."""
+    model = make("llama", tmp_path / "model", num_hidden_layers=5)
+    llmprune.prune(model, out=tmp_path / "four", depth={"drop": [1]})
+    llmprune.prune(tmp_path / "four", out=tmp_path / "three", depth={"drop": [2]})
+    llmprune.prune(tmp_path / "three", out=tmp_path / "out", sparsity="2:4", method="magnitude")
+    seen: list[Any] = []
+
+    class Noted(Objective):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            seen.append(self.places)
+
+    monkeypatch.setattr(running, "Objective", Noted)
+    for number, dense in enumerate(("model", "four", "three")):
+        recover(
+            tmp_path / "out",
+            out=tmp_path / f"r{number}",
+            data=text,
+            distill=tmp_path / dense,
+            hidden_weight=1.0,
+            **SHORT,
+        )
+    assert seen == [(0, 2, 4, 5), (0, 1, 3, 4), (0, 1, 2, 3)]
+    other = make("llama", tmp_path / "other", num_hidden_layers=6)
+    with pytest.raises(UserError, match="leave hidden_weight out"):
+        recover(tmp_path / "out", out=tmp_path / "r", data=text, distill=other, hidden_weight=1.0, **SHORT)
+
+
+def test_zeros_are_not_counted_among_what_is_trained(pair: tuple[Path, Path], text: str, tmp_path: Path) -> None:
+    record = recover(pair[1], out=tmp_path / "r", data=text, **SHORT).record
+    changed = {key: value for key, value in weights(pair[1]).items() if "embed" not in key and "lm_head" not in key}
+    assert record["trained"] == sum(int((value != 0).sum()) for value in changed.values())
+
+
+def test_zeros_stay_zeros_at_every_step(
+    pair: tuple[Path, Path], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the whole model behind each step, and on the files of each of the Trainer's checkpoints."""
+    before = {key: value == 0 for key, value in weights(pair[1]).items() if key.endswith("_proj.weight")}
+    steps: list[int] = []
+
+    class Look(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            parameters = dict(kwargs["model"].named_parameters())
+            for key, zero in before.items():
+                assert torch.equal(parameters[key] == 0, zero), key
+            steps.append(state.global_step)
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            saved = weights(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            for key, zero in before.items():
+                assert torch.equal(saved[key] == 0, zero), key
+            steps.append(-state.global_step)
+
+    make_trainer = running.make_trainer
+
+    def looking(*given: Any) -> Any:
+        made = make_trainer(*given)
+        made.add_callback(Look())
+        return made
+
+    monkeypatch.setattr(running, "make_trainer", looking)
+    recover(pair[1], out=tmp_path / "r", data=text, **{**SHORT, "save_every": 2})
+    assert steps == [1, 2, -2, 3, 4, -4]
+    after = weights(tmp_path / "r")
+    for key, zero in before.items():
+        assert torch.equal(after[key] == 0, zero), key
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_run_that_was_stopped(method: str, pair: tuple[Path, Path], text: str, tmp_path: Path) -> None:
     options = {**SHORT, "steps": 6, "save_every": 2, "method": method, "distill": pair[0]}

@@ -191,13 +191,8 @@ def _plan(pruned: str | Path, distill: str | Path | None, training: Training) ->
         raise UserError(f"{differ}: the dense model's answers cannot be the aim; give the one it was pruned from")
     places = None
     if training.hidden_weight:
-        kept = (report or {}).get("kept_blocks") or list(range(len(checkpoint.blocks)))
-        if (
-            dense.hidden_size != checkpoint.hidden_size
-            or len(kept) != len(checkpoint.blocks)
-            or max(kept) >= len(dense.blocks)
-            or (report or {}).get("dense_blocks", len(kept)) not in (None, len(dense.blocks))
-        ):
+        kept = _kept_of(dense, checkpoint, report)
+        if kept is None or dense.hidden_size != checkpoint.hidden_size:
             raise UserError(
                 f"the hidden states of {dense.source.name} ({len(dense.blocks)} blocks, {dense.hidden_size:,} wide) "
                 f"cannot be compared with those of {checkpoint.source.name} ({len(checkpoint.blocks)} blocks, "
@@ -205,6 +200,17 @@ def _plan(pruned: str | Path, distill: str | Path | None, training: Training) ->
             )
         places = (*kept, len(dense.blocks))
     return _Plan(training, checkpoint, report, linears, dense, places)
+
+
+def _kept_of(dense: Checkpoint, checkpoint: Checkpoint, report: dict[str, Any] | None) -> list[int] | None:
+    """Which blocks of the dense model a checkpoint has, by its report and those of earlier runs; None: not known."""
+    count, kept = len(checkpoint.blocks), list(range(len(checkpoint.blocks)))
+    for run in [*(report or {}).get("earlier", ()), report or {}][::-1]:
+        if count == len(dense.blocks):
+            break
+        if before := run.get("kept_blocks"):
+            count, kept = run["dense_blocks"], [before[number] for number in kept]
+    return kept if count == len(dense.blocks) else None
 
 
 def check_request(dense: str | Path, data: str, distill: str | Path | None, training: Training) -> None:
@@ -354,7 +360,11 @@ def _run(
         model = _load(checkpoint.source, torch.float32)
         masks = plan.masks(model)
         names = choose(model, plan.linears, masks, training)
-        trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
+        trained = sum(
+            value.numel() - (int((~masks[name]).sum()) if name in masks else 0)
+            for name, value in model.named_parameters()
+            if value.requires_grad
+        )
         objective = Objective(None, training.temperature, **weights, places=plan.places)
         # In the method `norms` no weight with a mask is trained, and adapters have theirs inside.
         callbacks = [KeepZeros(masks)] if masks and training.method == "full" else []
@@ -446,8 +456,9 @@ def _finish(
         trusted = plan.training.trust_remote_code
         if plan.report is not None:
             compare(draft, plan.report["linears"], shards, shown, trusted).raise_for_problems()
-        if unpromised := {name: sha256 for name, sha256 in hashes.items() if name not in plan.promised}:
-            _check_masks(draft, unpromised, trusted)
+        promised = plan.promised
+        if others := {name: sha256 for name, sha256 in hashes.items() if name not in promised}:
+            _check_masks(draft, others, trusted)
         record["files"] = files_of(draft)
         record["seconds"] = round(time.monotonic() - began, 3)
         told: dict[str, Any] = record
