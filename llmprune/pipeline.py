@@ -36,8 +36,9 @@ from llmprune.progress import Clock, Progress, of_first
 from llmprune.recipe import Recipe, assemble, check_said
 from llmprune.reconstruct.block import Next
 from llmprune.reconstruct.block import Reconstructor as BlockReconstructor
+from llmprune.report.earlier import base_of, earlier_runs
 from llmprune.report.record import BlockRecord, ExpertsRecord, LinearRecord, Perplexity, Report, versions
-from llmprune.report.results import base_of, earlier_runs, read_beginning
+from llmprune.report.results import read_beginning
 from llmprune.report.verify import compare
 from llmprune.solve import as_narrower, narrower, renewed, solve_stage
 from llmprune.structured.send import choose_experts

@@ -20,6 +20,7 @@ from llmprune.recover import recover
 from llmprune.report.card import make_card
 from tests.families import make
 from tests.test_distributed import Ranks
+from tests.test_recover import told, weights
 from tests.test_resume import digests
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -29,15 +30,6 @@ OTHER = COMMIT[::-1]
 SETTINGS: dict[str, Any] = {"calibration": "builtin", "samples": 4, "length": 32}
 SHORT: dict[str, Any] = {"steps": 2, "length": 16, "batch": 2, "held_out": 4, "save_every": 0}
 SPARSE: dict[str, Any] = {"sparsity": "2:4", "method": "wanda", **SETTINGS}
-
-
-def told(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "llmprune.json").read_text())
-    return found
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {key: value for path in folder.glob("*.safetensors") for key, value in load_file(path).items()}
 
 
 def change(folder: Path, **keys: Any) -> None:

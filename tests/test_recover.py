@@ -54,6 +54,18 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {key: value for path in sorted(folder.glob("*.safetensors")) for key, value in load_file(path).items()}
 
 
+def train_with(callback: TrainerCallback, patch: pytest.MonkeyPatch) -> None:
+    """Give a callback to the Trainer of each recovery."""
+    make_trainer = running.make_trainer
+
+    def made(*given: Any) -> Any:
+        trainer = make_trainer(*given)
+        trainer.add_callback(callback)
+        return trainer
+
+    patch.setattr(running, "make_trainer", made)
+
+
 def told(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "llmprune.json").read_text())
     return found
@@ -564,14 +576,7 @@ def test_zeros_stay_zeros_at_every_step(
                 assert torch.equal(saved[key] == 0, zero), key
             steps.append(-state.global_step)
 
-    make_trainer = running.make_trainer
-
-    def looking(*given: Any) -> Any:
-        made = make_trainer(*given)
-        made.add_callback(Look())
-        return made
-
-    monkeypatch.setattr(running, "make_trainer", looking)
+    train_with(Look(), monkeypatch)
     recover(pair[1], out=tmp_path / "r", data=text, **{**SHORT, "save_every": 2})
     assert steps == [1, 2, -2, 3, 4, -4]
     after = weights(tmp_path / "r")
@@ -590,14 +595,7 @@ def test_a_run_that_was_stopped(method: str, pair: tuple[Path, Path], text: str,
                 raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        make_trainer = running.make_trainer
-
-        def stopping(*given: Any) -> Any:
-            made = make_trainer(*given)
-            made.add_callback(Stop())
-            return made
-
-        patch.setattr(running, "make_trainer", stopping)
+        train_with(Stop(), patch)
         with pytest.raises(Interrupted, match="goes on after step 4"):
             recover(pair[1], out=tmp_path / "broken", data=text, **options)
     assert [path.name for path in (tmp_path / "broken").iterdir()] == [running.WORK]

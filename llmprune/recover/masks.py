@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +45,16 @@ def _output_layer(module: nn.Module) -> nn.Module | None:
     return get() if callable(get) else None
 
 
-def masks_of(parameters: Mapping[str, Tensor], linears: Iterable[Linear], least: float = NOTABLE) -> Masks:
+def masks_of(
+    parameters: Mapping[str, Tensor], linears: Iterable[Linear], least: float = NOTABLE, promised: Container[str] = ()
+) -> Masks:
     """Masks that keep the zeros which weights hold.
 
     Args:
         parameters: of the model, by name.
         linears: those that are looked at; all else is kept.
         least: the fraction of zeros from which on a linear's are kept; at 0, those of all that hold any.
+        promised: names of linears whose zeros are kept however few they are.
 
     Returns:
         For each parameter that holds such a linear: (the parameter's shape) bool, True = kept.
@@ -61,7 +64,7 @@ def masks_of(parameters: Mapping[str, Tensor], linears: Iterable[Linear], least:
         parameter = parameters[linear.parameter].detach()
         weight = linear.view(parameter)
         count = zeros(weight)
-        if count and count >= least * weight.numel():
+        if count and (linear.name in promised or count >= least * weight.numel()):
             if linear.parameter not in masks:
                 masks[linear.parameter] = torch.ones_like(parameter, dtype=torch.bool)
             linear.view(masks[linear.parameter]).copy_(weight != 0)

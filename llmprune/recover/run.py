@@ -30,7 +30,7 @@ from llmprune.model.writer import LOCK, REPORT, check_room, claimed, clear, diff
 from llmprune.progress import Progress, of_first
 from llmprune.recover.adapters import merge
 from llmprune.recover.keep import KeepZeros
-from llmprune.recover.masks import NOTABLE, Masks, check_whole, masks_of
+from llmprune.recover.masks import Masks, check_whole, masks_of
 from llmprune.recover.objective import Objective, divergence, next_token_loss
 from llmprune.recover.options import Training
 from llmprune.recover.trained import choose, parameters_of, round_to
@@ -102,19 +102,14 @@ class _Plan:
     def masks(self, model: nn.Module) -> Masks:
         """The masks to keep: of linears with promised zeros, and of others with a notable share of them."""
         parameters, promised = parameters_of(model), self.promised
-        sparse = [linear for linear in self.linears if linear.name in promised]
-        for linear in sparse:
+        for linear in self.linears:
             weight = linear.view(parameters[linear.parameter].detach())
-            if mask_sha256(weight) != promised[linear.name]:
+            if linear.name in promised and mask_sha256(weight) != promised[linear.name]:
                 raise UserError(
                     f"{linear.name} of {self.checkpoint.source.name} has other zeros than its {REPORT} promises "
                     f"(`llmprune verify {self.checkpoint.source.name}` shows all): prune it anew"
                 )
-        masks = masks_of(parameters, sparse, 0)
-        others = masks_of(parameters, (linear for linear in self.linears if linear.name not in promised), NOTABLE)
-        for name, kept in others.items():
-            masks[name] = masks[name] & kept if name in masks else kept
-        return masks
+        return masks_of(parameters, self.linears, promised=promised)
 
 
 def recover(

@@ -22,12 +22,12 @@ from llmprune.errors import LLMPruneError
 from llmprune.model.writer import ALLOCATION
 from llmprune.patterns import NM, Scope, parse
 from llmprune.recipe import Recipe
+from llmprune.report.earlier import all_runs, beginning
 from llmprune.report.record import (
     Divergence,
     Perplexity,
     Score,
     allocation_of,
-    beginning,
     maybe,
     narrowed,
     short_name,
@@ -190,7 +190,7 @@ def make_card(
         ]
     )
     index = [EvalResult(**result.told, metric_value=result.sparse) for result in results if result.told]
-    runs = [*(report.get("earlier") or ()), report]
+    runs = all_runs(report)
     texts = [text for run in runs for text in (run.get("calibration"), *(one["data"] for one in _recoveries(run)))]
     metadata = ModelCardData(
         base_model=base.get("name"),
@@ -233,7 +233,7 @@ def is_ours(text: str) -> bool:
 def _what(
     report: Mapping[str, Any], base: Mapping[str, Any], methods: list[str], patterns: list[str], changed: bool
 ) -> str:
-    first = _runs(report)[0]
+    first = _public_runs(report)[0]
     dense = f"[{base['name']}]({HUB}/{base['name']})" if base.get("name") else short_name(first["model"])
     commit = _commit(first, base)
     at = f" at commit `{commit}`" if commit else ""
@@ -245,7 +245,7 @@ def _what(
     within = ", within the same masks" if methods else ""
     since = f"It was trained after that{within}" if trained else "It was not trained after that"
     since = f"Its weights were changed after that{within}" if changed else since
-    earlier = report.get("earlier") or ()
+    *earlier, _ = all_runs(report)
     runs = f" in {len(earlier) + 1} runs. The last{pruned or ' one'}" if earlier else pruned
     before = f" {beginning(earlier)}" if earlier else ""
     return (
@@ -458,7 +458,7 @@ def _speed(patterns: Sequence[str], report: Mapping[str, Any], measured: str) ->
 
 
 def _again(report: Mapping[str, Any], base: Mapping[str, Any]) -> str:
-    runs = _runs(report)
+    runs = _public_runs(report)
     commit = _commit(runs[0], base)
     model = f"{base['name']}@{commit}" if commit else short_name(runs[0]["model"])
     commands, recipes = [], []
@@ -476,9 +476,9 @@ def _again(report: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     return "```bash\n" + "\n".join(commands) + "\n```\n\n" + "\n\n".join(recipes)
 
 
-def _runs(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _public_runs(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The runs that made a model out of one that others can have, the first first: back to what came from the Hub."""
-    runs = [*(report.get("earlier") or ()), report]
+    runs = all_runs(report)
     public = [number for number, run in enumerate(runs) if _COMMIT.fullmatch(run.get("revision") or "")]
     return runs[public[-1] if public else 0 :]
 

@@ -28,6 +28,7 @@ from llmprune.model.writer import PAGE
 from llmprune.patterns import parse
 from llmprune.report import plots, tables
 from llmprune.report.comparison import Compared, Difference
+from llmprune.report.earlier import beginning
 from llmprune.report.record import (
     FEW_TOKENS,
     Divergence,
@@ -35,7 +36,6 @@ from llmprune.report.record import (
     Perplexity,
     Report,
     Score,
-    beginning,
     short_name,
 )
 from llmprune.report.results import Evaluated, Results, find_dense, read_results

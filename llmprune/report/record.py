@@ -419,42 +419,6 @@ def narrowed(widths: Mapping[str, Sequence[int]]) -> str:
     return ", ".join(f"{name} {now:,} of {was:,}" for name, (was, now) in widths.items())
 
 
-_CARRIED = (
-    *("llmprune", "model", "revision", "origin", "base", "recipe", "calibration", "weights", "dense_weights"),
-    *("sparsity", "model_sparsity", "kept_blocks", "dense_blocks", "widths", "hidden_channels", "recovery", "versions"),
-)
-"""What a run's report keeps of the runs before it."""
-
-
-def as_earlier(report: Report, changed: bool) -> list[dict[str, Any]]:
-    """What is told of a run, and of those before it, in the report of one that begins with what it wrote.
-
-    Args:
-        changed: the weights are no longer those that the run wrote.
-    """
-    data = report.to_dict()
-    return [*report.earlier, {**{key: data[key] for key in _CARRIED}, "changed": changed}]
-
-
-def beginning(earlier: Sequence[Mapping[str, Any]]) -> str:
-    """What earlier runs had made of a model that is called dense since, as a sentence; empty where there were none."""
-    if not earlier:
-        return ""
-    made = (f"of {'that' if number else short_name(run['model'])} {_left(run)}" for number, run in enumerate(earlier))
-    return f"What is called dense here had been pruned before: {'; '.join(made)}."
-
-
-def _left(run: Mapping[str, Any]) -> str:
-    """What a run left of its model, in words."""
-    share = f": {run['weights'] / run['dense_weights']:.2%} of the weights" if run["dense_weights"] else ""
-    parts = [f"{told}{share}"] if (told := smaller(run)) else []
-    if run["sparsity"] or not parts:
-        parts.append(f"{run['sparsity']:.2%} zeros in the pruned linears")
-    parts += ["trained after that"] if run["recovery"] else []
-    parts += ["changed after that by something else"] if run["changed"] else []
-    return ", ".join(parts)
-
-
 def smaller(run: Mapping[str, Any]) -> str:
     """How a model is smaller than the dense one, by the keys of its report; empty where it has as many weights."""
     kept, widths = run.get("kept_blocks"), run.get("widths")

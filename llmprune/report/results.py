@@ -12,7 +12,7 @@ from llmprune.errors import UserError
 from llmprune.model.source import Source, present
 from llmprune.model.writer import EVALUATION, JOURNAL, REPORT
 from llmprune.report.comparison import Comparison
-from llmprune.report.record import Divergence, Perplexity, Report, Score, as_earlier, every, maybe
+from llmprune.report.record import Divergence, Perplexity, Report, Score, every, maybe
 from llmprune.report.speed import Speed
 
 T = TypeVar("T")
@@ -87,13 +87,8 @@ def read_results(out: Path) -> Results:
     if not (out / REPORT).is_file():
         unfinished = "; its run has not finished" if (out / JOURNAL).exists() else ""
         raise UserError(f"no {REPORT} in {out}: it was not written by llmprune{unfinished}")
-    return Results(
-        _report(out, "it may be of another version of llmprune"),
-        read_evaluated(out),
-        read_comparison(out),
-        read_generations(out),
-        read_speed(out),
-    )
+    report = _report(out, "it may be of another version of llmprune")
+    return Results(report, read_evaluated(out), read_comparison(out), read_generations(out), read_speed(out))
 
 
 def read_beginning(source: Source) -> Report | None:
@@ -104,24 +99,6 @@ def read_beginning(source: Source) -> Report | None:
     """
     advice = "it may be of another version of llmprune; a copy of the model without this file can be pruned"
     return _report(source.folder, advice) if (source.folder / REPORT).is_file() else None
-
-
-def earlier_runs(begun: Report | None, files: Mapping[str, str]) -> list[dict[str, Any]]:
-    """What a run's report tells of the runs that had made its model.
-
-    Args:
-        files: the sha256 of what lies in the model's folder now, by name.
-    """
-    if begun is None:
-        return []
-    return as_earlier(begun, any(files.get(name) != sha256 for name, sha256 in begun.shards.items()))
-
-
-def base_of(source: Source, begun: Report | None) -> dict[str, Any]:
-    """What the card of what is made of a model says of it: see `Source.base`; what it has not, as its run knew it."""
-    known = begun.base if begun is not None else {}
-    licence = "license" in source.base  # which goes with a name and a link of its own, or has none
-    return {**{key: told for key, told in known.items() if not (licence and key.startswith("license"))}, **source.base}
 
 
 def find_dense(report: Report, trusted: bool = False) -> Source | None:

@@ -19,6 +19,7 @@ from llmprune.patterns import Columns, Unstructured
 from llmprune.plan import Choice, Plan
 from llmprune.promise import Verdict
 from llmprune.report.comparison import Compared, Comparison
+from llmprune.report.earlier import beginning
 from llmprune.report.inspect import Inspection, Matrix
 from llmprune.report.record import (
     BlockRecord,
@@ -26,7 +27,6 @@ from llmprune.report.record import (
     Perplexity,
     Report,
     Score,
-    beginning,
     narrowed,
     shortened,
 )

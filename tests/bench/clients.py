@@ -15,6 +15,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,8 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 WINDOWS, LENGTH, PROMPT = 4, 128, 32
+SOURCES = "LLAMA_CPP"
+"""The variable of the environment that says where llama.cpp's sources lie, with its converter."""
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -260,12 +263,27 @@ def write_gguf(folder: Path, path: Path) -> None:
 
 def llama_cpp(folder: Path, work: Path, windows: numpy.ndarray, prompt: list[int], count: int) -> Answer:
     """A float32 GGUF written with the gguf package, llama_cpp.Llama."""
+    write_gguf(folder, work / "model.gguf")
+    return with_llama_cpp(work / "model.gguf", windows, prompt, count)
+
+
+def llama_cpp_converted(folder: Path, work: Path, windows: numpy.ndarray, prompt: list[int], count: int) -> Answer:
+    """A float32 GGUF by llama.cpp's own convert_hf_to_gguf.py, llama_cpp.Llama."""
+    script, path = Path(os.environ[SOURCES]) / "convert_hf_to_gguf.py", work / "model.gguf"
+    command = [sys.executable, str(script), str(folder.resolve()), "--outfile", str(path), "--outtype", "f32"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"{script.name} failed: {done.stderr[-200:]}")
+    return with_llama_cpp(path, windows, prompt, count)
+
+
+def with_llama_cpp(path: Path, windows: numpy.ndarray, prompt: list[int], count: int) -> Answer:
+    """What llama.cpp makes of a GGUF."""
     import gguf
     from llama_cpp import Llama
 
-    write_gguf(folder, work / "model.gguf")
     single = {"type_k": gguf.GGMLQuantizationType.F32, "type_v": gguf.GGMLQuantizationType.F32}  # else float16
-    model = Llama(str(work / "model.gguf"), n_ctx=LENGTH + count, logits_all=True, verbose=False, **single)
+    model = Llama(str(path), n_ctx=LENGTH + count, logits_all=True, verbose=False, **single)
     rows = []
     for row in windows:
         model.reset()
@@ -293,15 +311,18 @@ class Client:
         run: makes it answer.
         modules: what must be importable.
         packages: of which the table tells the versions.
+        variable: of the environment, that must say where something lies.
     """
 
     run: Callable[[Path, Path, numpy.ndarray, list[int], int], Answer]
     modules: tuple[str, ...]
     packages: tuple[str, ...] = field(default=())
+    variable: str | None = None
 
     @property
     def installed(self) -> bool:
-        return all(importlib.util.find_spec(name) is not None for name in self.modules)
+        there = all(importlib.util.find_spec(name) is not None for name in self.modules)
+        return there and (self.variable is None or self.variable in os.environ)
 
 
 CLIENTS = {
@@ -311,6 +332,9 @@ CLIENTS = {
     "ONNX Runtime": Client(onnx_runtime, ("onnxruntime", "onnxscript"), ("onnxruntime", "onnx", "onnxscript")),
     "CTranslate2": Client(with_ctranslate2, ("ctranslate2",), ("ctranslate2",)),
     "llama.cpp": Client(llama_cpp, ("llama_cpp", "gguf"), ("llama-cpp-python", "gguf")),
+    "llama.cpp, its own converter": Client(
+        llama_cpp_converted, ("llama_cpp", "gguf", "sentencepiece"), ("llama-cpp-python", "gguf"), SOURCES
+    ),
 }
 
 
