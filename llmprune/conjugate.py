@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmprune.stats import product
+from llmprune.matrix import product
 
 _FLAT = 1e-6
 """A direction whose curvature is less than this part of the greatest so far is flat but for rounding: no step there."""

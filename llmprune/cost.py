@@ -11,12 +11,12 @@ import torch
 from llmprune import distributed
 from llmprune.allocate import Improver
 from llmprune.budget import SAMPLE
+from llmprune.matrix import product
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.linears import Linear
 from llmprune.model.widths import experts_per_token
 from llmprune.plan import Plan
 from llmprune.recipe import Recipe
-from llmprune.stats import product
 
 _SIZE = 1024
 

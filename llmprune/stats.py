@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmprune import distributed
 from llmprune.errors import SingularGram
+from llmprune.matrix import inverse, inverse_factor, is_definite, product
 from llmprune.parts import by_rows, not_finite
 
 Needs = Literal["nothing", "norms", "gram"]
@@ -336,29 +337,16 @@ class _Panels:
         return found
 
 
-def has_onednn() -> bool:
-    """Whether this build of torch has oneDNN."""
-    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b.T in float32; on a CPU by oneDNN, which is twice as fast there as torch's own choice on AMD's."""
-    if a.device.type == "cpu" and has_onednn():
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-        return result
-    return a @ b.T
-
-
 def damped_inverse(gram: Tensor, damping: float) -> Tensor:
     """(G + damping · I)⁻¹ of a positive definite (in, in) Gram; two more matrices of its size are held at a time.
 
     Raises:
         SingularGram: G is not positive definite.
     """
-    inverse = _inverse(gram.clone(), damping)
-    if inverse is None:
+    found = _inverse(gram.clone(), damping)
+    if found is None:
         raise SingularGram(f"a Gram of {len(gram):,} inputs is not positive definite with damping {damping:g}")
-    return inverse
+    return found
 
 
 def _inverse_upper(stats: LinearStats, damping: float, dtype: torch.dtype) -> Tensor | None:
@@ -372,15 +360,14 @@ def _inverse_upper(stats: LinearStats, damping: float, dtype: torch.dtype) -> Te
         dtype: what is computed in; the result is float32.
     """
     scale = stats.scale
-    lower = stats.gram.flip(0, 1).to(dtype).div_(scale).mT
-    lower.diagonal().add_(damping).masked_fill_(stats.dead.flip(0), 1.0)
-    if not _cholesky(lower):
+    gram = stats.gram.flip(0, 1).to(dtype).div_(scale)
+    gram.diagonal().add_(damping).masked_fill_(stats.dead.flip(0), 1.0)
+    found = inverse_factor(gram)
+    del gram
+    if found is None:
         return None
-    inverse = torch.eye(len(lower), dtype=dtype, device=lower.device).mT
-    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
-    del lower
-    upper = inverse.flip(0, 1)
-    del inverse
+    upper = found.flip(0, 1)
+    del found
     return None if not_finite(upper) else upper.div_(scale**0.5).float()
 
 
@@ -388,19 +375,19 @@ def _definite(stats: LinearStats, damping: float, dtype: torch.dtype) -> Tensor 
     """See `LinearStats.scaled_gram`; None when it is not positive definite."""
     gram = _scaled(stats, dtype)
     gram.diagonal().add_(damping)
-    return gram.float() if _cholesky(gram.clone().mT) else None
+    return gram.float() if is_definite(gram.clone()) else None
 
 
 def _scaled_inverse(stats: LinearStats, damping: float, dtype: torch.dtype, shift: float) -> Tensor | None:
     """See `LinearStats.scaled_inverse`; None when what is inverted is not positive definite."""
-    inverse = _inverse(_scaled(stats, dtype), damping + shift)
-    return None if inverse is None else inverse.float()
+    found = _inverse(_scaled(stats, dtype), damping + shift)
+    return None if found is None else found.float()
 
 
 def _scaled(stats: LinearStats, dtype: torch.dtype) -> Tensor:
     """(in, in) the Gram of inputs that are scaled to a norm of one, in memory of its own."""
-    inverse = stats.inverse_norms.to(dtype)
-    return stats.gram.to(dtype, copy=True).mul_(inverse).mul_(inverse[:, None])
+    norms = stats.inverse_norms.to(dtype)
+    return stats.gram.to(dtype, copy=True).mul_(norms).mul_(norms[:, None])
 
 
 def _inverse(gram: Tensor, damping: float) -> Tensor | None:
@@ -409,20 +396,6 @@ def _inverse(gram: Tensor, damping: float) -> Tensor | None:
     Args:
         gram: (in, in) contiguous; it is overwritten.
     """
-    lower = gram.mT
-    lower.diagonal().add_(damping)
-    if not _cholesky(lower):
-        return None
-    inverse = torch.cholesky_inverse(lower).mT  # symmetric, and contiguous when it is turned
-    return None if not_finite(inverse) else inverse
-
-
-def _cholesky(lower: Tensor) -> bool:
-    """Put L with A = LLᵀ in the place of A; whether A is positive definite.
-
-    Args:
-        lower: (in, in) in the order of LAPACK, columns one after the other, so that no copy is made.
-    """
-    info = torch.empty((), dtype=torch.int32, device=lower.device)
-    torch.linalg.cholesky_ex(lower, out=(lower, info))
-    return int(info) == 0
+    gram.diagonal().add_(damping)
+    found = inverse(gram)
+    return None if found is None or not_finite(found) else found

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from llmprune.matrix import has_onednn, product
 from llmprune.model.attention import attend
-from llmprune.stats import has_onednn, product
 
 HALVES = (torch.bfloat16, torch.float16)
 

@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from llmprune.matrix import product
 from llmprune.parts import AT_ONCE, by_rows
 from llmprune.patterns import Pattern
-from llmprune.stats import LinearStats, Needs, product
+from llmprune.stats import LinearStats, Needs
 
 
 @dataclass(frozen=True)

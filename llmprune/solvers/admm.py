@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from llmprune.matrix import product
 from llmprune.parts import by_rows
 from llmprune.patterns import Pattern, Scope, keep_more
 from llmprune.solvers import Buffers
-from llmprune.stats import LinearStats, Needs, product
+from llmprune.stats import LinearStats, Needs
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from llmprune.conjugate import conjugate
+from llmprune.matrix import product
 from llmprune.parts import some_rows
 from llmprune.patterns import Pattern, Scope
 from llmprune.solvers import Buffers
-from llmprune.stats import LinearStats, Needs, damped_inverse, product
+from llmprune.stats import LinearStats, Needs, damped_inverse
 
 CHECK = 3
 """Iterations from one look at the support to the next."""

@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from llmprune.matrix import product
 from llmprune.patterns import Columns, Pattern, Scope
 from llmprune.solvers import Buffers
-from llmprune.stats import LinearStats, Needs, product
+from llmprune.stats import LinearStats, Needs
 
 _WORTH = 1e-4
 """An exchange is worth it from this part of the output energy of an average input on."""
