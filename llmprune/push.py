@@ -113,9 +113,9 @@ def push(
         pushed.notes.append(f"{CARD} was written or changed by hand and is kept (--card new writes a new one)")
     else:
         base = _base(report, base_model, license, pushed.notes)
-        changed = bool(verdict.changed)
-        speed = known_speed(place, read_speed(place))
-        pushed.card = marked(make_card(report, known_results(place, report, changed), to, base, changed, speed))
+        results = known_results(place, report, verdict.shards)
+        speed = known_speed(read_speed(place), verdict.shards)
+        pushed.card = marked(make_card(report, results, to, base, bool(verdict.changed), speed))
         if not dry_run:
             _write(place / CARD, pushed.card)
     pushed.files = _files(place) | {CARD: len(pushed.card.encode())}

@@ -47,11 +47,15 @@ def report(out: Path) -> dict[str, Any]:
     return {**told, "model": "owner/tiny@main", "revision": COMMIT}
 
 
+OTHERS = {"model-00001-of-00001.safetensors": "0" * 64}
+"""The hashes of other weights."""
+
+
 def results_of(folder: Path, report: dict[str, Any], **files: Any) -> dict[str, Any]:
     (folder / "evaluation").mkdir(parents=True, exist_ok=True)
     for name, told in files.items():
         (folder / "evaluation" / f"{name}.json").write_text(json.dumps(told))
-    return {result.measure: result for result in known_results(folder, report)}
+    return {result.measure: result for result in known_results(folder, report, report["shards"])}
 
 
 def test_what_it_says(report: dict[str, Any]) -> None:
@@ -125,9 +129,9 @@ def test_terms_that_lie_beside_the_dense_model(report: dict[str, Any]) -> None:
 
 def test_what_the_run_measured(report: dict[str, Any], tmp_path: Path) -> None:
     report |= {"dense": {**PERPLEXITY, "value": 20.0}, "sparse": PERPLEXITY}
-    (found,) = known_results(tmp_path, report)
+    (found,) = known_results(tmp_path, report, report["shards"])
     assert (found.dense, found.sparse) == (20.0, 30.0)
-    assert known_results(tmp_path, report, changed=True) == []
+    assert known_results(tmp_path, report, OTHERS) == []
     card = ModelCard(str(make_card(report, [found], "me/small", BASE)))
     (told,) = card.data.eval_results
     assert (told.metric_type, told.metric_value) == ("perplexity", 30.0)
@@ -141,10 +145,13 @@ def test_what_eval_measured_later(report: dict[str, Any], tmp_path: Path) -> Non
     apart = {"dense": "owner/tiny", "kl": 0.25, "stderr": None, "agreement": 0.9, "text": "wikitext2"}
     apart |= {"length": 32, "windows": 3, "tokens": 93, "seconds": 1.0}
     told = {"model": "out", "perplexity": {**PERPLEXITY, "value": 29.0}, "divergence": apart}
-    found = results_of(tmp_path, report, eval={**told, "tasks": {"scores": [ACCURACY], "means": {}}})
+    told |= {"shards": report["shards"], "tasks": {"scores": [ACCURACY], "means": {}}}
+    found = results_of(tmp_path, report, eval=told)
     assert (found["perplexity"].dense, found["perplexity"].sparse) == (20.0, 29.0)
     assert found["KL(dense ‖ this model), nats a token"].sparse == 0.25
     assert (found["arc_easy acc"].dense, found["arc_easy acc"].sparse) == (None, 0.5)
+    assert set(results_of(tmp_path, report, eval={**told, "shards": OTHERS})) == {"perplexity"}  # of the run
+    assert known_results(tmp_path, report, OTHERS) != []  # measured since somebody has changed the weights
     text = make_card(report, list(found.values()), "me/small", BASE).text
     assert "| arc_easy acc | not measured | 0.5 ± 0.01 | lm-eval, 0 shots, 2,376 documents |" in text
 
@@ -152,21 +159,21 @@ def test_what_eval_measured_later(report: dict[str, Any], tmp_path: Path) -> Non
 def test_what_compare_measured(report: dict[str, Any], tmp_path: Path) -> None:
     def model(name: str, value: float, **more: Any) -> dict[str, Any]:
         told = {"name": name, "path": str(tmp_path / name), "dense": False, "perplexity": None, "divergence": None}
-        told |= {"bytes": 9, "weights": 9, "sparsity": 0.4, "linears_sparsity": 0.5}
+        told |= {"bytes": 9, "weights": 9, "sparsity": 0.4, "linears_sparsity": 0.5, "shards": {name: "0"}}
         return {**told, "scores": [{**ACCURACY, "value": value}], **more}
 
     def compared(models: list[dict[str, Any]]) -> dict[str, Any]:
         told: dict[str, Any] = {"dense": "dense", "text": None, "models": models, "differences": []}
         return {**told, "judged": {}, "notes": [], "versions": {}}
 
-    models = [model("dense", 0.75, dense=True), model("other", 0.1), model("out", 0.5)]
+    models = [model("dense", 0.75, dense=True), model("other", 0.1)]
+    models.append(model("out", 0.5, shards=report["shards"]))
     found = results_of(tmp_path / "out", report, comparison=compared(models))
     assert [(result.dense, result.sparse) for result in found.values()] == [(0.75, 0.5)]
     card = ModelCard(str(make_card(report, list(found.values()), "me/small", BASE)))
     (told,) = card.data.eval_results
     assert (told.dataset_type, told.metric_type, told.metric_value) == ("arc_easy", "acc", 0.5)
-    moved = results_of(tmp_path / "moved", report, comparison=compared(models[:2]))
-    assert [result.sparse for result in moved.values()] == [0.1]
+    assert results_of(tmp_path / "out", report, comparison=compared(models[:2])) == {}
 
 
 @pytest.mark.parametrize("told", ["{", '{"perplexity": {"value": 1}}', '{"tasks": 3}'])
@@ -174,7 +181,7 @@ def test_results_that_are_none(told: str, report: dict[str, Any], tmp_path: Path
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "eval.json").write_text(told)
     with pytest.raises(llmprune.UserError, match="evaluation"):
-        known_results(tmp_path, report)
+        known_results(tmp_path, report, report["shards"])
 
 
 def test_who_wrote_it(report: dict[str, Any]) -> None:

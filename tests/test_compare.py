@@ -377,7 +377,7 @@ def test_the_command_line(
 
 def test_weights_are_told_where_a_model_has_fewer() -> None:
     def heads(*weights: int) -> dict[str, list[str]]:
-        table = models_table([Compared(f"m{count}", "", False, 2 * count, count, 0.0, 0.0) for count in weights])
+        table = models_table([Compared(f"m{count}", "", False, 2 * count, count, 0.0, 0.0, {}) for count in weights])
         return {str(column.header): list(map(str, column.cells)) for column in table.columns}
 
     assert heads(120_000, 96_000)["weights"] == ["120,000", "96,000"]

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import llmprune
 from llmprune.errors import UserError
+from llmprune.model.index import hash_weights
 from llmprune.model.source import Source, present
 from llmprune.model.writer import PAGE, REPORT, side_files
 from llmprune.report import page, plots, weights
@@ -94,7 +95,10 @@ def change(out: Path, **values: Any) -> None:
 
 
 def keep(out: Path, name: str, data: Any) -> None:
+    """As if it had been measured later; of an evaluation by itself that of the weights as they are."""
     (out / "evaluation").mkdir(exist_ok=True)
+    if name == "eval.json":
+        data = {"shards": hash_weights(out), **data}
     (out / "evaluation" / name).write_text(json.dumps(data))
 
 
@@ -104,8 +108,15 @@ def score(task: str, value: float, metric: str = "acc", **changes: Any) -> dict[
 
 def comparison(out: Path, model: Path) -> dict[str, Any]:
     own = {"name": "own", "path": str(out), "dense": False, "bytes": 9, "weights": 9, "sparsity": 0.4,
-           "linears_sparsity": 0.5, "perplexity": None, "divergence": None}  # fmt: skip
-    dense = {**own, "name": "big", "path": str(model), "dense": True, "scores": [score("arc_easy", 0.62)]}
+           "linears_sparsity": 0.5, "perplexity": None, "divergence": None, "shards": hash_weights(out)}  # fmt: skip
+    dense = {
+        **own,
+        "name": "big",
+        "path": str(model),
+        "dense": True,
+        "shards": hash_weights(model),
+        "scores": [score("arc_easy", 0.62)],
+    }
     difference = {"model": "own", "task": "arc_easy", "metric": "acc", "filter": "none", "difference": -0.07,
                   "stderr": 0.012, "documents": 400, "p": 0.001, "beyond_noise": True}  # fmt: skip
     loss = {**difference, "task": "perplexity", "metric": "nats", "difference": 0.8, "documents": 12}
@@ -257,10 +268,42 @@ class TestWhatWasFoundLater:
         assert pruned["error_x"]["array"] == [pytest.approx(1.96 * 0.01)]
 
     def test_of_another_model_is_not_taken_for_this_one(self, out: Path, model: Path) -> None:
-        keep(out, "eval.json", {"model": str(model), "tasks": {"scores": [score("arc_easy", 0.5)]}})
-        _, rows, missing = page.verdict(read_results(out))
-        assert "tasks" in missing
+        apart = {"dense": "big", "kl": 0.123456, "stderr": 0.01, "agreement": 0.8125, "text": "wiki", "length": 64,
+                 "windows": 9, "tokens": 567, "seconds": 1.0}  # fmt: skip
+        told = {"model": str(model), "divergence": apart, "tasks": {"scores": [score("arc_easy", 0.5)]}}
+        keep(out, "eval.json", {**told, "shards": hash_weights(model)})
+        alone = comparison(out, model)
+        alone["models"][1]["shards"] = {"model.safetensors": "0" * 64}
+        keep(out, "comparison.json", alone)
+        sentences, rows, missing = page.verdict(read_results(out))
+        assert {"tasks", "divergence from the dense model"} <= set(missing)
+        assert not any("arc_easy" in row.name or "KL" in row.name or "Loss" in row.name for row in rows)
+        assert not any("task figures" in sentence for sentence in sentences)
+
+    def test_of_weights_that_were_changed_since_is_not_shown(self, out: Path, model: Path) -> None:
+        keep(out, "eval.json", {"model": str(out), "tasks": {"scores": [score("arc_easy", 0.5)]}})
+        keep(out, "comparison.json", comparison(out, model))
+        path = sorted(out.glob("*.safetensors"))[0]
+        save_file({name: 3 * tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+        sentences, rows, missing = page.verdict(read_results(out))
+        assert {"tasks", "perplexity before and after"} <= set(missing)
         assert not any("arc_easy" in row.name for row in rows)
+        assert any("changed after that by something else" in sentence for sentence in sentences)
+
+    def test_many_tasks_have_their_means_in_the_verdict(self, out: Path, model: Path) -> None:
+        many = comparison(out, model)
+        for entry, mean in zip(many["models"], (0.5, 0.45), strict=True):
+            entry["scores"] = [score(f"task{number}", 0.5) for number in range(12)]
+            entry["means"] = {"pruning": mean}
+        keep(out, "comparison.json", many)
+        _, rows, _ = page.verdict(read_results(out))
+        (row,) = [row for row in rows if "Mean accuracy" in row.name]
+        assert (row.dense, row.pruned, row.difference) == ("0.5000", "0.4500", "-0.0500")
+        for entry in many["models"]:
+            del entry["means"]
+        keep(out, "comparison.json", many)
+        _, rows, _ = page.verdict(read_results(out))
+        assert ("Tasks", "12 figures, below") in [(row.name, row.detail) for row in rows]
 
     def test_a_comparison(self, out: Path, model: Path) -> None:
         keep(out, "comparison.json", comparison(out, model))
@@ -363,7 +406,7 @@ class TestOtherReports:
         names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
                  "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]  # fmt: skip
         made = synthetic(80, names)
-        told = page.render(Results(made), [])
+        told = page.render(Results(made, made.shards), [])
         shown = Parsed(told)
         assert len(told) < 7e6
         grid = shown.data["error-map-data"]["data"][0]
@@ -374,7 +417,7 @@ class TestOtherReports:
         names = ["self_attn.q_proj", *(f"mlp.experts.{expert}.{part}_proj" for expert in range(256)
                                        for part in ("gate", "up", "down"))]  # fmt: skip
         made = synthetic(60, names)
-        told = page.render(Results(made), [])
+        told = page.render(Results(made, made.shards), [])
         shown = Parsed(told)
         assert len(told) < 7e6
         grid = shown.data["error-map-data"]["data"][0]
@@ -495,17 +538,22 @@ class TestPresent:
     not (shutil.which("chromium") or shutil.which("google-chrome")), reason="there is no chromium to open the page in"
 )
 class TestInABrowser:
-    def test_every_plot_is_drawn_and_nothing_complains(self, out: Path, model: Path, tmp_path: Path) -> None:
-        keep(out, "comparison.json", comparison(out, model))
-        page.draw(out)
+    def opened(self, page_file: Path, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+        """The page as a real browser has drawn it."""
         program = shutil.which("chromium") or shutil.which("google-chrome")
         quiet = ("--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-                 "--disable-component-update", "--disable-sync", "--no-sandbox")  # fmt: skip
-        command = [str(program), "--headless", *quiet, f"--user-data-dir={tmp_path / 'browser'}"]
-        command += ["--enable-logging=stderr", "--virtual-time-budget=20000", "--dump-dom", f"file://{out / PAGE}"]
+                 "--disable-component-update", "--disable-sync", "--no-sandbox", "--hide-scrollbars")  # fmt: skip
+        command = [str(program), "--headless", *quiet, *flags, f"--user-data-dir={folder / 'browser'}"]
+        command += ["--enable-logging=stderr", "--virtual-time-budget=20000", "--dump-dom", f"file://{page_file}"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         if done.returncode and "svg" not in done.stdout:
             pytest.skip(f"chromium does not start here: {done.stderr[-200:]}")
+        return done
+
+    def test_every_plot_is_drawn_and_nothing_complains(self, out: Path, model: Path, tmp_path: Path) -> None:
+        keep(out, "comparison.json", comparison(out, model))
+        page.draw(out)
+        done = self.opened(out / PAGE, tmp_path)
         places = re.findall(
             r'<div class="plot[^"]*" id="([\w-]+)"[^>]*>(.*?)<script type="application/json"', done.stdout, re.DOTALL
         )
@@ -513,3 +561,31 @@ class TestInABrowser:
         for name, inside in places:
             assert 'class="main-svg"' in inside, name
         assert "CONSOLE" not in done.stderr, done.stderr
+
+    @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+    @pytest.mark.parametrize("width", [500, 1400])
+    @pytest.mark.parametrize("blocks", [2, 80])
+    def test_nothing_is_wider_than_the_window(self, blocks: int, width: int, dark: bool, tmp_path: Path) -> None:
+        made = synthetic(blocks, ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"])
+        told = page.render(Results(made, made.shards), [])
+        measure = """<script>addEventListener("load", () => setTimeout(() => {
+            const root = document.documentElement, ticks = [...document.querySelectorAll("#error-map .xtick")]
+            const colour = getComputedStyle(document.body).backgroundColor
+            root.dataset.seen = [root.scrollWidth, innerWidth, colour].join(";")
+            root.dataset.ticks = ticks.map(one => one.textContent).join(" ")
+        }, 5000))</script>"""
+        told = re.sub(r"<meta http-equiv[^>]*>", "", told).replace("</body>", f"{measure}</body>")
+        (tmp_path / PAGE).write_text(told, encoding="utf-8")
+        scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
+        done = self.opened(tmp_path / PAGE, tmp_path, scheme, f"--window-size={width},900")
+        found = re.search(r'data-seen="(\d+);(\d+);rgb\((\d+), (\d+), (\d+)\)"', done.stdout)
+        assert found is not None
+        wide, window, *colour = map(int, found.groups())
+        assert window == width
+        assert wide <= width
+        assert (sum(colour) < 3 * 64) if dark else (sum(colour) > 3 * 192)
+        ticks = re.search(r'data-ticks="([^"]*)"', done.stdout)
+        assert ticks is not None
+        numbers = [int(tick) for tick in ticks[1].split()]
+        assert len(numbers) == len(set(numbers)) >= 2
+        assert set(numbers) <= set(range(-1, blocks + 1))

@@ -141,7 +141,7 @@ def compared(value: float, name: str, stderr: float | None) -> tuple[Compared, C
         told = {"ppl": 20.0, "agreement": 1.0, "kl": 0.0, "quiz": 0.5, "quiz:loss": 2.0}
         if not dense:
             told[name] = value
-        found = Compared("dense" if dense else "sparse", "", dense, 1, 1, 0.0, 0.0)
+        found = Compared("dense" if dense else "sparse", "", dense, 1, 1, 0.0, 0.0, {})
         found.perplexity = Perplexity(told["ppl"], "text", 8, 2, 14, 0.0)
         found.divergence = None if dense else Divergence(told["kl"], None, told["agreement"], "text", 8, 2, 14, 0.0)
         acc = Score("quiz", "acc", "none", told["quiz"], None, 9, 0, True)

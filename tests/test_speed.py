@@ -27,6 +27,7 @@ from llmprune.errors import Failure, UserError
 from llmprune.evaluate import speed as room
 from llmprune.evaluate import worker
 from llmprune.evaluate.worker import Load, Turn, Worker
+from llmprune.model.index import hash_weights
 from llmprune.model.quiet import quiet
 from llmprune.report import card, page, results
 from llmprune.report import speed as told
@@ -121,8 +122,8 @@ def test_turns_go_there_and_back() -> None:
 def timed(name: str, speeds: list[float], decode: bool = True) -> Timed:
     rate = Spread.of(speeds)
     sizes = dict.fromkeys(("parameters", "file_bytes", "weight_bytes", "cache_bytes", "base_memory", "peak_memory"), 1)
-    return Timed(name, name, name == "dense", **sizes, cache_bytes_per_token=1.0, peak_device_memory=None, dtype="x",
-                 cache="y", first_token=rate, prefill=rate, decode=rate if decode else None)  # fmt: skip
+    return Timed(name, name, {}, name == "dense", **sizes, cache_bytes_per_token=1.0, peak_device_memory=None,
+                 dtype="x", cache="y", first_token=rate, prefill=rate, decode=rate if decode else None)  # fmt: skip
 
 
 def test_each_model_has_a_ratio_in_each_phase_that_was_measured() -> None:
@@ -210,17 +211,16 @@ def test_what_is_kept_is_what_is_returned(found: Speed, pruned: Path) -> None:
     kept = results.read_speed(pruned)
     assert kept == found
     assert kept is not None
-    own = kept.own(pruned)
+    own = kept.own(hash_weights(pruned))
     assert own is not None
     assert own.name == "out"
     assert {path.name for path in (pruned / "evaluation").iterdir()} == {"speed.json"}
 
 
-def test_what_is_of_another_model_is_not_of_this_one(found: Speed, dense: Path, tmp_path: Path) -> None:
-    assert found.own(tmp_path) is None
-    gone = Speed.read(json.loads(json.dumps(found.to_dict())))
-    gone.models[1].path = str(tmp_path / "moved away")
-    assert gone.own(tmp_path) is gone.models[1]
+def test_what_is_of_another_model_is_not_of_this_one(found: Speed, dense: Path, pruned: Path, tmp_path: Path) -> None:
+    assert found.own(hash_weights(dense)) is None
+    shutil.copytree(pruned, tmp_path / "moved")
+    assert found.own(hash_weights(tmp_path / "moved")) is found.models[1]
 
 
 def test_the_same_prompts_by_the_same_seed(dense: Path) -> None:
@@ -263,20 +263,20 @@ def planted(found: Speed, verdict: Any, ratio: float) -> Speed:
 
 
 def test_the_card_says_what_was_measured_and_no_more(found: Speed, pruned: Path) -> None:
-    report = json.loads((pruned / "llmprune.json").read_text())
+    report, shards = json.loads((pruned / "llmprune.json").read_text()), hash_weights(pruned)
 
     def text(speed: str) -> str:
         return str(card.make_card(report, [], "me/small", {}, speed=speed).text)
 
-    faster = text(card.known_speed(pruned, planted(found, "faster", 1.3)))
+    faster = text(card.known_speed(planted(found, "faster", 1.3), shards))
     assert "prefill is 1.3 times as fast (1.25 to 1.35); decode is 1.3 times as fast" in faster
     assert found.device_name in faster
     assert "not measured" not in faster.partition("## Speed")[2]
-    equal = text(card.known_speed(pruned, planted(found, "no difference beyond noise", 1.02)))
+    equal = text(card.known_speed(planted(found, "no difference beyond noise", 1.02), shards))
     assert "no difference beyond noise in prefill" in equal
     assert "times as fast" not in equal
-    assert "how much faster that is was not measured" in text(card.known_speed(pruned, None))
-    assert card.known_speed(pruned.parent, found) == ""  # of another model
+    assert "how much faster that is was not measured" in text(card.known_speed(None, shards))
+    assert card.known_speed(found, {}) == ""  # of another model
 
 
 def test_the_page_shows_it(found: Speed, pruned: Path) -> None:
@@ -287,7 +287,7 @@ def test_the_page_shows_it(found: Speed, pruned: Path) -> None:
     assert shown["Decode, tokens/s"].difference == f"× {found.ratios[1]}"
     assert shown["Prefill, tokens/s"].dense == told.spread(found.dense.prefill)
     assert shown["Peak memory, loading included"].dense == size(found.dense.peak_memory)
-    _, rows, missing = page.verdict(results.Results(kept.report))
+    _, rows, missing = page.verdict(results.Results(kept.report, kept.shards))
     assert "speed" in missing
     assert not any("tokens/s" in row.name for row in rows)
 

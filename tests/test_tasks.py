@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("lm_eval")
 
@@ -242,6 +244,73 @@ def test_documents_that_are_not_there_are_said(model: Path, tmp_path: Path) -> N
     (tmp_path / "own.yaml").write_text(f"task: own{gone}{TASKS['tiny_choice']}")
     with pytest.raises(UserError, match=r"documents of own cannot be had: .*gone\.jsonl.* from the folder in which"):
         evaluate(model, ["own"], include_path=[tmp_path])
+
+
+def test_a_file_that_is_no_yaml_is_named(model: Path, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("task: own\n  metric_list: [")
+    with pytest.raises(UserError, match=r"own\.yaml is not the YAML of a task: "):
+        evaluate(model, ["own"], include_path=[tmp_path])
+    head = HEAD.format(data=folder / "documents.jsonl")
+    (tmp_path / "own.yaml").write_text(f"task: own{head}doc_to_text: !function a.b")
+    with pytest.raises(UserError, match="unknown task 'other'"):  # tags of lm-eval's own are fine
+        evaluate(model, ["other"], include_path=[tmp_path])
+
+
+def test_questions_that_cannot_be_made_are_said(model: Path, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"the questions of tiny_choice cannot be made by lm-eval: ValueError: .*larger"
+    ):
+        evaluate(model, ["tiny_choice"], include_path=[folder], shots=500)
+    broken = TASKS["tiny_choice"].replace("{{question}}", "{{question.nothing.at.all}}")
+    (tmp_path / "own.yaml").write_text(f"task: own{HEAD.format(data=folder / 'documents.jsonl')}{broken}")
+    with pytest.raises(UserError, match="the questions of own cannot be made by lm-eval: UndefinedError: "):
+        evaluate(model, ["own"], include_path=[tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [("--limit", "0", "--limit takes"), ("--limit", "-3", "--limit takes"), ("--limit", "nan", "--limit takes"),
+     ("--few-shot", "-1", "--few-shot takes"), ("--batch-tokens", "0", "--batch-tokens takes"),
+     ("--stride", "8", "--stride is for a perplexity")],
+)  # fmt: skip
+def test_numbers_that_make_no_sense(
+    option: str, value: str, said: str, model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["eval", str(model), "--tasks", "tiny_choice", "--include-path", str(folder)]
+    assert cli.main([*given, f"{option}={value}"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_what_was_found_is_kept_whatever_comes_after(
+    model: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kept() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((tmp_path / "kept" / "eval.json").read_text())
+        return found
+
+    text = tmp_path / "text.txt"
+    text.write_text("a line of words, and one more of them\n" * 40)
+    given = ["eval", str(model), "-o", str(tmp_path / "kept"), "--include-path", str(folder)]
+    measured = ["--perplexity", str(text), "--length", "16"]
+    assert cli.main([*given, *measured, "--tasks", "tiny_choise"]) == 2
+    assert not (tmp_path / "kept" / "eval.json").exists()  # it is told before any work
+    assert cli.main([*given, *measured, "--against", str(tmp_path / "nowhere")]) == 2
+    assert not (tmp_path / "kept" / "eval.json").exists()
+    with monkeypatch.context() as changed:
+        changed.setattr("llmprune.evaluate.tasks.evaluate", None)
+        assert cli.main([*given, *measured, "--tasks", "tiny_choice", "--limit", "4"]) == 1
+    assert set(kept()) == {"model", "shards", "perplexity"}
+    assert cli.main([*given, "--tasks", "tiny_choice", "--limit", "4"]) == 0
+    assert set(kept()) == {"model", "shards", "perplexity", "tasks"}
+    assert cli.main([*given, *measured, "--against", str(model), "--stride", "4"]) == 2
+    assert "leave out --stride or --against" in capsys.readouterr().err
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    (shard,) = other.glob("*.safetensors")
+    save_file({name: tensor * 2 for name, tensor in load_file(shard).items()}, shard, metadata={"format": "pt"})
+    given[1] = str(other)
+    assert cli.main([*given, *measured]) == 0
+    assert set(kept()) == {"model", "shards", "perplexity"}  # the others were of other weights
 
 
 def test_files_that_go_while_a_task_scores_are_not_told_as_its_documents(

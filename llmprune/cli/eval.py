@@ -6,12 +6,19 @@ example: llmprune eval OUT --perplexity wikitext2 --tasks arc_easy,hellaswag
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmprune.cli.options import MODEL, add_device, add_json, add_tasks, add_text, print_json, task_options
 from llmprune.errors import UserError
+
+if TYPE_CHECKING:
+    from llmprune.progress import Progress
+
+FILE = "eval.json"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -34,41 +41,71 @@ def run(chosen: argparse.Namespace) -> int:
 
     names, options = task_options(chosen)
     text = chosen.text or (None if names else "wikitext2")
+    _check_stride(chosen, text)
     where = {"device": chosen.device, "dtype": chosen.dtype, "progress": Bars()}
     where["trust_remote_code"] = chosen.trust_remote_code
-    told: dict[str, Any] = {"model": chosen.model}
-    raw: dict[str, Any] | None = None
     folder = None if chosen.out is None else Path(chosen.out)
     with distributed.joined():
+        speaks = distributed.is_first() and not chosen.json
         if folder is not None and distributed.is_first():
             make(folder)
+        if names:
+            from llmprune.evaluate import tasks
+
+            with tasks.calm():
+                options["manager"], _ = tasks.find(names, list(map(str, options["include_path"])))
+        told: dict[str, Any] = {"model": chosen.model, "shards": _shards(chosen, Bars())}
+        raw: dict[str, Any] | None = None
         if text is not None:
             from llmprune.evaluate.perplexity import perplexity
 
             found = perplexity(chosen.model, text, length=chosen.length, stride=chosen.stride, **where)
             told["perplexity"] = vars(found)
-            if distributed.is_first() and not chosen.json:
+            keep(folder, told)
+            if speaks:
                 print(f"perplexity {found}, {found.seconds:.0f} s")
         if chosen.against is not None:
             from llmprune.evaluate.divergence import divergence
 
             apart = divergence(chosen.model, chosen.against, text or "wikitext2", length=chosen.length, **where)
             told["divergence"] = {"dense": chosen.against, **vars(apart)}
-            if distributed.is_first() and not chosen.json:
+            keep(folder, told)
+            if speaks:
                 print(f"from {chosen.against}: {apart}, {apart.seconds:.0f} s")
         if names:
-            from llmprune.evaluate import tasks
-
             scored = tasks.evaluate(chosen.model, names, samples=chosen.out is not None, **options, **where)
             told["tasks"], raw = scored.to_dict(), scored.raw
-            if distributed.is_first() and not chosen.json:
+            keep(folder, told, raw)
+            if speaks:
                 show(scored)
-        if distributed.is_first():
-            if folder is not None:
-                keep(folder, told, raw)
-            if chosen.json:
-                print_json(told if raw is None or chosen.out is not None else {**told, "lm_eval": raw})
+        if distributed.is_first() and chosen.json:
+            print_json(told if raw is None or chosen.out is not None else {**told, "lm_eval": raw})
     return 0
+
+
+def _check_stride(chosen: argparse.Namespace, text: str | None) -> None:
+    if chosen.stride is None:
+        return
+    if text is None:
+        raise UserError("--stride is for a perplexity, and none is asked for (--perplexity)")
+    if chosen.against is not None:
+        raise UserError("both are measured on the same windows, which do not overlap: leave out --stride or --against")
+
+
+def _shards(chosen: argparse.Namespace, shown: Progress) -> dict[str, str]:
+    """The sha256 of the files that hold the model's weights, by name; that DENSE can be had is found out, too."""
+    from llmprune import distributed
+    from llmprune.model.index import hash_weights
+    from llmprune.model.source import resolve
+
+    found = {}
+    with distributed.first():
+        for model in filter(None, (chosen.against, chosen.model)):
+            source = resolve(model, chosen.dtype, trust_remote_code=chosen.trust_remote_code, progress=shown)
+        if distributed.is_first():
+            with shown.waiting(f"hashing the files of {chosen.model}"):
+                found = hash_weights(source.folder)
+    return distributed.share(found)
 
 
 def show(scored: Any) -> None:
@@ -92,9 +129,17 @@ def make(folder: Path) -> None:
         raise UserError(f"results cannot be written to {folder}: {error.strerror} (--out)") from None
 
 
-def keep(folder: Path, told: dict[str, Any], raw: dict[str, Any] | None) -> None:
-    """Write what was found."""
-    for name, found in (("eval.json", told), ("lm_eval.json", raw)):
+def keep(folder: Path | None, told: Mapping[str, Any], raw: Mapping[str, Any] | None = None) -> None:
+    """Write what was found so far, on the first rank; what is known of the same weights besides stays."""
+    from llmprune import distributed
+
+    if folder is None or not distributed.is_first():
+        return
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        known = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        if known.get("shards") == told["shards"]:
+            told = {**known, **told}
+    for name, found in ((FILE, told), ("lm_eval.json", raw)):
         if found is not None:
             draft = folder / f".{name}"
             draft.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -189,6 +190,12 @@ def task_options(chosen: argparse.Namespace) -> tuple[list[str], dict[str, Any]]
     names = listed(chosen.tasks or "")
     if chosen.tasks is not None and not names:
         raise UserError("--tasks names none: give names with commas between, such as arc_easy,hellaswag")
+    if chosen.few_shot is not None and chosen.few_shot < 0:
+        raise UserError(f"--few-shot takes a number of examples, 0 or more, not {chosen.few_shot}")
+    if chosen.limit is not None and not 0 < chosen.limit < math.inf:
+        raise UserError(f"--limit takes a number of documents, or a part of them below 1, not {chosen.limit:g}")
+    if chosen.batch_tokens is not None and chosen.batch_tokens < 1:
+        raise UserError(f"--batch-tokens takes a number of at least 1, not {chosen.batch_tokens}")
     options = {"shots": chosen.few_shot, "limit": chosen.limit, "batch": chosen.batch_tokens}
     return names, {"include_path": chosen.include_path, **options}
 

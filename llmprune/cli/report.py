@@ -53,6 +53,8 @@ def ask(chosen: argparse.Namespace) -> None:
     from llmprune.progress import Bars
     from llmprune.report.results import find_dense, read_results
 
+    if not all(prompt.strip() for prompt in chosen.prompt):
+        raise UserError("--prompt takes a text, and one is empty")
     if chosen.tokens < 1:
         raise UserError(f"--tokens takes a number of at least 1, not {chosen.tokens}")
     out = Path(chosen.folder).expanduser()

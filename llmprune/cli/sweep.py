@@ -20,6 +20,7 @@ from llmprune.cli.options import (
     recipe_options,
     task_options,
 )
+from llmprune.errors import UserError
 
 if TYPE_CHECKING:
     from llmprune.sweep import Sweep
@@ -43,6 +44,9 @@ def run(chosen: argparse.Namespace) -> int:
     from llmprune.sweep import sweep
 
     sparsities, methods = (listed(chosen.sparsity or ""), listed(chosen.method or ""))
+    for name, given, found in (("sparsity", chosen.sparsity, sparsities), ("method", chosen.method, methods)):
+        if given is not None and not found:
+            raise UserError(f"--{name} names none: give them with commas between")
     chosen.sparsity = chosen.method = None
     recipe = recipe_options(chosen, open_=True)["recipe"]
     own = recipe.method if isinstance(recipe.method, str) else recipe.method["name"]

@@ -189,7 +189,8 @@ class Reference:
         files = self.files if dense else self._hash(checkpoint)
         with self._progress.waiting(f"counting the zeros of {name}"):
             sizes = self._pieces.of({"sizes": files}, lambda: vars(count(checkpoint)))
-        measured = Measured(Compared(name, checkpoint.source.name, dense, **sizes), None, [], {})
+        shards = {file: sha256 for file, sha256 in files.items() if file.endswith(".safetensors")}
+        measured = Measured(Compared(name, checkpoint.source.name, dense, **sizes, shards=shards), None, [], {})
         if self.text is not None:
             self._read_to(measured, checkpoint, files, self.text)
         for task, key in self._tasks.items():
@@ -288,7 +289,7 @@ class Reference:
 
         asked = self._asked
         told = tasks.evaluate(
-            checkpoint.source.name,
+            checkpoint.source.folder,  # by its name, a branch on the Hub may have moved since the files were hashed
             [task],
             shots=asked.shots,
             limit=asked.limit,

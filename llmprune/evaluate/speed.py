@@ -32,7 +32,7 @@ from llmprune.errors import UserError
 from llmprune.evaluate.compare import short_names
 from llmprune.evaluate.pieces import holding, write_json
 from llmprune.evaluate.worker import Load, Loaded, Took, Turn, working
-from llmprune.model.index import TensorInfo, read_index
+from llmprune.model.index import TensorInfo, hash_weights, read_index
 from llmprune.model.skeleton import load_config, load_tokenizer, longest, pick_device
 from llmprune.model.source import Source, resolve
 from llmprune.progress import Progress, Silent
@@ -57,12 +57,14 @@ class Candidate:
         source: where it is.
         config: its own.
         index: the tensors in its files.
+        shards: the sha256 of these files, by name.
     """
 
     name: str
     source: Source
     config: Any
     index: dict[str, TensorInfo]
+    shards: dict[str, str]
 
     @property
     def file_bytes(self) -> int:
@@ -249,7 +251,9 @@ def _find(models: Sequence[str | Path], dtype: str, trusted: bool, shown: Progre
         config = load_config(source)
         if config.is_encoder_decoder:
             raise UserError(f"{name} is an encoder-decoder; only decoders are measured")
-        found.append(Candidate(name, source, config, read_index(source.folder)))
+        with shown.waiting(f"hashing the files of {name}"):
+            shards = hash_weights(source.folder)
+        found.append(Candidate(name, source, config, read_index(source.folder), shards))
     return found
 
 
@@ -337,6 +341,7 @@ def _timed(candidate: Candidate, loaded: Loaded, took: Sequence[Took]) -> Timed:
     return Timed(
         name=candidate.name,
         path=candidate.source.name,
+        shards=candidate.shards,
         dense=False,
         parameters=loaded.parameters,
         file_bytes=candidate.file_bytes,

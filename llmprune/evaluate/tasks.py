@@ -14,13 +14,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import yaml
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmprune import distributed, memory
 from llmprune.budget import batch_tokens
-from llmprune.errors import Failure, UserError, unknown
+from llmprune.errors import Failure, LLMPruneError, UserError, unknown
 from llmprune.evaluate.stream import answered, final_states
 from llmprune.model import blocks
 from llmprune.model.checkpoint import Checkpoint
@@ -121,13 +122,10 @@ def evaluate(
             found = lm_eval.simple_evaluate(
                 runner, tasks=wanted, num_fewshot=shots, limit=limit, task_manager=manager, log_samples=samples
             )
-        except (FileNotFoundError, ConnectionError) as error:
-            if runner.asked:  # all documents were there
+        except Exception as error:
+            if runner.asked or isinstance(error, LLMPruneError):  # the tasks themselves were sound
                 raise
-            raise UserError(
-                f"the documents of {', '.join(wanted)} cannot be had: {error}. A file that a task of your own names is "
-                "looked for from the folder in which llmprune runs; what is on the Hub needs the network once"
-            ) from error
+            raise _unusable(wanted, error) from error
         finally:
             checkpoint.unload()
         # lm-eval gives its results to one process alone.
@@ -309,6 +307,17 @@ def _padded(batch: list[tuple[int, ...]]) -> Tensor:
     return torch.tensor([[*sequence, *[0] * (length - len(sequence))] for sequence in batch])
 
 
+def _unusable(names: Sequence[str], error: Exception) -> UserError:
+    """What went wrong before the model was asked anything."""
+    if isinstance(error, FileNotFoundError | ConnectionError):
+        return UserError(
+            f"the documents of {', '.join(names)} cannot be had: {error}. A file that a task of your own names is "
+            "looked for from the folder in which llmprune runs; what is on the Hub needs the network once"
+        )
+    said = f"{type(error).__name__}: {error}"
+    return UserError(f"the questions of {', '.join(names)} cannot be made by lm-eval: {said}")
+
+
 def find(tasks: Sequence[str], folders: list[str], manager: Any = None) -> tuple[Any, list[str]]:
     """A manager that knows the tasks, and their names in it.
 
@@ -327,9 +336,19 @@ def find(tasks: Sequence[str], folders: list[str], manager: Any = None) -> tuple
     for name in asked:
         found = manager.match_tasks([name])
         if not found:
+            _check_files(folders)
             raise unknown("task", name, [*SETS, *manager.all_tasks])
         names += found
     return manager, list(dict.fromkeys(names))
+
+
+def _check_files(folders: Sequence[str]) -> None:
+    """See that the files of the user's own tasks are YAML: lm-eval passes over those that are not."""
+    for path in sorted(path for folder in folders for path in Path(folder).rglob("*.yaml")):
+        try:
+            yaml.compose(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(f"{path} is not the YAML of a task: {error}") from None
 
 
 def _scores(found: dict[str, Any]) -> list[Score]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmprune.errors import Failure, UserError
+from llmprune.model.files import content_sha256
 
 READERS = 4
 """Threads that read large tensors, or files, at the same time."""
@@ -87,6 +88,18 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Bytes that it takes."""
         return self.numel * self.dtype.itemsize
+
+
+def hash_files(folder: Path, files: Iterable[Path], digest: Callable[[Path], str] = content_sha256) -> dict[str, str]:
+    """The sha256 of files, by their names in a folder."""
+    files = sorted(files)
+    with ThreadPoolExecutor(READERS) as pool:
+        return dict(zip((str(path.relative_to(folder)) for path in files), pool.map(digest, files), strict=True))
+
+
+def hash_weights(folder: Path, digest: Callable[[Path], str] = content_sha256) -> dict[str, str]:
+    """The sha256 of each file that holds weights of the checkpoint in a folder; see `read_index`."""
+    return hash_files(folder, {info.file for info in read_index(folder).values()}, digest)
 
 
 def read_index(folder: Path) -> dict[str, TensorInfo]:

@@ -36,8 +36,8 @@ from torch import Tensor
 from llmprune import distributed, memory
 from llmprune.errors import Failure, UserError
 from llmprune.model.checkpoint import Checkpoint, LoadedBlock
-from llmprune.model.files import CHAT_TEMPLATES, NOT_COPIED, content_sha256, sha256_of, side_files
-from llmprune.model.index import READERS
+from llmprune.model.files import CHAT_TEMPLATES, NOT_COPIED, sha256_of, side_files
+from llmprune.model.index import hash_files
 from llmprune.progress import Progress
 from llmprune.recipe import parse_size
 
@@ -434,7 +434,10 @@ def difference(was: Any, now: Any, name: str = "") -> str:
         keys = dict.fromkeys([*now, *was])
         found = (difference(was.get(key), now.get(key), f"{name}.{key}" if name else key) for key in keys)
         return next((words for words in found if words), "")
-    return "" if was == now else f"another {name} ({json.dumps(was)} there, {json.dumps(now)} here)"
+    if was == now:
+        return ""
+    there, here = (text if len(text := json.dumps(value)) <= 200 else f"{text[:200]} ..." for value in (was, now))
+    return f"another {name} ({there} there, {here} here)"
 
 
 def check_out(out: str | Path, checkpoint: Checkpoint, restart: bool) -> Path:
@@ -523,11 +526,8 @@ def _written(folder: Path) -> list[Path]:
 def fingerprint_files(checkpoint: Checkpoint) -> dict[str, str]:
     """The sha256 of each file that the result depends on."""
     folder = checkpoint.source.folder
-    files = sorted({info.file for info in checkpoint.index.values()} | {folder / name for name in side_files(folder)})
-    with ThreadPoolExecutor(READERS) as pool:
-        return dict(
-            zip((str(path.relative_to(folder)) for path in files), pool.map(content_sha256, files), strict=True)
-        )
+    weights = {info.file for info in checkpoint.index.values()}
+    return hash_files(folder, weights | {folder / name for name in side_files(folder)})
 
 
 def _sync(path: Path) -> None:

@@ -80,22 +80,22 @@ class Measured:
             self.results[key] = result
 
 
-def known_results(folder: Path, report: Mapping[str, Any], changed: bool = False) -> list[Result]:
-    """Everything that was measured of a pruned model: by its run, and by `eval` and `compare` later.
+def known_results(folder: Path, report: Mapping[str, Any], shards: Mapping[str, str]) -> list[Result]:
+    """Everything that was measured of a pruned model as it is: by its run, and by `eval` and `compare` later.
 
     Args:
         folder: the checkpoint.
         report: its llmprune.json.
-        changed: the weights are others than the run wrote, so that its figures are not theirs.
+        shards: the sha256 of the files that hold its weights, by name; figures of other weights are not theirs.
 
     Raises:
         UserError: a file of results cannot be read.
     """
     measured = Measured()
-    if not changed and report.get("sparse"):
+    if shards == report["shards"] and report.get("sparse"):
         measured.add(_perplexity(Perplexity(**report["sparse"]), maybe(Perplexity, report.get("dense"), "dense")))
     later = read_evaluated(folder)
-    if later is not None and later.is_of(folder, report["model"]):
+    if later is not None and later.shards == shards:
         if later.perplexity is not None:
             measured.add(_perplexity(later.perplexity, None))
         if later.divergence is not None:
@@ -103,7 +103,7 @@ def known_results(folder: Path, report: Mapping[str, Any], changed: bool = False
         for score in later.scores:
             measured.add(_score(score, None))
     compared = read_comparison(folder)
-    own, dense = compared.own(folder) if compared is not None else (None, None)
+    own, dense = compared.own(shards) if compared is not None else (None, None)
     if own is not None:
         if own.perplexity is not None:
             measured.add(_perplexity(own.perplexity, dense.perplexity if dense else None))
@@ -404,14 +404,14 @@ tokenizer = AutoTokenizer.from_pretrained("{to}"{more})
 ```"""
 
 
-def known_speed(folder: Path, found: Speed | None) -> str:
+def known_speed(found: Speed | None, shards: Mapping[str, str]) -> str:
     """What was measured of a pruned model's speed, in a sentence; empty where it was not, or in one round.
 
     Args:
-        folder: the checkpoint.
         found: what `speed` told.
+        shards: see `known_results`.
     """
-    own = found.own(folder) if found is not None else None
+    own = found.own(shards) if found is not None else None
     if found is None or own is None:
         return ""
     told = []

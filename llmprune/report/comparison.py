@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from llmprune.report.record import Divergence, Perplexity, Score, every, maybe, taken
@@ -21,6 +21,7 @@ class Compared:
         weights: elements of all its tensors.
         sparsity: zeros as a fraction of all weights.
         linears_sparsity: the same over the weights that can be pruned.
+        shards: the sha256 of the files that hold its weights, by name.
         perplexity, divergence: on the text, if there is one; the divergence is from the dense model.
         scores: of the tasks.
         means: the mean accuracy of each named set of tasks.
@@ -33,6 +34,7 @@ class Compared:
     weights: int
     sparsity: float
     linears_sparsity: float
+    shards: dict[str, str]
     perplexity: Perplexity | None = None
     divergence: Divergence | None = None
     scores: list[Score] = field(default_factory=list)
@@ -125,11 +127,11 @@ class Comparison:
         found.differences = every(Difference, found.differences, "difference")
         return found
 
-    def own(self, out: Path) -> tuple[Compared | None, Compared | None]:
-        """The entries that are the checkpoint in a folder, which may have been moved since, and the dense model."""
+    def own(self, shards: Mapping[str, str]) -> tuple[Compared | None, Compared | None]:
+        """The entries that are a checkpoint, and the dense model.
+
+        Args:
+            shards: the sha256 of the files that hold its weights, by name.
+        """
         dense = next((model for model in self.models if model.dense), None)
-        sparse = [model for model in self.models if not model.dense]
-        here = [model for model in sparse if Path(model.path).expanduser().resolve() == out.resolve()]
-        moved = [model for model in sparse if Path(model.path).name == out.name and not Path(model.path).exists()]
-        found = here or (sparse if len(sparse) == 1 else moved)
-        return found[0] if found else None, dense
+        return next((model for model in self.models if not model.dense and model.shards == shards), None), dense

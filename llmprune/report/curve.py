@@ -53,13 +53,10 @@ def figure(told: Mapping[str, Any]) -> Any:
             place = {"x": 0, "xref": "x domain", "xanchor": "left", "y": math.log10(bound), "yanchor": "bottom"}
             drawn.add_annotation(text=f"target {bound:.4g}", showarrow=False, row=1, col=column, **place)
         values = [value for value in values if value > 0]
-        ticks = _ticks(values)
         drawn.update_yaxes(range=_span([math.log10(value) for value in values], 0.1), row=1, col=column)
         zeros = [models[point["name"]]["linears_sparsity"] for point in told["points"]]
         drawn.update_xaxes(range=_span(zeros, 0.05), row=1, col=column)
-        drawn.update_yaxes(
-            title=TITLES[part], type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks], row=1, col=column
-        )
+        drawn.update_yaxes(title=TITLES[part], type="log", **_ticks(values), row=1, col=column)
         drawn.update_xaxes(title="zeros in the linears", tickformat=".0%", row=1, col=column)
     drawn.update_layout(
         paper_bgcolor="rgba(0,0,0,0)",
@@ -165,11 +162,12 @@ def _span(values: Sequence[float], least: float) -> tuple[float, float] | None:
     return min(values) - room, max(values) + room
 
 
-def _ticks(values: Sequence[float]) -> list[float]:
-    """Round numbers from below the least to above the greatest, few enough to be read."""
+def _ticks(values: Sequence[float]) -> dict[str, list[Any]]:
+    """Where a logarithmic axis has round numbers, few enough to be read; left to plotly where all values are near."""
     if not values:
-        return []
+        return {}
     least, most = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     steps = (1, 2, 5) if most - least <= 4 else (1,)
     found = [step * 10.0**power for power in range(least, most + 1) for step in steps]
-    return [tick for tick in found if min(values) / 2.6 <= tick <= max(values) * 2.6] or found
+    ticks = [tick for tick in found if min(values) / 1.2 <= tick <= max(values) * 1.2]
+    return {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]} if len(ticks) > 2 else {}

@@ -207,12 +207,14 @@ def verdict(results: Results) -> tuple[list[str], list[Row], list[str]]:
         before, after = both
         between = _between(parent, after)
         way = "rises" if after.value > before.value else "falls"
+        times = f"{after.value / before.value:.3g}"
         sentences.append(
             f"Perplexity on {short_name(after.text)} {way} from {before.value:.2f} to {after.value:.2f}, "
-            f"{after.value / before.value:.3g} times what it was."
+            + ("hardly a change." if times == "1" else f"{times} times what it was.")
             + (f" Before the recovery it was {between.value:.2f}." if between is not None else "")
         )
-    apart = (results.evaluated.divergence if results.evaluated else None) or (pruned.divergence if pruned else None)
+    evaluated = _evaluated(results)
+    apart = (evaluated.divergence if evaluated else None) or (pruned.divergence if pruned else None)
     if apart is not None:
         error = "" if apart.stderr is None else f" ±\N{NO-BREAK SPACE}{apart.stderr:.3g}"
         where = _protocol(apart)
@@ -242,9 +244,8 @@ def verdict(results: Results) -> tuple[list[str], list[Row], list[str]]:
             before_score = _score(other[name]) if name in other else ""
             what = f"{score.documents:,} documents, {score.shots} shots"
             rows.append(Row(name, what, before_score, _score(score), told, earlier.get(name, "")))
-    elif results.evaluated:
-        for title, mean in results.evaluated.means.items():
-            rows.append(Row(f"Mean accuracy of {title!r}", f"{len(own)} figures, below", "", f"{mean:.4f}"))
+    else:
+        rows += _mean_rows(results, f"{len(own)} figures, below")
     judged = [entry for entry in by_name.values() if entry.beyond_noise is not None]
     if judged:
         beyond = sum(bool(entry.beyond_noise) for entry in judged)
@@ -262,7 +263,9 @@ def verdict(results: Results) -> tuple[list[str], list[Row], list[str]]:
         rows += timed
     else:
         missing.append("speed")
-    if len(sentences) == 1:
+    if results.changed:
+        sentences.append("Its weights were changed after that by something else: figures of the run are not theirs.")
+    if not both and apart is None and not own:
         sentences.append("What that costs in quality has not been measured.")
     if report.earlier:
         sentences.append(beginning(report.earlier))
@@ -292,10 +295,22 @@ def _size_rows(results: Results) -> list[Row]:
     return rows
 
 
+def _mean_rows(results: Results, detail: str) -> list[Row]:
+    """The means of named sets of tasks; where there are none, that figures are told further down."""
+    evaluated, (pruned, dense) = _evaluated(results), _models(results)
+    means = pruned.means if pruned and pruned.scores else evaluated.means if evaluated else {}
+    rows = []
+    for title, mean in means.items():
+        before = dense.means.get(title) if dense else None
+        dense_mean, change = ("", "") if before is None else (f"{before:.4f}", f"{mean - before:+.4f}")
+        rows.append(Row(f"Mean accuracy of {title!r}", detail, dense_mean, f"{mean:.4f}", change))
+    return rows or [Row("Tasks", detail)]
+
+
 def _speed_rows(results: Results) -> list[Row]:
     """How fast both models are, where that was measured."""
     found = results.speed
-    own = found.own(results.report.out) if found is not None else None
+    own = found.own(results.shards) if found is not None else None
     if found is None or own is None:
         return []
     rows = []
@@ -320,14 +335,14 @@ def _percent(part: float) -> str:
 
 def _perplexities(results: Results) -> list[tuple[Perplexity | None, Perplexity]]:
     """What was measured of the pruned model, each protocol once, with the dense model's figure where there is one."""
-    report, evaluated = results.report, results.evaluated
+    report, evaluated = results.report, _evaluated(results)
     pruned, dense = _models(results)
     found: list[tuple[Perplexity | None, Perplexity]] = []
-    if report.sparse is not None:
+    if report.sparse is not None and not results.changed:
         found.append((report.dense, report.sparse))
     if pruned is not None and pruned.perplexity is not None:
         found.append((dense.perplexity if dense is not None else None, pruned.perplexity))
-    if evaluated is not None and evaluated.perplexity is not None and _is_own(evaluated, report):
+    if evaluated is not None and evaluated.perplexity is not None:
         found.append((None, evaluated.perplexity))
     once: dict[str, tuple[Perplexity | None, Perplexity]] = {}
     for pair in found:
@@ -343,7 +358,7 @@ def _protocol(found: Perplexity | Divergence) -> str:
 
 def _models(results: Results) -> tuple[Compared | None, Compared | None]:
     """The entries of a comparison that are this checkpoint, and the dense model."""
-    return results.comparison.own(results.report.out) if results.comparison is not None else (None, None)
+    return results.comparison.own(results.shards) if results.comparison is not None else (None, None)
 
 
 def _parent(results: Results) -> Compared | None:
@@ -363,16 +378,18 @@ def _between(parent: Compared | None, after: Perplexity) -> Perplexity | None:
     return found if found is not None and _protocol(found) == _protocol(after) else None
 
 
-def _is_own(evaluated: Evaluated, report: Report) -> bool:
-    return evaluated.is_of(report.out, report.model)
+def _evaluated(results: Results) -> Evaluated | None:
+    """What `eval` told of this checkpoint as it is."""
+    found = results.evaluated
+    return found if found is not None and found.shards == results.shards else None
 
 
 def _own_scores(results: Results) -> list[Score]:
     pruned, _ = _models(results)
     if pruned is not None and pruned.scores:
         return pruned.scores
-    evaluated = results.evaluated
-    return evaluated.scores if evaluated is not None and _is_own(evaluated, results.report) else []
+    evaluated = _evaluated(results)
+    return evaluated.scores if evaluated is not None else []
 
 
 def _difference(entry: Difference) -> str:
@@ -527,7 +544,7 @@ def _task_scores(results: Results) -> dict[str, list[Score]]:
         for model in results.comparison.models:
             if all(model is not known for known in (own, dense, parent)) and model.scores:
                 shown[model.name if model.name not in shown else model.path] = model.scores
-    if results.evaluated is not None and not _is_own(results.evaluated, results.report) and results.evaluated.scores:
+    if results.evaluated is not None and results.evaluated is not _evaluated(results) and results.evaluated.scores:
         shown.setdefault(results.evaluated.model, results.evaluated.scores)
     return shown
 

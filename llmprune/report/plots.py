@@ -143,7 +143,7 @@ def _map(cells: Grid, scaled: Any, values: Any, bar: dict[str, Any], row: int) -
     ]  # fmt: skip
     trace = _heat(scaled, texts, list(range(len(cells.blocks))), _labels(cells.labels), gap=len(cells.blocks) <= 40)
     trace.customdata = values
-    figure = _laid_out(go.Figure(trace), row * len(cells.kinds) + 96, bar)
+    figure = _laid_out(go.Figure(trace), row * len(cells.kinds) + 96, len(cells.blocks), bar)
     return figure.update_layout(yaxis={"dtick": 1})
 
 
@@ -154,8 +154,8 @@ def _heat(z: Any, texts: Any, x: Sequence[Any], y: Sequence[Any], *, gap: bool) 
     )  # fmt: skip
 
 
-def _laid_out(figure: Figure, height: int, bar: dict[str, Any]) -> Figure:
-    """A heat map over blocks with its bar of colours."""
+def _laid_out(figure: Figure, height: int, columns: int, bar: dict[str, Any]) -> Figure:
+    """A heat map over so many blocks with its bar of colours."""
     bar = {
         "orientation": "h", "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "len": 0.6, "thickness": 8,
         "ypad": 4, "outlinewidth": 0, "ticklabelposition": "outside top", **bar,
@@ -164,10 +164,9 @@ def _laid_out(figure: Figure, height: int, bar: dict[str, Any]) -> Figure:
         height=height,
         coloraxis={"colorbar": bar},
         xaxis={
-            "title": {"text": "block", "standoff": 10},
+            **_numbered("block", columns, standoff=10),
             "showgrid": False,
             "zeroline": False,
-            "tickformat": "d",
             "automargin": True,
         },
         yaxis={"autorange": "reversed", "showgrid": False, "automargin": True},
@@ -210,7 +209,7 @@ def depth(linears: Sequence[LinearRecord]) -> Figure:
     return figure.update_layout(
         height=300,
         hovermode="x unified",
-        xaxis={"title": {"text": "block"}, "tickformat": "d"},
+        xaxis=_numbered("block", len(blocks)),
         yaxis={"title": {"text": "relative error"}, "rangemode": "tozero"},
     )
 
@@ -232,7 +231,7 @@ def away(blocks: Sequence[BlockRecord]) -> Figure:
     return figure.update_layout(
         height=300,
         hovermode="x unified",
-        xaxis={"title": {"text": "block"}, "tickformat": "d"},
+        xaxis=_numbered("block", len(blocks)),
         yaxis={"title": {"text": "distance"}, "rangemode": "tozero"},
     )
 
@@ -267,7 +266,7 @@ def experts(records: Sequence[ExpertsRecord]) -> Figure:
             name=name, mode="markers", x=[names[place] for place, _ in at], y=[number for _, number in at],
             marker={"size": min(9, row - 2), **marker}, hoverinfo="skip", showlegend=bool(at),
         )  # fmt: skip
-    figure = _laid_out(figure, row * count + 130, bar)
+    figure = _laid_out(figure, row * count + 130, len(records), bar)
     return figure.update_layout(
         coloraxis={"cmin": 0, "cmax": math.log10(max(most, 10))},
         legend={"x": 0, "xanchor": "left"},
@@ -290,7 +289,7 @@ def losses(steps: Sequence[Mapping[str, float]]) -> Figure:
     )  # fmt: skip
     return figure.update_layout(
         height=260,
-        xaxis={"title": {"text": "step"}, "tickformat": "d"},
+        xaxis=_numbered("step", round(max((entry["step"] for entry in steps), default=0))),
         yaxis={"title": {"text": "loss"}},
     )
 
@@ -367,7 +366,7 @@ def time(blocks: Sequence[BlockRecord]) -> Figure:
         barmode="stack",
         bargap=0.15,
         hovermode="x unified",
-        xaxis={"title": {"text": "block"}, "tickformat": "d"},
+        xaxis=_numbered("block", len(blocks)),
         yaxis={"title": {"text": "seconds"}, "zeroline": False},
     )
 
@@ -385,7 +384,7 @@ def memory(blocks: Sequence[BlockRecord]) -> Figure:
     return figure.update_layout(
         height=260,
         hovermode="x unified",
-        xaxis={"title": {"text": "block"}, "tickformat": "d"},
+        xaxis=_numbered("block", len(blocks)),
         yaxis={"title": {"text": "GiB"}, "rangemode": "tozero", "zeroline": False},
     )
 
@@ -402,6 +401,12 @@ def _ticks(low: float, high: float) -> list[float]:
     ticks = [step * 10.0**decade for decade in decades for step in steps]
     inside = [tick for tick in ticks if low <= tick <= high]
     return inside if len(inside) > 1 else [float(f"{low:.2g}"), float(f"{high:.2g}")]
+
+
+def _numbered(title: str, count: int, **how: Any) -> dict[str, Any]:
+    """An axis of whole numbers below `count`: plotly by itself would put halves between few, and round them."""
+    step = next(size for power in range(10) for size in (10**power, 2 * 10**power, 5 * 10**power) if count <= 20 * size)
+    return {"title": {"text": title, **how}, "tickformat": "d", "tick0": 0, "dtick": step}
 
 
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif'

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llmprune.errors import UserError
+from llmprune.model.index import hash_weights
 from llmprune.model.source import Source, present
 from llmprune.model.writer import EVALUATION, JOURNAL, REPORT
 from llmprune.report.comparison import Comparison
@@ -24,26 +25,19 @@ class Evaluated:
 
     Attributes:
         model: what was evaluated, as it was asked for.
+        shards: the sha256 of the files that hold its weights, by name.
         perplexity, divergence: None where they were not asked for.
         against: the dense model of the divergence.
         scores, means: what tasks told.
     """
 
     model: str
+    shards: dict[str, str]
     perplexity: Perplexity | None
     divergence: Divergence | None
     against: str | None
     scores: list[Score]
     means: dict[str, float]
-
-    def is_of(self, out: Path, dense: str) -> bool:
-        """Whether it is the checkpoint in a folder, which may have been moved since, and not some other model.
-
-        Args:
-            dense: the name of the dense model that the checkpoint was made of.
-        """
-        path = Path(self.model).expanduser()
-        return self.model != dense and (path.resolve() == out.resolve() or not path.exists())
 
 
 @dataclass(frozen=True)
@@ -68,14 +62,21 @@ class Results:
 
     Attributes:
         report: of the run that wrote it.
-        evaluated, compared, generations, speed: what was found out later, if anything.
+        shards: the sha256 of the files that hold its weights now, by name; what was measured of others is not its own.
+        evaluated, comparison, generations, speed: what was found out later, if anything.
     """
 
     report: Report
+    shards: dict[str, str]
     evaluated: Evaluated | None = None
     comparison: Comparison | None = None
     generations: list[Generation] = field(default_factory=list)
     speed: Speed | None = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether the weights are others than the run wrote: somebody has trained them since."""
+        return self.shards != self.report.shards
 
 
 def read_results(out: Path) -> Results:
@@ -88,7 +89,8 @@ def read_results(out: Path) -> Results:
         unfinished = "; its run has not finished" if (out / JOURNAL).exists() else ""
         raise UserError(f"no {REPORT} in {out}: it was not written by llmprune{unfinished}")
     report = _report(out, "it may be of another version of llmprune")
-    return Results(report, read_evaluated(out), read_comparison(out), read_generations(out), read_speed(out))
+    later = read_evaluated(out), read_comparison(out), read_generations(out), read_speed(out)
+    return Results(report, hash_weights(out), *later)
 
 
 def read_beginning(source: Source) -> Report | None:
@@ -161,8 +163,11 @@ def _read(path: Path, build: Callable[[Any], T], advice: str) -> T:
 
 def _evaluated(data: Mapping[str, Any]) -> Evaluated:
     apart, tasks = data.get("divergence"), data.get("tasks") or {}
+    if not isinstance(data.get("shards"), Mapping):
+        raise ValueError("it does not say of which weights it is")
     return Evaluated(
         str(data.get("model")),
+        dict(data["shards"]),
         maybe(Perplexity, data.get("perplexity"), "perplexity"),
         maybe(Divergence, apart, "divergence"),
         apart.get("dense") if apart else None,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
@@ -71,6 +70,7 @@ class Timed:
 
     name: str
     path: str
+    shards: dict[str, str]
     dense: bool
     parameters: int
     file_bytes: int
@@ -189,12 +189,13 @@ class Speed:
         """The model that the others are compared with."""
         return self.models[0]
 
-    def own(self, out: Path) -> Timed | None:
-        """The entry that is the checkpoint in a folder, which may have been moved since."""
-        others = self.models[1:]
-        here = [model for model in others if Path(model.path).expanduser().resolve() == out.resolve()]
-        gone = [model for model in others if not Path(model.path).expanduser().exists()]
-        return here[0] if here else gone[0] if len(others) == len(gone) == 1 else None
+    def own(self, shards: Mapping[str, str]) -> Timed | None:
+        """The entry that is a checkpoint.
+
+        Args:
+            shards: the sha256 of the files that hold its weights, by name.
+        """
+        return next((model for model in self.models[1:] if model.shards == shards), None)
 
     def ratio(self, model: Timed, phase: Phase) -> Ratio | None:
         """How a model compares with the dense one in a phase, None where that was not measured."""

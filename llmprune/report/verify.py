@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from llmprune.errors import Failure, UserError
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.files import sha256_of
-from llmprune.model.index import READERS
+from llmprune.model.index import hash_weights
 from llmprune.model.linears import Linear, find_linears
 from llmprune.model.source import Source
 from llmprune.model.writer import JOURNAL, REPORT
@@ -30,12 +29,14 @@ class Verdict:
         linears: how many pruned linears were checked.
         problems: what is not as promised, one sentence each.
         changed: files whose bytes are no longer those that were written, which is fine after a recovery.
+        shards: the sha256 of the files that hold the weights now, by name.
     """
 
     folder: Path
     linears: int = 0
     problems: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
+    shards: dict[str, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -95,9 +96,8 @@ def compare(
         del block
         checkpoint.unload_block(number)
     verdict.problems += [f"{name} is promised by {REPORT}, but the model has no such linear" for name in promised]
-    with ThreadPoolExecutor(READERS) as pool:
-        same = pool.map(lambda name: (folder / name).is_file() and sha256_of(folder / name) == shards[name], shards)
-        verdict.changed = [name for name, unchanged in zip(shards, same, strict=True) if not unchanged]
+    verdict.shards = hash_weights(folder, sha256_of)
+    verdict.changed = [name for name, written in shards.items() if verdict.shards.get(name) != written]
     return verdict
 
 
