@@ -10,6 +10,8 @@ import numpy
 import torch
 from torch import Tensor
 
+HALVES = (torch.bfloat16, torch.float16)
+
 _WIDTHS = (256, 64)
 """Rows that are eliminated at a time, by products; within these so many; and the last ones one by one."""
 

@@ -257,7 +257,7 @@ def _lowest(saliency: Tensor, count: int, dim: int | None) -> Tensor:
         torch.lt(rows, threshold, out=lowest)
         equal = rows == threshold
         short = count - lowest.sum(-1, keepdim=True)
-        if bool((equal.sum(-1, keepdim=True) == short).all()):
+        if saliency.device.type == "cpu" and bool((equal.sum(-1, keepdim=True) == short).all()):
             lowest.logical_or_(equal)
         else:
             lowest.logical_or_(equal & (equal.cumsum(-1) <= short))
@@ -265,6 +265,8 @@ def _lowest(saliency: Tensor, count: int, dim: int | None) -> Tensor:
 
 
 def _lowest_of_all(saliency: Tensor, count: int) -> Tensor:
+    if saliency.device.type != "cpu" and saliency.numel() <= _MANY:
+        return _first_in_order(saliency, count)
     # The order does not matter for the threshold: no copy is made where rows and columns are swapped in memory.
     flat = saliency if saliency.is_contiguous() else saliency.T
     threshold = _nth(flat.reshape(1, -1), count).squeeze()
@@ -275,6 +277,13 @@ def _lowest_of_all(saliency: Tensor, count: int) -> Tensor:
     first = equal.flatten().nonzero()[:missing, 0]
     below[first // saliency.shape[1], first % saliency.shape[1]] = True
     return below
+
+
+def _first_in_order(saliency: Tensor, count: int) -> Tensor:
+    """The same by sorting all of it: on a GPU nothing waits for numbers to come back to the host."""
+    lowest = saliency.flatten().sort(stable=True).indices[:count]
+    found = torch.zeros(saliency.numel(), dtype=torch.bool, device=saliency.device)
+    return found.index_fill_(0, lowest, True).view_as(saliency)
 
 
 def _nth(values: Tensor, count: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmprune import distributed
 from llmprune.errors import SingularGram
-from llmprune.matrix import inverse, inverse_factor, is_definite, product
+from llmprune.matrix import HALVES, inverse, inverse_factor, is_definite, product
 from llmprune.parts import by_rows, not_finite
 
 Needs = Literal["nothing", "norms", "gram"]
@@ -309,9 +309,9 @@ class _Panels:
     def add(self, x: Tensor) -> None:
         """Add XᵀX of (tokens, in) inputs.
 
-        It is multiplied in float32; on a GPU, bfloat16 inputs are multiplied as they are, which is exact.
+        It is multiplied in float32; on a GPU, inputs in half precision are multiplied as they are, which is exact.
         """
-        direct = x.device.type == "cuda" and x.dtype == torch.bfloat16 and torch.version.hip is None
+        direct = x.device.type == "cuda" and x.dtype in HALVES and torch.version.hip is None
         columns = x.T if direct else x.float().T.contiguous()
         for panel in self.panels:
             end = panel.shape[1]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import UserError
-from llmprune.patterns import NM, Pattern, Unstructured, parse
+from llmprune.patterns import NM, Pattern, Unstructured, _first_in_order, parse
 
 NMS = [(1, 2), (2, 4), (1, 4), (3, 4), (1, 3), (2, 5), (4, 8), (2, 8), (7, 8), (6, 12), (8, 16)]
 FRACTIONS = [0.05, 0.25, 0.29, 0.5, 0.58, 0.7, 0.99]
@@ -172,8 +172,11 @@ def test_matrix_scope_prunes_the_lowest_of_all(make: object, fraction: float) ->
     saliency = make(10, 30)  # type: ignore[operator]
     kept = Unstructured(fraction, "matrix").keep(saliency)
     assert kept.shape == saliency.shape
-    expected = pruned_by_hand(saliency.flatten().tolist(), round(fraction * 300))
+    count = round(fraction * 300)
+    expected = pruned_by_hand(saliency.flatten().tolist(), count)
     assert {place for place in range(300) if not kept.flatten()[place]} == expected
+    for given in (saliency, saliency.T.contiguous().T):  # as a device does that is not to wait
+        assert torch.equal(_first_in_order(given, count), ~kept)
 
 
 @pytest.mark.parametrize(

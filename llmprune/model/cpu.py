@@ -18,10 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from llmprune.matrix import has_onednn, product
+from llmprune.matrix import HALVES, has_onednn, product
 from llmprune.model.attention import attend
-
-HALVES = (torch.bfloat16, torch.float16)
 
 AT_ONCE = 2**22
 """Weights that are turned into float32 at once."""
