@@ -45,6 +45,9 @@ SAMPLE = 1
 CHOOSE = "choose"
 """The phase in which blocks and hidden channels are chosen that a model does without."""
 
+PRUNE = "prune"
+"""All that comes after that, up to the last block."""
+
 LOSS_TOKENS = 256
 """Tokens whose scores over the whole vocabulary are held at once in an evaluation."""
 
@@ -108,12 +111,14 @@ class Room:
         device: None where the blocks run on the host.
         capped: whether the user said how much the host gives.
         base: what this process held when work was first laid out in it; None where that is now.
+        batches: of a run that is gone on with, the sequences per forward that it began with in `CHOOSE` and `PRUNE`.
     """
 
     host: int
     device: int | None
     capped: bool
     base: int | None = None
+    batches: Mapping[str, int] = field(default_factory=dict)
 
     def holds(self, peak: Peak) -> bool:
         """Whether a peak fits."""
@@ -307,44 +312,52 @@ class Needs:
         self._held = memory.current() if base is None else base
         self._base = Peak(self._held + GROWTH + (EXPERTS if experts else 0))
 
-    def schedule(self, batch: int, had: Room) -> Schedule:
+    def schedule(self, batch: int, had: Room, before: int | None = None) -> Schedule:
         """The fastest schedule that fits.
 
         Args:
             batch: sequences per forward where there is room.
+            before: those that are taken if at all possible, so that a run goes on as it began.
 
         Raises:
             UserError: none fits; the message names the smallest cap that can hold.
         """
-        options = list(self._options(batch, had))
+        sizes = [batch]
+        while sizes[-1] > 1 and (had.capped or self._apart):  # else the batches stay as they are
+            sizes.append(sizes[-1] // 2)
+        made = None if before is None else self._fastest([before], had)
+        made = self._fastest(sizes, had) if made is None else made
+        if made is not None:
+            return made
+        *_, leanest = self._options(sizes[-1:])
+        least = self._packed(leanest, None)
+        error = UserError(_too_small(least, had))
+        error.least = least.peak.host
+        raise error
+
+    def _fastest(self, sizes: Sequence[int], had: Room) -> Schedule | None:
+        """The fastest schedule that fits, with batches of one of these sizes; None where none does."""
+        options = list(self._options(sizes))
         for option in options:
             if had.holds(option.peak):
                 return option
         fitting = [fitted for option in options if (fitted := self._with_fewer(option, had)) is not None]
         if fitting:
             return max(fitting, key=lambda option: option.held * option.batch)  # the fastest of those that hold as many
-        packed = self._packed(option, had)
-        if had.holds(packed.peak):
-            return packed
-        least = self._packed(option, None)
-        error = UserError(_too_small(least, had))
-        error.least = least.peak.host
-        raise error
+        packed = self._packed(options[-1], had)
+        return packed if had.holds(packed.peak) else None
 
-    def _options(self, batch: int, had: Room) -> Iterator[Schedule]:
-        """From the fastest to the leanest; without a cap the batches on a CPU stay as they are."""
+    def _options(self, sizes: Sequence[int]) -> Iterator[Schedule]:
+        """From the fastest to the leanest."""
         places: list[tuple[Place, bool]] = [("host", True), ("host", False), ("disk", False)]
         if self._apart:
             places.insert(0, ("device", True))
         stages = tuple(work.stages for work in self._blocks)
-        while True:
+        for batch in sizes:
             batches = -(-self._samples // batch)
             for place, overlap in places:
                 made = Schedule(batch, self._length, batches, place, overlap, stages, batches, self._held)
                 yield self._measured(made)
-            if batch == 1 or not (had.capped or self._apart):
-                return
-            batch //= 2
 
     def _measured(self, option: Schedule) -> Schedule:
         return replace(option, memory=self._phases(option))

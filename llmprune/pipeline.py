@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llmprune import allocation, data, dense, distributed, memory
-from llmprune.budget import SAMPLE, batch_size, windows_at_once
+from llmprune.budget import PRUNE, SAMPLE, batch_size, windows_at_once
 from llmprune.errors import Interrupted
 from llmprune.evaluate import perplexity
 from llmprune.follow import DenseWay, drift
@@ -28,7 +28,7 @@ from llmprune.model.checkpoint import Checkpoint, LoadedBlock
 from llmprune.model.cpu import quick
 from llmprune.model.linears import Linear, find_linears
 from llmprune.model.source import Source
-from llmprune.model.writer import INDEX, Writer, check_out, fingerprint_files, writing
+from llmprune.model.writer import INDEX, Writer, batches_before, check_out, fingerprint_files, writing
 from llmprune.permute import rearrange
 from llmprune.plan import Choice, Plan, allocated
 from llmprune.prepare import Found, find, first_plan, settle
@@ -88,7 +88,7 @@ def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, sh
     memory.give_back()  # of a model that was made plain
     memory.begin()
     with clock("plan"), shown.waiting("planning"):
-        whole, checkpoint, plan = first_plan(source, recipe)
+        whole, checkpoint, plan = first_plan(source, recipe, {} if restart else _batches_before(out))
     tokens, text, fingerprint = _read_texts(whole, checkpoint, plan, recipe, out, restart, clock, shown)
     with writing(out, checkpoint, recipe.shard_size, restart) as writer, _interruptible(writer):
         resumed = distributed.share(not restart and writer.find(fingerprint))
@@ -102,6 +102,7 @@ def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, sh
         report.earlier, report.base = earlier_runs(begun, fingerprint["files"]), base_of(source, begun)
         report.origin = checkpoint.source.origin
         report.resumed = len(writer.records) if resumed else None
+        report.batch = (found.get("batches") or {}).get(PRUNE) if plan.calibrates else None
         report.kept_blocks, report.hidden_channels = found.get("kept"), found.get("hidden")
         report.widths = {name: list(width) for name, width in plan.widths.items()} or None
         if report.kept_blocks or report.widths:
@@ -158,6 +159,13 @@ def _read_texts(
     if checkpoint.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(checkpoint.device)
     return distributed.share((tokens, text, fingerprint))
+
+
+def _batches_before(out: str | Path) -> dict[str, int]:
+    """As the first rank finds them, who may be the only one to see OUT."""
+    with distributed.first():
+        found = batches_before(out) if distributed.is_first() else {}
+    return distributed.share(found)
 
 
 def _targets(plan: Plan) -> dict[str, str] | None:
@@ -308,7 +316,8 @@ def prune_blocks(
         if number >= finished:
             drifted = drift(activations, wanted) if activations is not None and wanted is not None else None
             held = memory.peak(), _peak_device_memory(checkpoint.device)
-            spent = BlockRecord(block.name, clock.lap(), *held, away[0], away[1], drifted, sent)
+            batch = schedule.batch if tokens is not None else None
+            spent = BlockRecord(block.name, clock.lap(), *held, away[0], away[1], drifted, sent, batch)
             moved = {channels.linear for channels, _ in permuted}
             found = [done.get(choice.linear.name) or _left_dense(choice) for choice in choices]
             if narrow is not None:
@@ -450,7 +459,7 @@ def _interruptible(writer: Writer) -> Iterator[None]:
 def _fingerprint(
     checkpoint: Checkpoint, plan: Plan, recipe: Recipe, tokens: data.Tokens | None, text: perplexity.Text | None
 ) -> dict[str, Any]:
-    """All that the result depends on, but for the last bits of sums: batches and ranks may be others later."""
+    """All that the result depends on, but for the last bits of sums: memory and ranks may be others later."""
     made_by, chosen = versions(), replace(recipe, max_memory=None).to_dict()
     if recipe.depth.drop is None:
         del chosen["depth"]  # it says nothing, and runs that are older than it go on

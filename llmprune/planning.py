@@ -14,7 +14,7 @@ from llmprune import allocate, data, distributed, named, solvers
 from llmprune.after import read_after
 from llmprune.allocate import Improver
 from llmprune.allocation import target
-from llmprune.budget import Needs, Room, Schedule, Work, abreast, batch_size
+from llmprune.budget import CHOOSE, PRUNE, Needs, Room, Schedule, Work, abreast, batch_size
 from llmprune.errors import UserError, unknown
 from llmprune.model.blocks import Chain, hidden_of, kinds, probe, probe_length
 from llmprune.model.channels import Channels, find_channels
@@ -263,7 +263,9 @@ def _schedule(
         foresees=any(isinstance(choice.solver, width.Foreseeing) for choice in pruned),
         passes=passes,
     )
-    made = needs.schedule(min(samples, batch_size(checkpoint, length, fitted > 0)), had)
+    before = had.batches.get(CHOOSE if shortening is not None or passes else PRUNE)
+    before = None if before is None else min(samples, before)
+    made = needs.schedule(min(samples, batch_size(checkpoint, length, fitted > 0)), had, before)
     return abreast(checkpoint, made, looked_at, had) if looked_at else (made, 1)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from llmprune import data, dense, distributed
-from llmprune.budget import CHOOSE, Peak, Room, room
+from llmprune.budget import CHOOSE, PRUNE, Peak, Room, room
 from llmprune.errors import UserError
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.cpu import quick
@@ -76,6 +76,11 @@ class Found:
         self._begin()
         return self.get(name)
 
+    def batch(self, phase: str, size: int) -> None:
+        """Keep the sequences per forward that the run begins with in a phase; those of an earlier process stay."""
+        self.writer.found["batches"] = {phase: size, **(self.get("batches") or {})}
+        self._begun = self.resumed  # else the header is to tell it too
+
     def begin(self) -> None:
         """Begin the run in OUT, unless that is done."""
         if not self._begun:
@@ -109,6 +114,7 @@ def settle(
     if plan.shortening is not None:
         kept = found.out("kept", "choose", whole, lambda: list(choose(whole, plan, tokens, shown)))
     if plan.slimming is not None:
+        found.batch(CHOOSE, plan.slimming.batch)
         hidden = found.out("hidden", "choose", whole, lambda: _choose_hidden(whole, kept, plan, tokens, shown, out))
     if kept is not None or hidden is not None:
         with found.clock("plan"), shown.waiting("planning"):
@@ -121,6 +127,8 @@ def settle(
         gone = ranking["gone"]
         with found.clock("plan"), shown.waiting("planning"):
             plan = _anew(whole, checkpoint, replace(recipe, width=Width(**ranking["width"])), plan)
+    if plan.needs_data:
+        found.batch(PRUNE, plan.schedule.batch)
     found.writer.lay_out(plan.written(checkpoint))
     if found.resumed:
         found.writer.recover(shown)
@@ -167,17 +175,23 @@ def _rank(
     return {"width": {name: getattr(width, name) for name in ("channels", "heads", "by")}, "gone": gone}
 
 
-def first_plan(source: Source, recipe: Recipe) -> tuple[Checkpoint, Checkpoint, Plan]:
+def first_plan(
+    source: Source, recipe: Recipe, batches: Mapping[str, int] | None = None
+) -> tuple[Checkpoint, Checkpoint, Plan]:
     """The model, what is to be pruned of it, and the plan.
 
     Where blocks or hidden channels go that are still to be chosen, others stand for them: mistakes are found before any
     work.
+
+    Args:
+        batches: of the run that is gone on with, see `Room`.
     """
     with distributed.first():
         checkpoint = Checkpoint(source, distributed.local_device(recipe.device), recipe.dtype)
         shortening = read_shortening(recipe.depth.drop, recipe.depth.by, len(checkpoint.blocks))
         left = None if recipe.width.hidden is None else channels_left(checkpoint, recipe.width.hidden)
     had = room(checkpoint, parse_size(recipe.max_memory) if recipe.max_memory is not None else None)
+    had = replace(had, batches=batches or {})
     if shortening is None and left is None:
         return checkpoint, checkpoint, _planned(checkpoint, recipe, had)
     first, small = _for_choosing(checkpoint, recipe, had, shortening, left is not None)

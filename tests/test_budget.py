@@ -26,9 +26,12 @@ from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.source import resolve
 from llmprune.model.survey import Held
 from llmprune.model.watch import Input, Stage
+from llmprune.model.writer import JOURNAL, REPORT
 from llmprune.pipeline import plan
 from llmprune.progress import Silent
 from llmprune.recipe import parse_size
+from llmprune.report import tables
+from llmprune.report.record import Report
 from llmprune.solvers import Buffers
 from llmprune.stats import LEVELS
 from tests.families import SHAPES, make
@@ -398,12 +401,21 @@ class TestWithoutACap:
         assert shards(tmp_path / "a") == shards(tmp_path / "b")
 
 
+CAP = f"{budget.GROWTH + 130 * 2**20}B"
+CAPPED: dict[str, Any] = {**OPTIONS, "max_memory": CAP}
+SMALL, BIG, HUGE = (2**27 + 2**10 * more for more in (0, 1650, 1860))
+"""What a process may hold: batches of six are the fastest, of three, of one; six fit under the cap in the first two."""
+
+
 class Stopping(Silent):
-    """Stops before the third block."""
+    """Stops when some blocks are done."""
+
+    def __init__(self, blocks: int = 2) -> None:
+        self.blocks = blocks
 
     def over(self, items: Any, title: str) -> Iterator[Any]:
         for number, item in enumerate(items):
-            if title == "pruning blocks" and number == 2:
+            if title == "pruning blocks" and number == self.blocks:
                 raise KeyboardInterrupt
             yield item
 
@@ -416,7 +428,7 @@ class TestResuming:
 
     def stop(self, model: Path, out: Path, text: str, **options: Any) -> None:
         with pytest.raises(Interrupted, match="2 of 3 blocks are finished"):
-            llmprune.prune(model, out=out, calibration=text, progress=Stopping(), **OPTIONS, **options)
+            llmprune.prune(model, out=out, calibration=text, progress=Stopping(), **{**OPTIONS, **options})
 
     def test_with_another_cap(self, whole: dict[str, bytes], model: Path, text: str, tmp_path: Path) -> None:
         out = tmp_path / "out"
@@ -425,12 +437,75 @@ class TestResuming:
         assert report.resumed == 2
         assert shards(out) == whole
 
-    def test_with_other_batches(self, model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_where_other_batches_would_be_chosen_now(
+        self, whole: dict[str, bytes], model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         out = tmp_path / "out"
         self.stop(model, out, text)
         monkeypatch.setitem(budget.BATCH_TOKENS, "cpu", 2 * LENGTH)
         assert llmprune.prune(model, out=out, calibration=text, **OPTIONS).resumed == 2
         assert llmprune.verify(out).ok
+        assert shards(out) == whole
+
+    @pytest.mark.parametrize(("first", "later"), [(SMALL, BIG), (BIG, SMALL)])
+    def test_a_process_that_holds_more_or_less(
+        self, first: int, later: int, model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It would take other batches, which would be other bytes."""
+        whole = {}
+        for held in (later, first):
+            monkeypatch.setattr(memory, "current", lambda held=held: held)
+            llmprune.prune(model, out=tmp_path / str(held), calibration=text, **CAPPED)
+            whole[held] = shards(tmp_path / str(held))
+        assert whole[first] != whole[later]
+        out = tmp_path / "out"
+        self.stop(model, out, text, max_memory=CAP)
+        monkeypatch.setattr(memory, "current", lambda: later)
+        report = llmprune.prune(model, out=out, calibration=text, **CAPPED)
+        assert report.resumed == 2
+        assert {block.batch for block in report.blocks} == {report.batch}
+        assert tables.batch_notes(report) == []
+        assert shards(out) == whole[first]
+
+    def test_batches_for_which_there_is_no_room_are_told_of(
+        self, model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = tmp_path / "out"
+        monkeypatch.setattr(memory, "current", lambda: SMALL)
+        self.stop(model, out, text, max_memory=CAP)
+        monkeypatch.setattr(memory, "current", lambda: HUGE)
+        report = llmprune.prune(model, out=out, calibration=text, **CAPPED)
+        assert (report.batch, [block.batch for block in report.blocks]) == (6, [6, 6, 1])
+        (note,) = tables.batch_notes(report)
+        assert note.startswith("1 of 3 blocks took 1 sequences at once, not 6 as when the run began")
+        assert note in tables.all_notes(Report.read(json.loads((out / REPORT).read_text()), out))
+
+    def test_it_is_told_also_when_there_is_room_again(
+        self, model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = tmp_path / "out"
+        for held, blocks in ((SMALL, 1), (HUGE, 2)):
+            monkeypatch.setattr(memory, "current", lambda held=held: held)
+            with pytest.raises(Interrupted, match=f"{blocks} of 3 blocks are finished"):
+                llmprune.prune(model, out=out, calibration=text, progress=Stopping(blocks), **CAPPED)
+        monkeypatch.setattr(memory, "current", lambda: SMALL)
+        report = llmprune.prune(model, out=out, calibration=text, **CAPPED)
+        assert (report.batch, [block.batch for block in report.blocks]) == (6, [6, 1, 6])
+        assert len(tables.batch_notes(report)) == 1
+
+    @pytest.mark.parametrize("chosen", [{"width": {"hidden": "25%"}}, {"allocation": "owl", "sparsity": "50%"}])
+    def test_batches_that_something_was_chosen_with(
+        self, chosen: dict[str, Any], model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        llmprune.prune(model, out=tmp_path / "whole", calibration=text, **OPTIONS, **chosen)
+        out = tmp_path / "out"
+        self.stop(model, out, text, **chosen)
+        header = json.loads((out / JOURNAL).read_text().splitlines()[0])
+        assert header["batches"] == ({"choose": 6, "prune": 6} if "width" in chosen else {"prune": 6})
+        monkeypatch.setitem(budget.BATCH_TOKENS, "cpu", LENGTH)
+        report = llmprune.prune(model, out=out, calibration=text, **OPTIONS, **chosen)
+        assert report.resumed == 2
+        assert shards(out) == shards(tmp_path / "whole")
 
     @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no posix_fallocate here")
     def test_a_disk_without_room_for_the_activations(

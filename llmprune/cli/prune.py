@@ -106,5 +106,5 @@ def show(report: object) -> None:
     if report.solved:
         console.print(tables.result_table(report))
     console.print(tables.summary(report))
-    for note in [*tables.notes(report.linears), *tables.expert_notes(report.blocks)]:
+    for note in tables.all_notes(report):
         console.print(f"[yellow]note[/yellow] {note}")

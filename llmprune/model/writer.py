@@ -57,11 +57,12 @@ INDEX = "model.safetensors.index.json"
 LOCK = ".llmprune.lock"
 JOURNAL_FORMAT = 1
 
-FOUND = ("dense", "kept", "hidden", "ranking", "allocation", "gone")
+FOUND = ("dense", "kept", "hidden", "ranking", "allocation", "gone", "batches")
 """What a journal's header may tell of the dense model.
 
 Its perplexity; the numbers of the blocks and of the hidden channels that are left; how many channels and heads go where
-that was ranked (`width`) and which (`gone`); the target of each linear; and the units that go of linears' inputs.
+that was ranked (`width`) and which (`gone`); the target of each linear; the units that go of linears' inputs; and the
+sequences per forward that the run began with, see `Room`.
 """
 
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -159,9 +160,10 @@ class Writer:
         """Take up the run that was found.
 
         Shards are used up to the first that is missing or whose hash is not the journal's, and whole blocks only; the
-        journal is cut back to them. Of finished blocks the checkpoint reads its tensors from OUT from now on.
+        journal is cut back to them, and its header tells all that was found out. Of finished blocks the checkpoint
+        reads its tensors from OUT from now on.
         """
-        lines, committed = self._lines, self._lines[1:]
+        header, committed = {**self._lines[0], **self.found}, self._lines[1:]
         pairs = list(zip(self.shards, committed, strict=False))
         whole = 0
         for place, (shard, line) in enumerate(progress.over(pairs, "checking finished shards"), 1):
@@ -176,9 +178,10 @@ class Writer:
                 self.records.append(line["record"])
             if shard.block is not None:
                 self._checkpoint.read_from(self.out / shard.name, shard.keys)
-        if len(committed) > whole or not (self.out / JOURNAL).read_bytes().endswith(b"\n"):
+        kept = "\n".join(json.dumps(line) for line in [header, *committed[:whole]])
+        if (self.out / JOURNAL).read_bytes() != f"{kept}\n".encode():
             with self._failing("the journal"):
-                self._write_text(JOURNAL, "\n".join(json.dumps(line) for line in lines[: whole + 1]))
+                self._write_text(JOURNAL, kept)
 
     def begin(self, fingerprint: Mapping[str, Any]) -> None:
         """Clear the folder of an earlier run, and write the journal's header; once more when more was found out."""
@@ -426,6 +429,16 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
             "go on with the version that began the run, or begin anew with --restart"
         )
     return lines
+
+
+def batches_before(out: str | Path) -> dict[str, int]:
+    """The sequences per forward that the unfinished run in a folder began with; empty where there is none.
+
+    Raises:
+        UserError: its journal is of another format.
+    """
+    lines = read_journal(Path(out).expanduser().absolute() / JOURNAL)
+    return dict(lines[0].get("batches") or {}) if lines else {}
 
 
 def difference(was: Any, now: Any, name: str = "") -> str:

@@ -153,7 +153,7 @@ def render(results: Results, histograms: Sequence[Histogram], many: bool = False
         experts=_experts_plot(report),
         losses=_losses_plot(report),
         kinds=_kind_rows(report.solved, report.allocation == "uniform"),
-        notes=[*tables.notes(report.linears), *tables.expert_notes(report.blocks)],
+        notes=tables.all_notes(report),
         weights=[_weight_plot(shown, _last(report)) for shown in histograms],
         dense_seen=any(shown.before is not None for shown in histograms),
         many=many,

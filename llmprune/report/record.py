@@ -112,6 +112,7 @@ class BlockRecord:
         drift: the same distance of the block as it was written, on the first batch of each rank; None where nothing
             was calibrated. Where hidden channels went, in those that are left, as for the two before.
         experts: where experts went, what became of each module of them.
+        batch: sequences per forward; None where nothing was calibrated.
     """
 
     name: str
@@ -122,6 +123,7 @@ class BlockRecord:
     away: float | None = None
     drift: float | None = None
     experts: list[ExpertsRecord] | None = None
+    batch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,7 @@ class Report:
         linears: every linear, in order.
         blocks: every block, in order.
         resumed: how many blocks an earlier process had finished, from which this one went on; None where it began anew.
+        batch: sequences per forward that the run began with; None where nothing was calibrated.
         weights: all weights of the checkpoint.
         kept_blocks: where blocks were taken out, the numbers in the dense model of those that are left.
         widths: where blocks became narrower, by the config's name for it what each number was and is.
@@ -250,6 +253,7 @@ class Report:
     linears: list[LinearRecord] = field(default_factory=list)
     blocks: list[BlockRecord] = field(default_factory=list)
     resumed: int | None = None
+    batch: int | None = None
     calibration: dict[str, Any] | None = None
     dense: Perplexity | None = None
     sparse: Perplexity | None = None

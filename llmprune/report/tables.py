@@ -249,6 +249,11 @@ def courses(records: Iterable[LinearRecord]) -> dict[str, float]:
     return {name: sum(errors) / len(errors) for name, errors in found.items()}
 
 
+def all_notes(report: Report) -> list[str]:
+    """What the reader should know of a run."""
+    return [*notes(report.linears), *expert_notes(report.blocks), *batch_notes(report)]
+
+
 def notes(records: Iterable[LinearRecord]) -> list[str]:
     """What was out of the ordinary, each kind of it once."""
     noted = [record for record in records if record.note]
@@ -270,6 +275,18 @@ def expert_notes(blocks: Iterable[BlockRecord]) -> list[str]:
     ]
     more = len(made) - MIXTURES
     return made if more < 2 else [*made[:MIXTURES], f"{more} more mixtures have such experts"]
+
+
+def batch_notes(report: Report) -> list[str]:
+    """Where the run went on with other batches than it began with, that it did."""
+    others = [block.batch for block in report.blocks if block.batch not in (None, report.batch)]
+    if report.batch is None or not others:
+        return []
+    sizes = " or ".join(map(str, sorted({batch for batch in others if batch is not None})))
+    return [
+        f"{len(others)} of {len(report.blocks)} blocks took {sizes} sequences at once, not {report.batch} as when the "
+        "run began (less memory, or more ranks): the last bits may differ from those of an unbroken run"
+    ]
 
 
 def tasks_table(scores: Iterable[Score]) -> Table:
