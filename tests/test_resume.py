@@ -12,8 +12,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Iterator
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llmprune
-from llmprune import pipeline
+from llmprune import pipeline, prepare
 from llmprune.errors import Failure, Interrupted, UserError
 from llmprune.model import writer
-from llmprune.model.writer import JOURNAL, PAGE, REPORT
+from llmprune.model.writer import DRAFTS, JOURNAL, LOCK, PAGE, REPORT, read_journal
 from llmprune.progress import Silent
 from tests.conftest import hears_interrupts
 from tests.families import make
@@ -64,7 +65,7 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def victim(model: str, out: str, text: str, moment: str, count: int | float) -> None:
+def victim(model: str, out: str, text: str, moment: str, count: int, changes: dict[str, Any]) -> None:
     """A run in a process of its own that ends itself at a given moment, the `count`th of its kind."""
     torch.set_num_threads(2)
     left = [count]
@@ -74,6 +75,7 @@ def victim(model: str, out: str, text: str, moment: str, count: int | float) -> 
         return left[0] < 0
 
     append, rename, close = writer.Writer._append, Path.rename, writer.Writer.close
+    write_text = writer.Writer._write_text
 
     def half_a_shard(tensors: Any, path: Path, metadata: Any) -> None:
         save_file(tensors, path, metadata=metadata)
@@ -94,6 +96,13 @@ def victim(model: str, out: str, text: str, moment: str, count: int | float) -> 
         if due():
             kill()
         append(self, line)
+
+    def half_a_header(self: writer.Writer, name: str, text: str) -> None:
+        if name == JOURNAL and due():
+            (self.out / DRAFTS).mkdir()
+            (self.out / DRAFTS / name).write_text(text[:40])
+            kill()
+        write_text(self, name, text)
 
     def half_a_line(self: writer.Writer, line: dict[str, Any]) -> None:
         if due():
@@ -118,26 +127,37 @@ def victim(model: str, out: str, text: str, moment: str, count: int | float) -> 
         Path.rename = before_the_rename  # type: ignore[method-assign,assignment]
     elif moment == "before the line":
         writer.Writer._append = before_the_line  # type: ignore[method-assign]
+    elif moment == "half a header":
+        writer.Writer._write_text = half_a_header  # type: ignore[method-assign]
     elif moment == "half a line":
         writer.Writer._append = half_a_line  # type: ignore[method-assign]
     elif moment == "before the report":
         writer.Writer.close = before_the_report  # type: ignore[method-assign]
     elif moment == "before the journal goes":
         writer.Writer.close = before_the_journal_goes  # type: ignore[method-assign]
-    else:
-        clock = threading.Timer(count, kill)
-        clock.daemon = True
-        clock.start()
-    llmprune.prune(model, out=out, calibration=text, **SETTINGS)
+    llmprune.prune(model, out=out, calibration=text, **{**SETTINGS, **changes})
 
 
-def run_victim(model: Path, out: Path, text: str, moment: str, count: float) -> int | None:
+def start_victim(
+    model: Path, out: Path, text: str, moment: str = "none", count: int = 0, **changes: Any
+) -> ForkServerProcess:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["llmprune.pipeline", "tests.test_resume"])
-    process = context.Process(target=victim, args=(str(model), str(out), text, moment, count))
+    process = context.Process(target=victim, args=(str(model), str(out), text, moment, count, changes))
     process.start()
+    return process
+
+
+def run_victim(model: Path, out: Path, text: str, moment: str, count: int, **changes: Any) -> int | None:
+    process = start_victim(model, out, text, moment, count, **changes)
     process.join(120)
     return process.exitcode
+
+
+def wait_until_begun(process: ForkServerProcess, out: Path) -> None:
+    """Until a run has a journal, its own or one that it goes on with; there must be no lock of an earlier one."""
+    while process.is_alive() and not ((out / LOCK).exists() and (out / JOURNAL).exists()):
+        time.sleep(0.001)
 
 
 def is_whole(out: Path) -> None:
@@ -150,9 +170,9 @@ def is_whole(out: Path) -> None:
 
 CHAINS = [
     [("half a shard", 0), ("half a shard", 0), ("half a shard", 3), ("half a line", 0)],
-    [("before the rename", 2), ("before the line", 3), ("half a line", 1)],
-    [("half a line", 0), ("before the line", 0), ("before the line", 1), ("half a line", 6)],
-    [("before the line", 7), ("before the report", 0), ("before the journal goes", 0)],
+    [("before the rename", 3), ("before the line", 3), ("half a line", 1)],
+    [("half a header", 0), ("before the rename", 0), ("before the line", 0), ("half a line", 6)],
+    [("before the line", 6), ("before the report", 0), ("before the journal goes", 0)],
     [("half a shard", 6), ("before the rename", 0), ("before the rename", 5)],
     [("a library's draft", 0), ("a library's draft", 2), ("a library's draft", 3)],
 ]
@@ -173,18 +193,74 @@ def test_killed_in_the_worst_moments(
     assert len(report.linears) == 7 * BLOCKS
 
 
+@pytest.fixture(scope="module")
+def rest(model: Path, text: str, tmp_path_factory: pytest.TempPathFactory) -> float:
+    """Seconds that an uninterrupted run takes from its journal to its report."""
+    out = tmp_path_factory.mktemp("rest") / "out"
+    process = start_victim(model, out, text)
+    wait_until_begun(process, out)
+    began = time.monotonic()
+    while process.is_alive() and not (out / REPORT).exists():
+        time.sleep(0.001)
+    spent = time.monotonic() - began
+    process.kill()
+    process.join()
+    return spent
+
+
 @pytest.mark.parametrize("seed", range(4))
-def test_killed_at_random_moments(seed: int, model: Path, text: str, whole: dict[str, str], tmp_path: Path) -> None:
+def test_killed_at_random_moments(
+    seed: int, model: Path, text: str, whole: dict[str, str], rest: float, tmp_path: Path
+) -> None:
     out, chance = tmp_path / "out", random.Random(seed)
+    killed = 0
     for _ in range(3):
-        code = run_victim(model, out, text, "time", chance.uniform(0.01, 1.2))
-        if code == 0:
+        (out / LOCK).unlink(missing_ok=True)
+        done = max(0, len(read_journal(out / JOURNAL)) - 1) / (BLOCKS + 2)
+        process = start_victim(model, out, text)
+        wait_until_begun(process, out)
+        process.join(chance.uniform(0, rest * (1 - done)))
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        if (out / REPORT).exists():
             shutil.rmtree(out)  # it was done before it could be killed: begin anew
             continue
-        assert code == -signal.SIGKILL
-        if out.exists():
-            is_whole(out)
+        is_whole(out)
+        killed += len(read_journal(out / JOURNAL)) > 0
+    assert killed >= 2
     llmprune.prune(model, out=out, calibration=text, **SETTINGS)
+    assert digests(out) == whole
+
+
+def test_what_was_found_out_stays_while_more_is_written(
+    model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: dict[str, Any] = {"sparsity": "50%", "depth": {"drop": 1}, "allocation": "owl"}
+    llmprune.prune(model, out=tmp_path / "whole", calibration=text, **{**SETTINGS, **changes})
+    out = tmp_path / "out"
+    assert run_victim(model, out, text, "half a header", 1, **changes) == -signal.SIGKILL
+    (header,) = read_journal(out / JOURNAL)
+    assert "kept" in header
+    assert "allocation" not in header
+    monkeypatch.setattr(prepare, "choose", lambda *_: pytest.fail("chosen again"))
+    llmprune.prune(model, out=out, calibration=text, **{**SETTINGS, **changes})
+    assert digests(out) == digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_killed_between_an_earlier_run_and_its_own_header(
+    finished: bool, model: Path, text: str, whole: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    if finished:
+        llmprune.prune(model, out=out, calibration=text, **{**SETTINGS, "sparsity": "4:8"})
+    else:
+        stop_after(3, model, out, text, sparsity="4:8")
+    assert run_victim(model, out, text, "half a header", 0, restart=True) == -signal.SIGKILL
+    assert not list(out.glob("*.safetensors"))
+    assert (out / JOURNAL).exists() != finished
+    llmprune.prune(model, out=out, calibration=text, restart=True, **SETTINGS)
     assert digests(out) == whole
 
 
@@ -257,6 +333,19 @@ class TestRecovery:
         else:
             path.write_bytes(data if harm == "flipped" else data[:-5])
         assert llmprune.prune(model, out=out, calibration=text, **SETTINGS).resumed == shard - 1
+        assert digests(out) == whole
+
+    def test_a_broken_line_that_ends_is_cut_off(
+        self, model: Path, text: str, whole: dict[str, str], tmp_path: Path
+    ) -> None:
+        """Else nobody could read those that are written behind it."""
+        out = tmp_path / "out"
+        stop_after(3, model, out, text)
+        with (out / JOURNAL).open("a") as file:
+            file.write('{"shard": "model-0\n')
+        stop_after(5, model, out, text)
+        assert len(read_journal(out / JOURNAL)) == 1 + 5
+        assert llmprune.prune(model, out=out, calibration=text, **SETTINGS).resumed == 5
         assert digests(out) == whole
 
     def test_blocks_of_several_shards(self, model: Path, text: str, tmp_path: Path) -> None:

@@ -184,11 +184,14 @@ class Writer:
                 self._write_text(JOURNAL, kept)
 
     def begin(self, fingerprint: Mapping[str, Any]) -> None:
-        """Clear the folder of an earlier run, and write the journal's header; once more when more was found out."""
+        """Clear the folder of an earlier run, and write the journal's header; once more when more was found out.
+
+        The journal that is there goes when the new one is whole: what an earlier header tells is not lost in between.
+        """
         with self._failing("the journal"):
-            clear(self.out)
+            clear(self.out, but=JOURNAL)
             header = {"format": JOURNAL_FORMAT, "fingerprint": dict(fingerprint), "side_files": self.side_files}
-            self._append({**header, **self.found})
+            self._write_text(JOURNAL, json.dumps({**header, **self.found}))
 
     def commit_block(
         self,
@@ -470,7 +473,7 @@ def check_out(out: str | Path, checkpoint: Checkpoint, restart: bool) -> Path:
             raise UserError(
                 f"{out} holds a finished run of llmprune: choose another folder, or begin anew with --restart"
             )
-        if not finished and not unfinished and any(path.name != LOCK for path in folder.iterdir()):
+        if not finished and not unfinished and any(path.name not in (LOCK, DRAFTS) for path in folder.iterdir()):
             raise UserError(f"{out} is not empty, and what it holds was not written by llmprune: choose another folder")
     check_room(folder, out, checkpoint, _written(folder) if folder.is_dir() else ())
     return folder
@@ -500,10 +503,15 @@ def check_room(
         raise UserError(f"no space left for {out}: it needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")
 
 
-def clear(folder: Path) -> None:
-    """Remove what an earlier run of ours wrote into a folder, and nothing else; what marks it as ours goes last."""
+def clear(folder: Path, but: str = "") -> None:
+    """Remove what an earlier run of ours wrote into a folder, and nothing else; what marks it as ours goes last.
+
+    Args:
+        but: the name of a file that stays.
+    """
     for path in sorted(_written(folder), key=lambda path: path.name in (REPORT, JOURNAL)):
-        path.unlink()
+        if path.name != but:
+            path.unlink()
     for name in (CHAT_TEMPLATES, EVALUATION):
         with suppress(OSError):
             (folder / name).rmdir()
