@@ -37,7 +37,7 @@ SILENCE = 40.0
 """Seconds without a beat after which a rank is taken for dead; no call may keep Python's lock for so long."""
 
 START = 300.0
-"""Seconds that the ranks have for finding each other."""
+"""Seconds that the ranks have for finding each other, and then each for its first beat, which it gives at once."""
 
 GRACE = 4.0
 """Seconds that a rank which ends gives the others to hear why."""

@@ -8,7 +8,7 @@ blocks are in memory.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from llmprune.report.results import read_beginning
 from llmprune.report.verify import compare
 from llmprune.solve import as_narrower, narrower, renewed, solve_stage
 from llmprune.structured.send import choose_experts
+from llmprune.terminated import telling
 
 
 def prune(
@@ -443,15 +444,19 @@ def _interruptible(writer: Writer) -> Iterator[None]:
         done = f"{len(writer.records)} of {len(blocks)} blocks are finished in {writer.out}: "
         return f"{done if writer.records else ''}{writer.onward}"
 
+    def stopped() -> str:
+        return f"stopped{'; ' if writer.records else ': '}{onward()}"
+
     if distributed.is_first():
         distributed.if_lost(lambda: f"{onward()}, also with another number of ranks")
     try:
-        yield
+        with telling(stopped) if distributed.is_first() else nullcontext():
+            yield
     except KeyboardInterrupt:
         writer.stop()
         if not distributed.is_first():
             raise
-        raise Interrupted(f"stopped{'; ' if writer.records else ': '}{onward()}") from None
+        raise Interrupted(stopped()) from None
     finally:
         distributed.if_lost(str)  # what comes after is another thing
 

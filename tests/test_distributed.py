@@ -200,6 +200,16 @@ def test_all_end_with_one(tmp_path: Path, how: str, victim: int) -> None:
             assert "UserError: no such model" in errors
 
 
+def test_all_end_within_a_minute() -> None:
+    """From the last beat of a rank that dies to the end of the others, with all that is waited for in between."""
+    period, silence, grace = distributed.PERIOD, distributed.SILENCE, distributed.GRACE
+    noticed = period + silence + period  # it is looked at, and counted, once in a period
+    told = grace + 1.5 * grace + grace / 2
+    assert noticed + told < 60
+    assert noticed + told <= silence + 5 * grace  # after which a broken collective is told of without the watch
+    assert distributed.START <= 300
+
+
 def be_slow(path: Path) -> None:
     """The others wait for rank 0, in a collective and at the end."""
     with distributed.joined():

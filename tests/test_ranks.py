@@ -292,6 +292,30 @@ def test_torchrun(models: dict[str, Path], text: str, tmp_path: Path) -> None:
     assert "holds a finished run of llmprune" in told[0]
 
 
+def test_torchrun_of_which_a_rank_is_killed(models: dict[str, Path], text: str, tmp_path: Path) -> None:
+    """The launcher ends the others before they miss it."""
+    script, out, root = tmp_path / "script.py", tmp_path / "out", Path(__file__).parents[1]
+    script.write_text(
+        "from llmprune.cli import main\n"
+        "from llmprune.progress import Silent\n"
+        "from tests.test_ranks import Dying\n"
+        "Silent.over = Dying(1, 2).over\n"
+        "raise SystemExit(main())\n"
+    )
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script),
+        "prune", str(models["llama"]), "-o", str(out), "--sparsity", "2:4", "--calibration", text,
+        *(f"--{name}={value}" for name, value in SETTINGS.items()),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("llmprune: ")]
+    assert told == [f"llmprune: stopped; 2 of 3 blocks are finished in {out}: the same command goes on from there"]
+    prune(models["llama"], out, text, {"sparsity": "2:4"})
+    assert json.loads((out / REPORT).read_text())["resumed"] == 2
+
+
 def test_what_is_dealt_covers_every_row_once(models: dict[str, Path], text: str) -> None:
     _, plan = pipeline.plan(models["mixtral"], calibration=text, sparsity="2:4", **SETTINGS)
     _, matrix = pipeline.plan(models["llama"], calibration=text, sparsity="50%", **SETTINGS)

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -546,7 +547,10 @@ def test_a_disk_that_fills_up(model: Path, text: str, whole: dict[str, str], sma
     assert digests(out) == whole
 
 
-def test_ctrl_c_on_the_command_line(model: Path, text: str, whole: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_on_the_command_line(
+    number: signal.Signals, code: int, model: Path, text: str, whole: dict[str, str], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     settings = [f"--{key}={value}" for key, value in SETTINGS.items()]
     command = [sys.executable, "-m", "llmprune", "prune", str(model), "-o", str(out), "--calibration", text, *settings]
@@ -559,10 +563,10 @@ def test_ctrl_c_on_the_command_line(model: Path, text: str, whole: dict[str, str
                 break
             events.append(json.loads(line))
             if events[-1].get("name") == "model.layers.0":
-                process.send_signal(signal.SIGINT)
+                process.send_signal(number)
         if process.wait() != 0:  # it may have been at its end already
-            assert process.returncode == 130
-            assert "blocks are finished in" in line
+            assert process.returncode == code
+            assert re.fullmatch(r"llmprune: stopped; \d of 6 blocks are finished in .*: the same command .*\n", line)
     blocks = [event for event in events if event["event"] == "block"]
     assert blocks
     assert set(blocks[0]["seconds"]) == {"read", "dense", "capture", "solve", "propagate", "write"}
