@@ -15,12 +15,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import llmprune
@@ -475,11 +477,30 @@ class TestAnotherRun:
         with pytest.raises(UserError, match="another tokens"):
             llmprune.prune(model, out=tmp_path / "out", calibration=str(own), **SETTINGS)
 
-    def test_another_version(self, model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("module", [llmprune, torch, transformers], ids=lambda module: module.__name__)
+    def test_another_version(
+        self, module: Any, model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         stop_after(2, model, tmp_path / "out", text)
-        monkeypatch.setattr(llmprune, "__version__", "9.9")
-        with pytest.raises(UserError, match=r"another versions\.llmprune"):
+        was = str(module.__version__)
+        monkeypatch.setattr(module, "__version__", "9.9.9")
+        differs = rf'another versions\.{module.__name__} \("{re.escape(was)}" there, "9\.9\.9" here\)'
+        with pytest.raises(UserError, match=differs):
             llmprune.prune(model, out=tmp_path / "out", calibration=text, **SETTINGS)
+
+    def test_another_revision(self, model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        find, revisions = pipeline.find, iter(("first", "second"))
+        monkeypatch.setattr(pipeline, "find", lambda *given: replace(find(*given), revision=next(revisions)))
+        stop_after(2, model, tmp_path / "out", text)
+        with pytest.raises(UserError, match=r'another revision \("first" there, "second" here\)'):
+            llmprune.prune(model, out=tmp_path / "out", calibration=text, **SETTINGS)
+
+    def test_another_kind_of_device(self, model: Path, text: str, tmp_path: Path) -> None:
+        stop_after(2, model, tmp_path / "out", text, device="cpu")
+        journal = tmp_path / "out" / JOURNAL
+        journal.write_text(journal.read_text().replace('"device": "cpu", "tokens"', '"device": "cuda", "tokens"', 1))
+        with pytest.raises(UserError, match=r'another device \("cuda" there, "cpu" here\)'):
+            llmprune.prune(model, out=tmp_path / "out", calibration=text, device="cpu", **SETTINGS)
 
     def test_another_format_of_the_journal(self, model: Path, text: str, tmp_path: Path) -> None:
         stop_after(2, model, tmp_path / "out", text)
