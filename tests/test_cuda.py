@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +94,29 @@ def test_what_else_there_is_loses_as_much_as_on_the_cpu(family: str, chosen: dic
         away.append([block.away or 0.0 for block in report.blocks])
     assert lost[1] == pytest.approx(lost[0], rel=0.05)
     assert away[1] == pytest.approx(away[0], rel=0.05)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_two_gpus_agree_with_one(method: str, tmp_path: Path) -> None:
+    """By NCCL."""
+    source, text = make("llama", tmp_path / "model", num_hidden_layers=1), tmp_path / "text.txt"
+    text.write_text("How many roads must a man walk down, before you call him a man? " * 60)
+    alone = llmprune.prune(
+        source, out=tmp_path / "one", sparsity="2:4", method=method, device="cuda:0",
+        calibration={"source": str(text), "samples": 16, "length": 32},
+    )  # fmt: skip
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "llmprune",
+        "prune", str(source), "-o", str(tmp_path / "two"), "--sparsity", "2:4", "--method", method, "--json",
+        "--calibration", str(text), "--samples", "16", "--length", "32", "--device", "cuda",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (alone.ranks, json.loads(done.stdout)["ranks"]) == (1, 2)
+    one, two = masks(tmp_path / "one"), masks(tmp_path / "two")
+    same = sum(int((mask == two[name]).sum()) for name, mask in one.items())
+    assert same / sum(mask.numel() for mask in one.values()) >= 0.999
 
 
 def test_perplexity_agrees_with_the_cpu(tmp_path: Path) -> None:

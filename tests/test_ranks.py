@@ -273,10 +273,18 @@ def test_channels_change_places_alike_on_all_ranks(models: dict[str, Path], text
             assert theirs["relative_error"] == pytest.approx(mine["relative_error"], rel=0.01)
 
 
-def test_torchrun(models: dict[str, Path], text: str, tmp_path: Path) -> None:
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"],
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+                   "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers(launcher: str, models: dict[str, Path], text: str, tmp_path: Path) -> None:
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone",
-        "-m", "llmprune", "prune", str(models["llama"]), "-o", str(tmp_path / "out"), "--sparsity", "2:4",
+        sys.executable, "-m", *LAUNCHERS[launcher], "-m", "llmprune",
+        "prune", str(models["llama"]), "-o", str(tmp_path / "out"), "--sparsity", "2:4",
         "--calibration", text, "--samples", "8", "--length", "64", "--device", "cpu", "--json",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
