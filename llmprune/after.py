@@ -71,11 +71,13 @@ def read_after(recipe: Recipe, methods: Mapping[str, Solver]) -> After:
                 raise UserError(
                     f"reconstruct: {name} runs in one process only: leave it out, or start without torchrun"
                 )
+    each = reconstructors if block is None else reconstructors[:-1]
     updating = next((name for name, solver in methods.items() if solver.updates), None)
-    if refiners and not reconstructors and updating is not None:
+    if refiners and not each and updating is not None:
+        last = "" if block is None else f",{reconstructors[-1][0]}"
         raise UserError(
             f"refine: {refiners[0][0]} chooses other weights to keep than {updating}, which fitted those that it kept "
-            "to its own mask: add a reconstruction (--reconstruct cg), or take a method that leaves the weights as "
-            "they are, such as wanda"
+            f"to its own mask: add a reconstruction of each linear (--reconstruct cg{last}), or take a method that "
+            "leaves the weights as they are, such as wanda"
         )
-    return After(refiners, reconstructors if block is None else reconstructors[:-1], block)
+    return After(refiners, each, block)

@@ -44,8 +44,9 @@ def test_the_whole_grid(method: str, sparsity: str, scope: str, model: Path, tmp
             "calibration": {"source": "builtin", "samples": 16, "length": 32},
         }
         out = tmp_path / f"{refiner}-{reconstructor}"
-        if refiner and not reconstructor and solvers.load(method).updates:
-            with pytest.raises(UserError, match="add a reconstruction"):
+        if refiner and reconstructor != "cg" and solvers.load(method).updates:
+            anew = f"cg,{reconstructor}" if reconstructor else "cg"
+            with pytest.raises(UserError, match=rf"add a reconstruction of each linear \(--reconstruct {anew}\)"):
                 llmprune.prune(model, out=out, recipe=recipe)
             assert not out.exists()
             continue

@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmprune import refine, solvers
+from llmprune import reconstruct, refine, solvers
+from llmprune.after import After, read_after
 from llmprune.errors import UserError
 from llmprune.patterns import parse
+from llmprune.recipe import Recipe
+from llmprune.solve import _followed
 from llmprune.stats import LinearStats
 from tests.test_solvers import collected, correlated, relative_error
 
@@ -198,3 +201,32 @@ def test_swaps_after_magnitude_beat_wanda() -> None:
     better = refine.load("swaps").refine(weight, first, stats, pattern)
     wanda = solvers.load("wanda").solve(weight, stats, pattern)
     assert relative_error(x, weight, weight * better) < relative_error(x, weight, wanda)
+
+
+@pytest.mark.parametrize("refiner", ["swaps", "dsnot"])
+@pytest.mark.parametrize("method", ["sparsegpt", "admm", "alps"])
+@pytest.mark.parametrize(("steps", "told"), [([], "--reconstruct cg)"), (["block"], "--reconstruct cg,block)")])
+def test_weights_that_were_fitted_to_another_mask_must_be_chosen_anew(
+    refiner: str, method: str, steps: list[str], told: str
+) -> None:
+    methods = {method: solvers.load(method)}
+    with pytest.raises(UserError) as caught:
+        read_after(Recipe.from_dict({"refine": [refiner], "reconstruct": steps}), methods)
+    assert told in str(caught.value)
+    read_after(Recipe.from_dict({"refine": [refiner], "reconstruct": ["cg", *steps]}), methods)
+    read_after(Recipe.from_dict({"refine": [refiner], "reconstruct": steps}), {"wanda": solvers.load("wanda")})
+
+
+@pytest.mark.parametrize("sparsity", ["50%", "2:4"])
+@pytest.mark.parametrize("method", ["sparsegpt", "admm", "alps"])
+def test_each_row_has_the_better_of_what_the_method_made_and_the_refined_mask(method: str, sparsity: str) -> None:
+    weight, x = torch.randn(48, 64), correlated(400, 64)
+    pattern, stats, swaps, cg = parse(sparsity), collected(x), refine.load("swaps"), reconstruct.load("cg")
+    after = After((("swaps", swaps),), (("cg", cg),))
+    first, between, last = (one.clone() for one in _followed(weight, stats, pattern, solvers.load(method), after))
+    keep = swaps.refine(weight, first != 0, stats, pattern)
+    anew = cg.reconstruct(weight, between, keep, stats)
+    worse = stats.row_losses(weight, anew) > stats.row_losses(weight, first)
+    assert torch.equal(last, torch.where(worse[:, None], first, anew))
+    assert bool(((last != 0) != (first != 0)).any())
+    assert float(stats.row_losses(weight, last).sum()) < float(stats.row_losses(weight, first).sum())
