@@ -87,6 +87,46 @@ def test_swaps_lower_the_error_of_every_row_and_keep_the_pattern(
     assert sum(losses[-1]) < 0.9 * sum(losses[0])
 
 
+def gains(weight: Tensor, keep: Tensor, x: Tensor) -> Tensor:
+    """(rows,) by how much the best of all swaps lowers the error of each row, in float64."""
+    gram, found = x.double().T @ x.double(), []
+    for row, kept in zip(weight.double(), keep, strict=True):
+        lost = row * ~kept
+        outs, backs = kept.nonzero(), (~kept).nonzero()[:, 0]
+        tried = lost.repeat(len(outs), len(backs), 1)
+        tried.scatter_(2, outs[:, None].expand(-1, len(backs), 1), row[outs][:, None].expand(-1, len(backs), 1))
+        tried.scatter_(2, backs[None, :, None].expand(len(outs), -1, 1), 0.0)
+        found.append(lost @ gram @ lost - ((tried @ gram) * tried).sum(2).min())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("sparsity", ["50%", "75%", "20%"])
+@pytest.mark.parametrize("chosen", [{}, {"candidates": 3}, {"candidates": 200}, {"candidates": None}])
+def test_no_pair_of_any_row_is_left_that_helps(
+    sparsity: str, chosen: dict[str, int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, x = torch.randn(12, 128), correlated(600, 128)
+    pattern, stats = parse(sparsity, "row"), collected(x)
+    first = solvers.load("wanda").solve(weight, stats, pattern) != 0
+    monkeypatch.setattr("llmprune.refine.swaps.AT_ONCE", 128 * 100)  # all pairs of a row are looked at in parts
+    keep = refine.load({"name": "swaps", "steps": 10**6, **chosen}).refine(weight, first, stats, pattern)
+    least = 2e-6 * torch.tensor(error(weight, first, x))
+    assert bool((gains(weight, first, x) > least).all())
+    assert bool((gains(weight, keep, x) <= least).all())
+
+
+@pytest.mark.parametrize("candidates", [4, 32, None])
+def test_no_row_has_more_swaps_than_steps(candidates: int | None) -> None:
+    weight, x = torch.randn(24, 128), correlated(600, 128)
+    pattern, stats = parse("50%"), collected(x)
+    keep = solvers.load("magnitude").solve(weight, stats, pattern) != 0
+    for steps in (1, 3, 9):
+        better = refine.load({"name": "swaps", "steps": steps, "candidates": candidates}).refine(
+            weight, keep, stats, pattern
+        )
+        assert (better & ~keep).sum(1).max() == steps
+
+
 def test_swaps_of_many_rows_are_those_of_each_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = torch.randn(40, 32), correlated(200, 32)
     pattern, stats = parse("50%"), collected(x)
