@@ -398,7 +398,7 @@ def build(cls: type[T], values: Any, where: str) -> T:
         where: what it is, for messages.
 
     Raises:
-        UserError: an unknown or a missing key, or a value of the wrong kind.
+        UserError: an unknown or a missing key, a value of the wrong kind, or a number that is not finite.
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{where} must be a mapping of keys to values, not {values!r}")
@@ -408,12 +408,21 @@ def build(cls: type[T], values: Any, where: str) -> T:
     for key, value in values.items():
         if key not in known:
             raise unknown(f"{where} key", str(key), known)
-        made[key] = _convert(hints[key], value, key if where == "recipe" else f"{where}.{key}")
+        made[key] = _convert(hints[key], value, _key(where, key))
     try:
-        return cls(**made)
+        found = cls(**made)
     except TypeError:
         missing = [name for name in known if name not in made]
         raise UserError(f"{where} lacks a key: {', '.join(missing[:1])}") from None
+    for key, value in made.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{_key(where, key)} must be a finite number, not {value}")
+    return found
+
+
+def _key(where: str, key: str) -> str:
+    """The whole name of a key, for messages."""
+    return key if where == "recipe" else f"{where}.{key}"
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from llmprune import allocate, reconstruct, refine, solvers
 from llmprune.cli.options import add_recipe, recipe_options
 from llmprune.errors import UserError
 from llmprune.recipe import (
@@ -582,3 +583,29 @@ def test_what_has_no_effect_is_told(options: dict[str, Any], message: str) -> No
 )
 def test_what_has_an_effect_is_not(options: dict[str, Any]) -> None:
     check_said(assemble(None, options).settled(), options)
+
+
+@pytest.mark.parametrize(
+    ("load", "name", "option", "value"),
+    [
+        (refine.load, "dsnot", "threshold", ".inf"),
+        (refine.load, "dsnot", "power", ".nan"),
+        (refine.load, "dsnot", "power", "-.inf"),
+        (reconstruct.load, "block", "rate", ".inf"),
+        (solvers.load, "ria", "exponent", ".inf"),
+        (solvers.load, "admm", "rho", ".inf"),
+        (solvers.load, "alps", "rho", ".inf"),
+        (allocate.load, "owl", "multiple", ".inf"),
+    ],
+)
+def test_options_that_are_not_finite_are_refused_by_name(load: Any, name: str, option: str, value: str) -> None:
+    with pytest.raises(UserError, match=rf"{name}\.{option} must be a finite number, not -?(inf|nan)"):
+        load({"name": name, option: read_value(value)})
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+def test_recipe_keys_that_are_not_finite_are_refused_by_name(value: str) -> None:
+    number = read_value(value)
+    assert f"sparsity must be a finite number, not {number}" in refused({"sparsity": number})
+    assert "rules[0].sparsity must be a finite number" in refused({"rules": [{"match": "*", "sparsity": number}]})
+    assert "evaluate.max_perplexity must be" in refused({"evaluate": {"max_perplexity": number}})
