@@ -88,6 +88,10 @@ def test_cg_after_any_method(method: str, sparsity: str) -> None:
     assert relative_error(x, weight, found) < 1.05 * relative_error(x, weight, optimum)
 
 
+def test_the_defaults_of_cg() -> None:
+    assert reconstruct.load("cg") == reconstruct.load({"name": "cg", "steps": 20, "damping": 0.01})
+
+
 def test_rows_can_be_solved_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = torch.randn(20, 32), correlated(300, 32)
     stats, keep, cg = collected(x), torch.rand(20, 32) < 0.5, reconstruct.load("cg")

@@ -184,6 +184,10 @@ def test_dsnot_is_that_of_the_paper(sparsity: str, scope: str, cycles: int, thre
     assert pattern.holds(weight * better)
 
 
+def test_the_defaults_of_dsnot_are_published_ones() -> None:
+    assert refine.load("dsnot") == refine.load({"name": "dsnot", "cycles": 50, "threshold": 0.1, "power": 1.0})
+
+
 def test_dsnot_brings_the_mean_of_the_output_back() -> None:
     weight, x = torch.randn(64, 64), correlated(400, 64) + 2 * torch.randn(64)
     pattern, stats = parse("60%"), collected(x)

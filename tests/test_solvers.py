@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 
 import pytest
@@ -14,7 +14,8 @@ from torch import Tensor
 from llmprune import solvers
 from llmprune.errors import SingularGram, UserError
 from llmprune.patterns import SCOPES, keep_more, parse
-from llmprune.stats import LEVELS, LinearStats
+from llmprune.solvers import alps
+from llmprune.stats import LEVELS, LinearStats, damped_inverse
 from tests.test_stats import indefinite
 
 METHODS = ["magnitude", "wanda", "sparsegpt"]
@@ -388,6 +389,24 @@ def test_the_published_methods_are_there_with_their_published_defaults() -> None
     assert solvers.load("sparsegpt") == solvers.load({"name": "sparsegpt", "damping": 0.01, "block_size": 128})
 
 
+@pytest.mark.parametrize(
+    ("name", "scope", "options"),
+    [
+        ("ria", "matrix", {"exponent": 0.5}),
+        ("admm", "matrix", {"damping": 0.1, "rho": 1.0, "iterations": 20, "gradual": 15}),
+        ("alps", "matrix", {"damping": 0.01, "rho": 0.1, "iterations": 300, "steps": 10}),
+    ],
+)
+def test_the_defaults_of_the_others_are_published_ones(name: str, scope: str, options: dict[str, float]) -> None:
+    solver = solvers.load(name)
+    assert asdict(solver) == options  # type: ignore[call-overload]
+    assert solver.scope == scope
+
+
+def test_alps_raises_its_penalty_as_published() -> None:
+    assert (alps.CHECK, alps.STEPS, alps.LARGEST) == (3, ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1)), 1e6)
+
+
 def test_load_leaves_the_mapping_as_it_was() -> None:
     asked = {"name": "sparsegpt", "damping": 0.05}
     assert solvers.load(asked).damping == 0.05  # type: ignore[attr-defined]
@@ -584,6 +603,24 @@ def test_alps_finds_the_support_of_the_paper_and_its_optimum(sparsity: str | flo
         places = found.nonzero()[:, 0]
         best = torch.linalg.solve(gram[places][:, places], gram[places] @ row)
         torch.testing.assert_close(found[places], best, rtol=1e-2, atol=1e-2)
+
+
+def test_alps_begins_anew_where_its_support_never_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With so large a penalty at first nothing moves; each time it begins anew it is a fifth of that."""
+    weight, x = torch.randn(16, 32), correlated(200, 32)
+    penalties: list[float] = []
+
+    def seen(gram: Tensor, damping: float) -> Tensor:
+        penalties.append(damping)
+        return damped_inverse(gram, damping)
+
+    monkeypatch.setattr(alps, "damped_inverse", seen)
+    found = solve("alps", weight, x, 0.5, rho=1e5)
+    assert penalties == pytest.approx([1e5, 2e4, 4e3, 800, 160])
+    assert torch.equal(found != 0, solve("wanda", weight, x, 0.5) != 0)  # with which it begins
+    moved = solve("alps", weight, x, 0.5, rho=300)
+    assert not torch.equal(moved != 0, found != 0)
+    assert penalties[5:7] == pytest.approx([300, 60])
 
 
 @pytest.mark.parametrize(("sparsity", "scope"), [(0.5, "matrix"), (0.7, "matrix"), ("2:4", "row"), ("4:8", "row")])
