@@ -24,10 +24,12 @@ from llmprune.errors import UserError
 from llmprune.model import writer
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.source import resolve
-from llmprune.model.writer import ALLOCATION, JOURNAL, REPORT
+from llmprune.model.writer import ALLOCATION, JOURNAL, PAGE, REPORT
 from llmprune.patterns import NM, Scope
 from llmprune.pipeline import plan
 from llmprune.recipe import Recipe
+from llmprune.report.card import make_card
+from llmprune.report.tables import summary
 from tests.families import make
 from tests.test_distributed import Ranks
 from tests.test_resume import digests, kill
@@ -432,6 +434,16 @@ def test_patterns_for_a_whole_model(model: Path, text: str, tmp_path: Path) -> N
     assert {record.pattern for record in report.pruned} == {"2:4"}
     assert {record.kept for record in report.linears} == {None, LEFT_DENSE}
     assert zeros / weights == pytest.approx(0.3, abs=0.01)
+    assert report.sparsity == pytest.approx(zeros / weights)
+    told = json.loads((tmp_path / "out" / REPORT).read_text())
+    assert told["sparsity"] == report.sparsity
+    card = make_card(told, [], "me/small", {}).text
+    share = f"{report.sparsity:.2%}"
+    assert f"{share} of the weights of the pruned linears and of those that the allocation left dense are zero" in card
+    rows = "".join(str(cell) for column in summary(report).columns for cell in column.cells)
+    assert f"{share} of pruned linears and those left dense, {report.model_sparsity:.2%} of all weights" in rows
+    page = (tmp_path / "out" / PAGE).read_text(encoding="utf-8")
+    assert f"of the weights in {len(report.linears)} linears are zero" in page
     assert llmprune.verify(tmp_path / "out").ok
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from llmprune import named, reconstruct, refine, solvers
-from llmprune.allocation import spanned
+from llmprune.allocation import LEFT_DENSE, spanned
 from llmprune.data import NAMED, SUFFIXES
 from llmprune.errors import LLMPruneError
 from llmprune.model.writer import ALLOCATION
@@ -261,7 +261,9 @@ def _less(report: Mapping[str, Any]) -> list[str]:
     if less := smaller(report):
         said.append(f"it has {less}, and {report['weights'] / report['dense_weights']:.2%} of the weights.")
     if report["sparsity"] or not said:
-        zeros = f"{report['sparsity']:.2%} of the weights of the pruned linears are zero"
+        left = any(linear.get("kept") == LEFT_DENSE for linear in report["linears"])
+        among = "the pruned linears and of those that the allocation left dense" if left else "the pruned linears"
+        zeros = f"{report['sparsity']:.2%} of the weights of {among} are zero"
         said.append(
             f"{zeros}, which is {report['model_sparsity']:.2%} of all{' that are left' if said else ''} weights."
         )

@@ -180,7 +180,8 @@ def verdict(results: Results) -> tuple[list[str], list[Row], list[str]]:
     pairs = _perplexities(results)
     pruned, dense = _models(results)
     parent = _parent(results)
-    count = f"{len(report.pruned):,} linear{'s' if len(report.pruned) != 1 else ''}"
+    covered = len(report.pruned) + len(report.left_dense)
+    count = f"{covered:,} linear{'s' if covered != 1 else ''}"
     sentences = []
     if report.smaller and report.dense_weights:
         left = _percent(report.weights / report.dense_weights)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import llmprune
+from llmprune.allocation import LEFT_DENSE
 from llmprune.parts import some_rows
 
 T = TypeVar("T")
@@ -297,6 +298,11 @@ class Report:
         return [record for record in self.linears if record.kept is None]
 
     @property
+    def left_dense(self) -> list[LinearRecord]:
+        """The linears that share the sparsity, and that the allocation left dense."""
+        return [record for record in self.linears if record.kept == LEFT_DENSE]
+
+    @property
     def solved(self) -> list[LinearRecord]:
         """The linears that a method has worked on: those that were pruned, and those that have fewer inputs."""
         return [record for record in self.linears if record.method is not None]
@@ -325,8 +331,9 @@ class Report:
 
     @property
     def sparsity(self) -> float:
-        """The fraction of zeros over the pruned linears."""
-        return _mean_sparsity(self.pruned, sum(_numel(record) for record in self.pruned))
+        """The fraction of zeros over the pruned linears and those that the allocation left dense."""
+        covered = [*self.pruned, *self.left_dense]
+        return _mean_sparsity(covered, sum(map(_numel, covered)))
 
     @property
     def model_sparsity(self) -> float:

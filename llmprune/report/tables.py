@@ -193,7 +193,8 @@ def summary(report: Report) -> Table:
         weights = f"{report.weights:,} weights of {report.dense_weights:,}"
         table.add_row("blocks" if report.shortened else "widths", f"{report.smaller}: {weights}")
     if report.pruned or not report.smaller:
-        table.add_row("zeros", f"{report.sparsity:.2%} of pruned linears, {report.model_sparsity:.2%} of all weights")
+        among = "pruned linears and those left dense" if report.left_dense else "pruned linears"
+        table.add_row("zeros", f"{report.sparsity:.2%} of {among}, {report.model_sparsity:.2%} of all weights")
     if report.origin is not None:
         table.add_row("source", report.origin)
     if report.earlier:
