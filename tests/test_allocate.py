@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -530,15 +531,19 @@ def test_a_cap_changes_nothing(model: Path, text: str, tmp_path: Path, monkeypat
 
 def victim(model: str, out: str, text: str, lines: int) -> None:
     torch.set_num_threads(2)
-    append, left = writer.Writer._append, [lines]
+    left = [lines]
 
-    def then_kill(self: writer.Writer, line: dict[str, Any]) -> None:
-        append(self, line)
-        left[0] -= 1
-        if left[0] == 0:
-            kill()
+    def then_kill(write: Callable[[writer.Writer, Any], None]) -> Any:
+        def writing(self: writer.Writer, line: Any) -> None:
+            write(self, line)
+            left[0] -= 1
+            if left[0] == 0:
+                kill()
 
-    writer.Writer._append = then_kill  # type: ignore[method-assign]
+        return writing
+
+    writer.Writer.begin = then_kill(writer.Writer.begin)  # type: ignore[method-assign]
+    writer.Writer._append = then_kill(writer.Writer._append)  # type: ignore[method-assign]
     llmprune.prune(model, out=out, calibration=text, sparsity=0.6, allocation="owl", **SETTINGS)
 
 
