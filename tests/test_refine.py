@@ -87,7 +87,7 @@ def test_swaps_lower_the_error_of_every_row_and_keep_the_pattern(
     assert sum(losses[-1]) < 0.9 * sum(losses[0])
 
 
-def gains(weight: Tensor, keep: Tensor, x: Tensor) -> Tensor:
+def gains(weight: Tensor, keep: Tensor, x: Tensor, group: int = 1) -> Tensor:
     """(rows,) by how much the best of all swaps lowers the error of each row, in float64."""
     gram, found = x.double().T @ x.double(), []
     for row, kept in zip(weight.double(), keep, strict=True):
@@ -96,7 +96,10 @@ def gains(weight: Tensor, keep: Tensor, x: Tensor) -> Tensor:
         tried = lost.repeat(len(outs), len(backs), 1)
         tried.scatter_(2, outs[:, None].expand(-1, len(backs), 1), row[outs][:, None].expand(-1, len(backs), 1))
         tried.scatter_(2, backs[None, :, None].expand(len(outs), -1, 1), 0.0)
-        found.append(lost @ gram @ lost - ((tried @ gram) * tried).sum(2).min())
+        losses = ((tried @ gram) * tried).sum(2)
+        if group > 1:
+            losses.masked_fill_(outs // group != backs // group, torch.inf)
+        found.append(lost @ gram @ lost - losses.min())
     return torch.stack(found)
 
 
@@ -113,6 +116,21 @@ def test_no_pair_of_any_row_is_left_that_helps(
     least = 2e-6 * torch.tensor(error(weight, first, x))
     assert bool((gains(weight, first, x) > least).all())
     assert bool((gains(weight, keep, x) <= least).all())
+
+
+@pytest.mark.parametrize(("sparsity", "scope"), PATTERNS)
+@pytest.mark.parametrize("method", solvers.names())
+def test_swaps_change_the_mask_of_a_row_where_there_is_something_to_gain(
+    method: str, sparsity: str, scope: str
+) -> None:
+    weight, x = torch.randn(16, 64), correlated(300, 64)
+    pattern, stats = parse(sparsity, scope), collected(x)  # type: ignore[arg-type]
+    keep = solvers.load(method).solve(weight, stats, pattern) != 0
+    better = refine.load("swaps").refine(weight, keep, stats, pattern)
+    gain, lost = gains(weight, keep, x, pattern.group), torch.tensor(error(weight, keep, x))
+    sure = (gain > 1e-5 * lost) | (gain < 0)
+    assert torch.equal((better != keep).any(1)[sure], (gain > 0)[sure])
+    assert bool((gain > 1e-5 * lost).any())
 
 
 @pytest.mark.parametrize("candidates", [4, 32, None])
@@ -198,6 +216,18 @@ def test_dsnot_brings_the_mean_of_the_output_back() -> None:
         return float((x @ (weight * ~mask).T).mean(0).abs().mean())
 
     assert away(better) < 0.5 * away(keep)
+
+
+@pytest.mark.parametrize(("sparsity", "scope"), PATTERNS)
+@pytest.mark.parametrize("method", solvers.names())
+def test_dsnot_changes_any_mask_and_brings_the_mean_nearer(method: str, sparsity: str, scope: str) -> None:
+    weight, x = torch.randn(32, 64), correlated(400, 64) + 2 * torch.randn(64)
+    pattern, stats = parse(sparsity, scope), collected(x)  # type: ignore[arg-type]
+    keep = solvers.load(method).solve(weight, stats, pattern) != 0
+    better = refine.load("dsnot").refine(weight, keep, stats, pattern)
+    before, after = (float((x @ (weight * ~mask).T).mean(0).abs().sum()) for mask in (keep, better))
+    assert bool((better != keep).any())
+    assert after < before
 
 
 @pytest.mark.parametrize("name", ["swaps", "dsnot"])
