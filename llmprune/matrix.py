@@ -15,6 +15,12 @@ HALVES = (torch.bfloat16, torch.float16)
 _WIDTHS = (256, 64)
 """Rows that are eliminated at a time, by products; within these so many; and the last ones one by one."""
 
+_TILE = 1024
+"""Rows of a product at a time."""
+
+_SWAPPED = 2**18
+"""Elements that change places at a time."""
+
 
 def has_onednn() -> bool:
     """Whether this build of torch has oneDNN."""
@@ -60,6 +66,19 @@ def inverse(matrix: Tensor) -> Tensor | None:
     return torch.cholesky_inverse(matrix.mT).mT if _cholesky(matrix) else None
 
 
+def reverse(matrix: Tensor) -> Tensor:
+    """JAJ: rows and columns in the reverse order, in the place of an (n, n) A that is contiguous, or was turned."""
+    flat = (matrix if matrix.is_contiguous() else matrix.mT).view(-1)
+    half = len(flat) // 2
+    for start in range(0, half, _SWAPPED):
+        end = min(start + _SWAPPED, half)
+        head, tail = flat[start:end], flat[len(flat) - end : len(flat) - start]
+        before = head.flip(0)
+        head.copy_(tail.flip(0))
+        tail.copy_(before)
+    return matrix
+
+
 def _here(matrix: Tensor) -> bool:
     return matrix.device.type == "cpu"
 
@@ -88,25 +107,29 @@ def _eliminate(matrix: Tensor, widths: tuple[int, ...], *, invert: bool) -> bool
     size, width = len(matrix), widths[0]
     for start in range(0, size, width):
         end = min(start + width, size)
-        corner = matrix[start:end, start:end]
+        corner, under = matrix[start:end, start:end], matrix[end:, start:end]
         if not _eliminate(corner, widths[1:], invert=True):
             return False
         own = corner.tril()
-        below = product(matrix[end:, start:end].contiguous(), own) if end < size else None  # of L
-        if below is not None:
-            for left in range(end, size, width):
-                part = below[left - end :]
-                matrix[left:, left : left + width] -= product(part, part[:width])
+        below = torch.zeros_like(under, memory_format=torch.contiguous_format)  # of L
+        _add(below, under.contiguous(), own)
+        for left in range(end, size, width):
+            part = below[left - end :]
+            _add(matrix[left:, left : left + width], part, part[:width], -1)
         if invert:
             for left in range(0, start, width):
                 before = matrix[start:end, left : left + width]
                 before.copy_(product(own, before.T.contiguous()))
-                if below is not None:
-                    matrix[end:, left : left + width] -= product(below, before.T.contiguous())
+                _add(matrix[end:, left : left + width], below, before.T.contiguous(), -1)
             corner.copy_(own)
-            if below is not None:
-                matrix[end:, start:end] = product(below, own.T.contiguous()).neg_()
+            _add(under.zero_(), below, own.T.contiguous(), -1)
     return True
+
+
+def _add(to: Tensor, a: Tensor, b: Tensor, sign: int = 1) -> None:
+    """Add or subtract a @ b.T, in tiles of few shapes: oneDNN keeps the code that it makes for each shape."""
+    for rows, some in zip(torch.split(to, _TILE), torch.split(a, _TILE), strict=True):
+        rows.add_(product(some, b), alpha=sign)
 
 
 def _one_by_one(matrix: Tensor) -> bool:
@@ -136,7 +159,7 @@ def _square(lower: Tensor) -> Tensor:
         rows.zero_()
         for left in range(0, end, width):
             part = columns[left:]
-            lower[left:end, left : left + width] += product(part, part[:width])
+            _add(lower[left:end, left : left + width], part, part[:width])
     for start in range(0, size, width):
         end = min(start + width, size)
         corner = lower[start:end, start:end].tril()

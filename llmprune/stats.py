@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmprune import distributed
 from llmprune.errors import SingularGram
-from llmprune.matrix import HALVES, inverse, inverse_factor, is_definite, product
+from llmprune.matrix import HALVES, inverse, inverse_factor, is_definite, product, reverse
 from llmprune.parts import by_rows, not_finite
 
 Needs = Literal["nothing", "norms", "gram"]
@@ -353,8 +353,8 @@ def _inverse_upper(stats: LinearStats, damping: float, dtype: torch.dtype) -> Te
     """See `LinearStats.inverse_factor`; None when the damped Gram is not positive definite.
 
     With J the reversal of order, JAJ = LLᵀ gives A = RRᵀ for the upper triangular R = JLJ, hence A⁻¹ = R⁻ᵀR⁻¹ and
-    U = R⁻¹ = JL⁻¹J: one factorisation and one triangular inverse, each in place. Besides the Gram, two matrices of its
-    size are held at a time.
+    U = R⁻¹ = JL⁻¹J: one factorisation and one triangular inverse. Besides the Gram, one matrix of its size is held on a
+    CPU, and two at a time elsewhere.
 
     Args:
         dtype: what is computed in; the result is float32.
@@ -366,8 +366,7 @@ def _inverse_upper(stats: LinearStats, damping: float, dtype: torch.dtype) -> Te
     del gram
     if found is None:
         return None
-    upper = found.flip(0, 1)
-    del found
+    upper = reverse(found)
     return None if not_finite(upper) else upper.div_(scale**0.5).float()
 
 

@@ -14,6 +14,9 @@ from contextlib import contextmanager
 
 EXIT_CODE = 128 + signal.SIGTERM
 
+_ENOUGH = 0
+"""The number of no signal."""
+
 
 @contextmanager
 def telling(onward: Callable[[], str]) -> Iterator[None]:
@@ -31,13 +34,16 @@ def telling(onward: Callable[[], str]) -> Iterator[None]:
     os.set_blocking(told, False)
     signal.set_wakeup_fd(told, warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, lambda *_: None)  # without a handler of Python's no byte is written for it
-    threading.Thread(target=_listen, args=(heard, onward), daemon=True).start()
+    listener = threading.Thread(target=_listen, args=(heard, onward), daemon=True)
+    listener.start()
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.set_wakeup_fd(-1)
-        os.close(told)  # which ends the thread
+        os.write(told, bytes([_ENOUGH]))
+        listener.join()  # no thread is to be left that Python would end in the middle of something as it ends itself
+        os.close(told)
 
 
 def _looked_after() -> bool:
@@ -50,8 +56,10 @@ def _looked_after() -> bool:
 
 
 def _listen(heard: int, onward: Callable[[], str]) -> None:
-    """Wait for SIGTERM, or for the end of what is listened to."""
-    while numbers := os.read(heard, 64):
+    """Wait for SIGTERM, or for a word that it is enough."""
+    numbers = b""
+    while _ENOUGH not in numbers:
+        numbers = os.read(heard, 64)
         if signal.SIGTERM in numbers:
             try:
                 os.write(2, f"llmprune: {onward()}\n".encode())  # not through sys.stderr, which another may hold

@@ -50,6 +50,15 @@ def test_a_factor_and_inverses_are_those_of_lapack(size: int, dtype: torch.dtype
     assert is_definite(gram.clone())
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 40])
+def test_rows_and_columns_in_reverse(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = torch.randn(size, size)
+    for at_once in (1, 7, 2**20):
+        monkeypatch.setattr(matrix, "_SWAPPED", at_once)
+        assert torch.equal(matrix.reverse(given.clone()), given.flip(0, 1))
+        assert torch.equal(matrix.reverse(given.T.clone().T), given.flip(0, 1))
+
+
 @pytest.mark.usefixtures("elsewhere")
 def test_other_devices_use_their_own() -> None:
     test_a_factor_and_inverses_are_those_of_lapack(300, torch.float32)
