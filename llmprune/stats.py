@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from llmprune import distributed
+from llmprune import distributed, memory
 from llmprune.errors import SingularGram
 from llmprune.matrix import HALVES, inverse, inverse_factor, is_definite, product, reverse
 from llmprune.parts import by_rows, not_finite
@@ -28,6 +28,9 @@ _CACHED = 2**18
 """Inputs that a CPU turns into float32 at a time, few enough to stay in its caches until they are summed up."""
 
 _TARGET_DAMPING = 0.01
+
+_WIDE = 4096
+"""Inputs from which on memory is given back after a Gram was factorised, which takes milliseconds."""
 
 
 class LinearStats:
@@ -193,6 +196,8 @@ class LinearStats:
             for relative in tried:
                 found = factorise(self, relative, dtype, *further)
                 if found is not None:
+                    if self.features >= _WIDE:
+                        memory.give_back()  # what was held besides while it was factorised
                     self.damping = relative
                     self._factor = (asked, found)
                     return found
