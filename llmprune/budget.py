@@ -325,10 +325,9 @@ class Needs:
         sizes = [batch]
         while sizes[-1] > 1 and (had.capped or self._apart):  # else the batches stay as they are
             sizes.append(sizes[-1] // 2)
-        made = None if before is None else self._fastest([before], had)
-        made = self._fastest(sizes, had) if made is None else made
-        if made is not None:
-            return made
+        for tried in ([before], sizes) if before is not None else (sizes,):
+            if (made := self._fastest(tried, had)) is not None:
+                return made
         *_, leanest = self._options(sizes[-1:])
         least = self._packed(leanest, None)
         error = UserError(_too_small(least, had))

@@ -11,6 +11,9 @@ from pathlib import Path
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
+MUCH = 2**26
+"""Bytes that are worth the milliseconds of giving them back."""
+
 _C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 

@@ -373,7 +373,7 @@ def draw_page(report: Report, source: Source) -> None:
     try:
         from llmprune.report.page import draw  # plotly takes memory that the blocks may need
 
-        draw(report.out, source=source, trust_remote_code=source.trusted)
+        draw(report.out, source=source, shards=report.shards, trust_remote_code=source.trusted)
         report.page_problem = None
     except (Exception, KeyboardInterrupt) as error:
         reason = next(iter(str(error).strip().splitlines()), "no reason given")

@@ -26,9 +26,6 @@ from llmprune.structured.knowing import Knowing
 
 Losses = tuple[float, float]
 
-_MUCH = 2**26
-"""Bytes that are worth the milliseconds of giving them back."""
-
 
 def solve_stage(
     checkpoint: Checkpoint,
@@ -61,7 +58,7 @@ def solve_stage(
                     found.setdefault(name, []).append(result)
                 freed += 4 * entry.features * (entry.features + 4 * (task.rows[1] - task.rows[0]))
         del shared
-        if freed > _MUCH:
+        if freed > memory.MUCH:
             memory.give_back()
             freed = 0
     memory.give_back()

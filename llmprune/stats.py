@@ -29,9 +29,6 @@ _CACHED = 2**18
 
 _TARGET_DAMPING = 0.01
 
-_WIDE = 4096
-"""Inputs from which on memory is given back after a Gram was factorised, which takes milliseconds."""
-
 
 class LinearStats:
     """Sums over the calibration inputs X (tokens, in) of one linear, or of several that share their input.
@@ -196,7 +193,7 @@ class LinearStats:
             for relative in tried:
                 found = factorise(self, relative, dtype, *further)
                 if found is not None:
-                    if self.features >= _WIDE:
+                    if 4 * self.features**2 >= memory.MUCH:
                         memory.give_back()  # what was held besides while it was factorised
                     self.damping = relative
                     self._factor = (asked, found)

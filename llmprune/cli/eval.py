@@ -54,7 +54,7 @@ def run(chosen: argparse.Namespace) -> int:
 
             with tasks.calm():
                 options["manager"], _ = tasks.find(names, list(map(str, options["include_path"])))
-        told: dict[str, Any] = {"model": chosen.model, "shards": _shards(chosen, Bars())}
+        told: dict[str, Any] = {"model": chosen.model, **_weights(chosen, Bars())}
         raw: dict[str, Any] | None = None
         if text is not None:
             from llmprune.evaluate.perplexity import perplexity
@@ -92,20 +92,19 @@ def _check_stride(chosen: argparse.Namespace, text: str | None) -> None:
         raise UserError("both are measured on the same windows, which do not overlap: leave out --stride or --against")
 
 
-def _shards(chosen: argparse.Namespace, shown: Progress) -> dict[str, str]:
-    """The sha256 of the files that hold the model's weights, by name; that DENSE can be had is found out, too."""
+def _weights(chosen: argparse.Namespace, shown: Progress) -> dict[str, Any]:
+    """Of which weights the figures will be, where these are kept; that both models can be had is found out."""
     from llmprune import distributed
     from llmprune.model.index import hash_weights
     from llmprune.model.source import resolve
 
-    found = {}
     with distributed.first():
         for model in filter(None, (chosen.against, chosen.model)):
             source = resolve(model, chosen.dtype, trust_remote_code=chosen.trust_remote_code, progress=shown)
-        if distributed.is_first():
-            with shown.waiting(f"hashing the files of {chosen.model}"):
-                found = hash_weights(source.folder)
-    return distributed.share(found)
+    if not distributed.is_first() or (chosen.out is None and not chosen.json):
+        return {}
+    with shown.waiting(f"hashing the files of {chosen.model}"):
+        return {"shards": hash_weights(source.folder)}
 
 
 def show(scored: Any) -> None:
@@ -132,6 +131,7 @@ def make(folder: Path) -> None:
 def keep(folder: Path | None, told: Mapping[str, Any], raw: Mapping[str, Any] | None = None) -> None:
     """Write what was found so far, on the first rank; what is known of the same weights besides stays."""
     from llmprune import distributed
+    from llmprune.evaluate.pieces import writing
 
     if folder is None or not distributed.is_first():
         return
@@ -141,6 +141,5 @@ def keep(folder: Path | None, told: Mapping[str, Any], raw: Mapping[str, Any] | 
             told = {**known, **told}
     for name, found in ((FILE, told), ("lm_eval.json", raw)):
         if found is not None:
-            draft = folder / f".{name}"
-            draft.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-            draft.rename(folder / name)
+            with writing(folder / name, "") as draft:
+                draft.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

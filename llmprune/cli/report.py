@@ -51,7 +51,7 @@ def ask(chosen: argparse.Namespace) -> None:
     from llmprune.errors import UserError
     from llmprune.evaluate.generate import keep, side_by_side
     from llmprune.progress import Bars
-    from llmprune.report.results import find_dense, read_results
+    from llmprune.report.results import find_dense, read_run
 
     if not all(prompt.strip() for prompt in chosen.prompt):
         raise UserError("--prompt takes a text, and one is empty")
@@ -59,5 +59,5 @@ def ask(chosen: argparse.Namespace) -> None:
         raise UserError(f"--tokens takes a number of at least 1, not {chosen.tokens}")
     out = Path(chosen.folder).expanduser()
     trusted = chosen.trust_remote_code
-    dense = find_dense(read_results(out).report, trusted)
+    dense = find_dense(read_run(out), trusted)
     keep(out, side_by_side(out, dense, chosen.prompt, chosen.tokens, Bars(), trusted))

@@ -32,7 +32,7 @@ from llmprune.errors import UserError
 from llmprune.evaluate.compare import short_names
 from llmprune.evaluate.pieces import holding, write_json
 from llmprune.evaluate.worker import Load, Loaded, Took, Turn, working
-from llmprune.model.index import TensorInfo, hash_weights, read_index
+from llmprune.model.index import TensorInfo, hash_files, read_index
 from llmprune.model.skeleton import load_config, load_tokenizer, longest, pick_device
 from llmprune.model.source import Source, resolve
 from llmprune.progress import Progress, Silent
@@ -57,19 +57,22 @@ class Candidate:
         source: where it is.
         config: its own.
         index: the tensors in its files.
-        shards: the sha256 of these files, by name.
     """
 
     name: str
     source: Source
     config: Any
     index: dict[str, TensorInfo]
-    shards: dict[str, str]
+
+    @property
+    def files(self) -> set[Path]:
+        """Those that hold its weights."""
+        return {info.file for info in self.index.values()}
 
     @property
     def file_bytes(self) -> int:
-        """Of its safetensors files."""
-        return sum(file.stat().st_size for file in {info.file for info in self.index.values()})
+        """Of these files."""
+        return sum(file.stat().st_size for file in self.files)
 
     @property
     def vocabulary(self) -> int:
@@ -136,7 +139,8 @@ def speed(
     with contextlib.nullcontext() if folder is None else holding(folder):
         asked = [Load(one.source.folder, device, dtype, threads, trust_remote_code) for one in candidates]
         loaded, took = _run([one.name for one in candidates], asked, prompts, new_tokens, rounds, shown)
-        timed = [_timed(*each) for each in zip(candidates, loaded, took, strict=True)]
+        with shown.waiting("hashing the files of the models"):
+            timed = [_timed(*each) for each in zip(candidates, loaded, took, strict=True)]
         timed[0].dense = bool(models)
         notes += [f"{one.name}: {one.source.origin}" for one in candidates if one.source.origin]
         machine = loaded[0]
@@ -251,9 +255,7 @@ def _find(models: Sequence[str | Path], dtype: str, trusted: bool, shown: Progre
         config = load_config(source)
         if config.is_encoder_decoder:
             raise UserError(f"{name} is an encoder-decoder; only decoders are measured")
-        with shown.waiting(f"hashing the files of {name}"):
-            shards = hash_weights(source.folder)
-        found.append(Candidate(name, source, config, read_index(source.folder), shards))
+        found.append(Candidate(name, source, config, read_index(source.folder)))
     return found
 
 
@@ -341,7 +343,7 @@ def _timed(candidate: Candidate, loaded: Loaded, took: Sequence[Took]) -> Timed:
     return Timed(
         name=candidate.name,
         path=candidate.source.name,
-        shards=candidate.shards,
+        shards=hash_files(candidate.source.folder, candidate.files),
         dense=False,
         parameters=loaded.parameters,
         file_bytes=candidate.file_bytes,

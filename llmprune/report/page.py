@@ -94,7 +94,12 @@ class Plot:
 
 
 def draw(
-    out: str | Path, *, linears: Sequence[str] = (), source: Source | None = None, trust_remote_code: bool = False
+    out: str | Path,
+    *,
+    linears: Sequence[str] = (),
+    source: Source | None = None,
+    shards: dict[str, str] | None = None,
+    trust_remote_code: bool = False,
 ) -> Drawn:
     """Draw report.html for a folder that llmprune wrote.
 
@@ -102,6 +107,7 @@ def draw(
         out: the folder.
         linears: whose weights to show, globs or `re:` expressions; by default the worst of some kinds.
         source: the dense model; by default it is looked for on this machine.
+        shards: the sha256 of the files that hold the weights, by name, where they are known already.
         trust_remote_code: run code that comes with the model.
 
     Raises:
@@ -109,7 +115,7 @@ def draw(
         Failure: its files cannot be read or written.
     """
     folder = Path(out).expanduser().absolute()
-    results = read_results(folder)
+    results = read_results(folder, shards)
     report = results.report
     if source is None:
         source = find_dense(report, trust_remote_code)

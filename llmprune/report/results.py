@@ -79,18 +79,30 @@ class Results:
         return self.shards != self.report.shards
 
 
-def read_results(out: Path) -> Results:
+def read_results(out: Path, shards: dict[str, str] | None = None) -> Results:
     """Read what lies in a folder that llmprune wrote.
+
+    Args:
+        shards: see `Results`, where they are known already; else the files are read.
 
     Raises:
         UserError: it holds no report of llmprune, or a file in it cannot be read.
     """
+    report = read_run(out)
+    later = read_evaluated(out), read_comparison(out), read_generations(out), read_speed(out)
+    return Results(report, hash_weights(out) if shards is None else shards, *later)
+
+
+def read_run(out: Path) -> Report:
+    """The report of the run that wrote a folder.
+
+    Raises:
+        UserError: there is none of llmprune, or it cannot be read.
+    """
     if not (out / REPORT).is_file():
         unfinished = "; its run has not finished" if (out / JOURNAL).exists() else ""
         raise UserError(f"no {REPORT} in {out}: it was not written by llmprune{unfinished}")
-    report = _report(out, "it may be of another version of llmprune")
-    later = read_evaluated(out), read_comparison(out), read_generations(out), read_speed(out)
-    return Results(report, hash_weights(out), *later)
+    return _report(out, "it may be of another version of llmprune")
 
 
 def read_beginning(source: Source) -> Report | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from llmprune.matrix import product
 from llmprune.patterns import Columns, Pattern, Scope
 from llmprune.solvers import Buffers
-from llmprune.stats import LinearStats, Needs
+from llmprune.stats import LinearStats, Needs, damped_inverse
 
 _WORTH = 1e-4
 """An exchange is worth it from this part of the output energy of an average input on."""
@@ -168,5 +168,4 @@ def _costs(weight: Tensor, blocks: Tensor, units: Tensor) -> Tensor:
 def _fitted(gram: Tensor, target: Tensor, kept: Tensor) -> Tensor:
     """(out, kept) the best weights of the inputs that stay, by the Gram itself and not by updates."""
     rows = gram[kept]
-    lower = torch.linalg.cholesky(rows[:, kept])
-    return torch.cholesky_solve(product(target, rows).T, lower).T
+    return product(product(target, rows), damped_inverse(rows[:, kept], 0.0))
