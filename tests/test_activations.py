@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from llmprune.errors import Failure
-from llmprune.model.activations import Activations, Place
+from llmprune.model.activations import Activations, Place, apart
 
 PLACES: tuple[Place, ...] = ("host", "disk")
 
@@ -113,3 +114,16 @@ def test_without_posix_fallocate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     batches = [torch.randn(3, 5, 7), torch.randn(1024, 5, 7)]
     kept = held("disk", tmp_path, *batches)
     assert all(torch.equal(kept.read(number), batch) for number, batch in enumerate(batches))
+
+
+def test_a_token_that_is_lost_does_not_stand_for_all() -> None:
+    wanted = torch.tensor([[[3.0, 4.0], [0.0, 2.0], [1.0, 0.0], [0.0, 0.0], [5.0, 0.0]]])
+    found = torch.tensor([[[3.0, 3.0], [0.0, 2.0], [1.0, 300.0], [0.0, 0.0], [0.0, 0.0]]], requires_grad=True)
+    far = apart(found, wanted)
+    # One nearby, one as it should be, one with a massive activation, padding, and one of which nothing is left.
+    assert far.item() == pytest.approx((1 / 25 + 0 + (1 + math.log(300**2)) + 0 + 1) / 5)
+    far.backward()  # type: ignore[no-untyped-call]
+    assert found.grad is not None
+    assert torch.isfinite(found.grad).all()
+    assert found.grad[0, 2].tolist() == pytest.approx([0, 2 / 300 / 5])  # it is still drawn back
+    assert found.grad[0, 0].tolist() == pytest.approx([0, -2 / 25 / 5])

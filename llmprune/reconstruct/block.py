@@ -32,7 +32,8 @@ class Reconstructor:
 
     x are the hidden states that come out of the pruned blocks before this one, x₀ those of the dense model, so that
     what earlier blocks lost is made up for. Each token counts as much as any other, however large its states are: a
-    few with massive activations would else be nearly all there is from some block on. A step takes one batch of the
+    few with massive activations would else be nearly all there is from some block on. Nor does one that gets such
+    activations by mistake stand for all: beyond 1, a distance d counts as 1 + ln d. A step takes one batch of the
     calibration, about a thousand tokens; its size falls to nothing in a half cosine. A block for which what is
     minimised does not fall is left as it was.
 
@@ -92,7 +93,7 @@ class Reconstructor:
             following: the block that is looked ahead to; None where there is none.
 
         Returns:
-            The mean over all tokens of ‖f(x; Ŵ) − f(x₀; W)‖² / ‖f(x₀; W)‖², before and after.
+            The mean over all tokens of ‖f(x; Ŵ) − f(x₀; W)‖² / ‖f(x₀; W)‖², as `apart` takes it, before and after.
         """
         weights = _Weights(block, linears)
         distance = _Distance(weights, calls, given, wanted, following, self.ahead)

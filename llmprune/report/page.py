@@ -476,8 +476,9 @@ def _drift_plots(report: Report) -> list[Plot]:
         return []
     fitted = any(block.away is not None for block in report.blocks)
     caption = (
-        f"‖x − x₀‖² / ‖x₀‖², the mean over {'the' if fitted else 'some'} tokens of the calibration text, of the "
-        "states x that leave a pruned block and x₀ that leave it in the dense model: all that was lost up to there."
+        f"d = ‖x − x₀‖² / ‖x₀‖², the mean over {'the' if fitted else 'some'} tokens of the calibration text, of the "
+        "states x that leave a pruned block and x₀ that leave it in the dense model: all that was lost up to there. "
+        "Of a token that is further away than 1 it is 1 + ln d."
     )
     if report.kept_blocks is not None:
         caption += " Of a block in front of some that were taken out, x₀ is what leaves the last of these."

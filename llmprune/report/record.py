@@ -107,9 +107,10 @@ class BlockRecord:
             beside the next block.
         peak_memory: the most that the process had held when the block was solved, in bytes.
         peak_device_memory: the same for a GPU.
-        away_before, away: the mean over the calibration's tokens of ‖f(x; Ŵ) − f(x₀; W)‖² / ‖f(x₀; W)‖², of what the
-            pruned block returns behind the pruned blocks before it and the dense block behind the dense ones, before
-            and after its weights were fitted; None where blocks are not. A fit that looks ahead minimises more.
+        away_before, away: the mean over the calibration's tokens of ‖f(x; Ŵ) − f(x₀; W)‖² / ‖f(x₀; W)‖² (as
+            `activations.apart` takes it), of what the pruned block returns behind the pruned blocks before it and the
+            dense block behind the dense ones, before and after its weights were fitted; None where blocks are not. A
+            fit that looks ahead minimises more.
         drift: the same distance of the block as it was written, on the first batch of each rank; None where nothing
             was calibrated. Where hidden channels went, in those that are left, as for the two before.
         experts: where experts went, what became of each module of them.
