@@ -33,6 +33,7 @@ from llmprune.structured import depth, shorten
 from tests.families import FAMILIES, PARTS, VOCABULARY, make, tokenizer
 from tests.test_distributed import Ranks
 from tests.test_evolve import uneven
+from tests.test_fit import relative
 from tests.test_resume import digests
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -379,10 +380,6 @@ def states(folder: Path, ids: Tensor) -> list[Tensor]:
     return found
 
 
-def apart(found: Tensor, wanted: Tensor) -> float:
-    return float(((found - wanted).square().sum(-1) / wanted.square().sum(-1)).mean())
-
-
 def test_blocks_are_fitted_to_the_states_of_the_whole_model(model: Path, tmp_path: Path) -> None:
     gone = [1, 2, 5]
     llmprune.prune(model, out=tmp_path / "plain", depth={"drop": gone})
@@ -391,12 +388,12 @@ def test_blocks_are_fitted_to_the_states_of_the_whole_model(model: Path, tmp_pat
     _, ids = looking(model)
     dense, plain, fitted = (states(path, ids) for path in (model, tmp_path / "plain", tmp_path / "out"))
     for place, end in enumerate((3, 4, 6)):  # behind each block, and the gap that follows it
-        assert apart(fitted[place + 1], dense[end]) < apart(plain[place + 1], dense[end])
+        assert relative(fitted[place + 1], dense[end]) < relative(plain[place + 1], dense[end])
         record = report.blocks[place]
-        assert record.away == pytest.approx(apart(fitted[place + 1], dense[end]), rel=1e-3)
+        assert record.away == pytest.approx(relative(fitted[place + 1], dense[end]), rel=1e-3)
         assert record.away_before is not None
         assert record.away < record.away_before
-    assert report.blocks[0].away_before == pytest.approx(apart(plain[1], dense[3]), rel=1e-3)
+    assert report.blocks[0].away_before == pytest.approx(relative(plain[1], dense[3]), rel=1e-3)
     assert not report.pruned
     assert llmprune.verify(tmp_path / "out").ok
 
@@ -405,7 +402,7 @@ def test_a_gap_at_the_start_is_made_up_for_too(model: Path, tmp_path: Path) -> N
     report = llmprune.prune(model, out=tmp_path / "out", depth={"drop": [0, 1]}, **REPAIR)
     _, ids = looking(model)
     dense, fitted = states(model, ids), states(tmp_path / "out", ids)
-    assert report.blocks[0].away == pytest.approx(apart(fitted[1], dense[3]), rel=1e-3)
+    assert report.blocks[0].away == pytest.approx(relative(fitted[1], dense[3]), rel=1e-3)
 
 
 def test_blocks_in_front_of_all_gaps_stay_as_they_are(model: Path, tmp_path: Path) -> None:
