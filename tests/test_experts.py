@@ -21,9 +21,10 @@ from llmprune.model.source import resolve
 from llmprune.report.record import Report
 from llmprune.structured.experts import Seen, load
 from tests.families import VOCABULARY, make
-from tests.test_depth import apart, interrupted, logits, states
+from tests.test_depth import interrupted, logits, states
 from tests.test_depth import load as load_plain
 from tests.test_distributed import Ranks
+from tests.test_fit import relative
 from tests.test_report_page import Parsed
 from tests.test_resume import digests
 from tests.test_width import _stored, _tokens
@@ -207,7 +208,7 @@ def test_it_goes_with_channels_heads_and_a_fit(model: Path, tmp_path: Path) -> N
     assert {record.relative_error is not None for record in fitted.solved} == {True}
     assert llmprune.verify(tmp_path / "fitted").ok
     _, ids = _tokens(model)
-    far = apart(states(tmp_path / "fitted", ids)[1], states(model, ids)[1])
+    far = relative(states(tmp_path / "fitted", ids)[1], states(model, ids)[1])
     assert fitted.blocks[0].away == pytest.approx(far, rel=1e-2)
     assert fitted.blocks[0].away < fitted.blocks[0].away_before
 

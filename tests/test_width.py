@@ -28,9 +28,10 @@ from llmprune.structured import counts, width
 from llmprune.structured.width.osscar import Solver as Osscar
 from llmprune.structured.width.osscar import _Left
 from tests.families import FAMILIES, VOCABULARY, make
-from tests.test_depth import apart, interrupted, load, logits, states
+from tests.test_depth import interrupted, load, logits, states
 from tests.test_distributed import Ranks
 from tests.test_evolve import uneven
+from tests.test_fit import relative
 from tests.test_resume import digests
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -394,10 +395,12 @@ def test_what_stays_makes_up_for_what_went(model: Path, tmp_path: Path) -> None:
             assert other.relative_error < one.relative_error
     _, ids = _tokens(model)
     dense = states(model, ids)
-    far = [apart(states(tmp_path / name, ids)[-1], dense[-1]) for name in ("plain", "rebuilt", "out")]
+    far = [relative(states(tmp_path / name, ids)[-1], dense[-1]) for name in ("plain", "rebuilt", "out")]
     assert far[2] < far[1] < far[0]
     for place, record in enumerate(fitted.blocks):
-        assert record.away == pytest.approx(apart(states(tmp_path / "out", ids)[place + 1], dense[place + 1]), rel=1e-2)
+        assert record.away == pytest.approx(
+            relative(states(tmp_path / "out", ids)[place + 1], dense[place + 1]), rel=1e-2
+        )
         assert record.away < record.away_before
 
 

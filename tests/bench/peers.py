@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--wanda", metavar="CLONE")
     parser.add_argument("--sparsegpt", metavar="CLONE")
     parser.add_argument("--llmcompressor", metavar="PYTHON")
-    parser.add_argument("--results", type=Path, help="a file to which every run is added")
+    parser.add_argument("--results", type=Path, help="a file for what is done, with which the same command goes on")
     for name in ("--child", "--method", "--clone", "--tokens", "--out"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -181,7 +181,12 @@ def compare(chosen: argparse.Namespace) -> None:
     from llmprune.recipe import assemble
     from tests.bench.speed import table
 
+    asked = {name: str(getattr(chosen, name)) for name in ("model", "calibration", "samples", "length")}
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    if chosen.results and chosen.results.is_file():
+        for line in map(json.loads, chosen.results.read_text().splitlines()):
+            if line["asked"] == asked:
+                found.setdefault((line["tool"], line["method"]), []).append(line)
     with tempfile.TemporaryDirectory() as folder:
         options = {"calibration": chosen.calibration, "samples": int(chosen.samples), "length": int(chosen.length)}
         checkpoint, _ = pipeline.plan(chosen.model, look=False, **options)
@@ -193,20 +198,22 @@ def compare(chosen: argparse.Namespace) -> None:
             for method in chosen.methods:
                 tools = [OURS, *([AUTHORS] if getattr(chosen, method) else [])]
                 for tool in [*tools, *([COMPRESSOR] if chosen.llmcompressor else [])]:
+                    runs = found.setdefault((tool, method), [])
+                    if len(runs) > turn:
+                        continue
                     with tempfile.TemporaryDirectory() as place:
                         out = f"{place}/out"
-                        told = once(chosen, tool, method, source, tokens, out)
+                        told = {"tool": tool, "method": method, **once(chosen, tool, method, source, tokens, out)}
                         if turn == 0 and chosen.text:
                             for file in checkpoint.source.folder.glob("token*"):
                                 (Path(out) / file.name).write_bytes(file.read_bytes())
                             measured = llmprune.perplexity(out, chosen.text, length=int(chosen.length), device="cpu")
                             told["perplexity"] = measured.value
-                    found.setdefault((tool, method), []).append(told)
-                    line = {"round": turn, "tool": tool, "method": method, **told}
-                    print(line, file=sys.stderr, flush=True)
+                    runs.append(told)
+                    print(told, file=sys.stderr, flush=True)
                     if chosen.results:
                         with chosen.results.open("a") as file:
-                            file.write(json.dumps(line) + "\n")
+                            file.write(json.dumps({"asked": asked, **told}) + "\n")
 
     def cell(runs: list[dict[str, Any]]) -> str:
         seconds, held = (statistics.median(run[name] for run in runs) for name in ("seconds", "peak"))
