@@ -152,7 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?")
     parser.add_argument("--calibration")
-    parser.add_argument("--text", help="measure the perplexity of the first round's results on it")
+    parser.add_argument("--text", help="measure the perplexity of one result of each on it")
     parser.add_argument("--samples", default="32")
     parser.add_argument("--length", default="1024")
     parser.add_argument("--rounds", type=int, default=3)
@@ -204,7 +204,7 @@ def compare(chosen: argparse.Namespace) -> None:
                     with tempfile.TemporaryDirectory() as place:
                         out = f"{place}/out"
                         told = {"tool": tool, "method": method, **once(chosen, tool, method, source, tokens, out)}
-                        if turn == 0 and chosen.text:
+                        if chosen.text and not any("perplexity" in run for run in runs):
                             for file in checkpoint.source.folder.glob("token*"):
                                 (Path(out) / file.name).write_bytes(file.read_bytes())
                             measured = llmprune.perplexity(out, chosen.text, length=int(chosen.length), device="cpu")
@@ -217,8 +217,8 @@ def compare(chosen: argparse.Namespace) -> None:
 
     def cell(runs: list[dict[str, Any]]) -> str:
         seconds, held = (statistics.median(run[name] for run in runs) for name in ("seconds", "peak"))
-        lost = f", perplexity {runs[0]['perplexity']:.2f}" if "perplexity" in runs[0] else ""
-        return f"{seconds:.0f} s, {held / 2**30:.2f} GiB{lost}"
+        lost = [f", perplexity {run['perplexity']:.2f}" for run in runs if "perplexity" in run]
+        return f"{seconds:.0f} s, {held / 2**30:.2f} GiB{''.join(lost[:1])}"
 
     rows = [
         (tool, *(cell(found[tool, m]) if (tool, m) in found else "" for m in chosen.methods))
