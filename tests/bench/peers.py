@@ -13,8 +13,9 @@ process, of which `import torch, transformers` takes what the first line says.
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -29,16 +30,12 @@ OURS, AUTHORS, COMPRESSOR, IDLE = "llmprune", "the authors' code", "llm-compress
 SPARSITY = 0.5
 
 
-def peak() -> int:
-    """The most resident memory of this process, in bytes; the same for every tool."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
-
-
 def child(chosen: argparse.Namespace) -> dict[str, Any]:
     """What a process of its own does: prune with one tool, save, and tell what it took."""
     import torch
     import transformers
+
+    from llmprune.memory import peak
 
     if chosen.child == IDLE:
         return {"peak": peak()}
@@ -127,7 +124,8 @@ def compressed(chosen: argparse.Namespace, tokens: Any) -> tuple[Any, float]:
 
 def start(python: str, *arguments: str) -> dict[str, Any]:
     """Run this file in a process of its own; what it tells stands in its last line."""
-    done = subprocess.run([python, __file__, *arguments], capture_output=True, text=True, check=False)
+    known = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}  # the other environment has no llmprune
+    done = subprocess.run([python, __file__, *arguments], capture_output=True, text=True, check=False, env=known)
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)}:\n{done.stderr[-3000:]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

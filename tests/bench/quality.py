@@ -39,12 +39,7 @@ def measure(point: dict[str, Any], jobs: int) -> dict[str, Any]:
     from llmprune.cli.options import add_recipe, recipe_options
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
-    found: dict[str, Any] = {
-        "point": point,
-        "jobs": jobs,
-        "when": time.strftime("%Y-%m-%d %H:%M"),
-        "torch": torch.__version__,
-    }
+    found: dict[str, Any] = {"point": point, "jobs": jobs, "when": time.strftime("%Y-%m-%d %H:%M")}
     where = {"device": point["device"], "dtype": point["dtype"]}
     with tempfile.TemporaryDirectory() as folder:
         model: str = point["model"]
