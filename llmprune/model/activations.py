@@ -118,7 +118,7 @@ def apart(found: Tensor, wanted: Tensor) -> Tensor:
     """How far states are from those that are wanted, the mean over tokens of d = ‖x − x₀‖² / ‖x₀‖²: a scalar.
 
     Beyond 1, where nothing is left of a token, 1 + ln d stands for d. Here and there one gets a massive activation that
-    it has not in the dense model, and lies hundreds of times its own size away: it would stand for all the others.
+    it has not in the dense model, and a d of hundreds: it would stand for all the others.
 
     Args:
         found, wanted: x and x₀, (sequences, length, hidden).
