@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from huggingface_hub import HfApi, ModelCard
@@ -17,6 +19,7 @@ from llmprune.model.source import CARRIED
 from llmprune.model.writer import EVALUATION, JOURNAL
 from llmprune.progress import Progress, Silent
 from llmprune.report.card import is_ours, known_results, known_speed, make_card, marked
+from llmprune.report.private import without_paths
 from llmprune.report.results import read_speed
 from llmprune.report.verify import read_report, verify
 
@@ -118,10 +121,26 @@ def push(
         pushed.card = marked(make_card(report, results, to, base, bool(verdict.changed), speed))
         if not dry_run:
             _write(place / CARD, pushed.card)
-    pushed.files = _files(place) | {CARD: len(pushed.card.encode())}
-    if not dry_run:
-        _send(place, pushed, private, revision, create_pr)
+    with _for_others(place) as ready:
+        pushed.files = _files(ready) | {CARD: len(pushed.card.encode())}
+        if not dry_run:
+            _send(ready, pushed, private, revision, create_pr)
     return pushed
+
+
+@contextmanager
+def _for_others(place: Path) -> Iterator[Path]:
+    """A folder that has what is sent: links to the files, and new ones where they tell of this machine."""
+    own = without_paths(place)
+    with TemporaryDirectory(prefix="llmprune-push-") as name:
+        for file in _files(place):
+            ready = Path(name) / file
+            ready.parent.mkdir(parents=True, exist_ok=True)
+            if file in own:
+                ready.write_text(own[file], encoding="utf-8")
+            else:
+                ready.symlink_to((place / file).resolve())
+        yield Path(name)
 
 
 def _send(place: Path, pushed: Pushed, private: bool, revision: str | None, create_pr: bool) -> None:
