@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -313,6 +314,35 @@ class TestWhatWasFoundLater:
             assert expected in shown.text
         assert "Of 1 task figures 1 differ from the dense model's by more than noise." in " ".join(shown.text.split())
         assert [trace["x"] for trace in shown.data["tasks-plot-data"]["data"]] == [[0.62], [0.55]]
+
+    def test_other_checkpoints_are_beside_it(self, out: Path, model: Path) -> None:
+        keep(out, "comparison.json", comparison(out, model))
+        page.draw(out)
+        assert 'id="compared"' not in (out / PAGE).read_text(encoding="utf-8")  # the verdict says all of it
+        told = comparison(out, model)
+        read = {"text": "wiki", "windows": 9, "length": 64, "seconds": 1.0, "stride": None, "tokens": 567}
+        for entry, value in zip(told["models"], (20.5, 23.25), strict=True):
+            entry["perplexity"] = {**read, "value": value}
+        apart = {**read, "dense": "big", "kl": 0.5, "stderr": 0.25, "agreement": 0.75}
+        del apart["stride"]
+        third = {**told["models"][1], "name": "<third>", "path": "elsewhere", "bytes": 1500, "weights": 750}
+        third |= {"sparsity": 0.125, "linears_sparsity": 0.25, "divergence": apart, "shards": {"a": "0" * 64}}
+        told["models"].append({**third, "perplexity": {**read, "value": 29.75}})
+        judged = {"model": "<third>", "adjusted": 0.5, "beyond_noise": False}
+        told["differences"].append({**told["differences"][0], **judged})
+        told["judged"] = {"level": 0.05, "adjusted": "holm", "tests": 3}
+        keep(out, "comparison.json", told)
+        page.draw(out)
+        _, section = (out / PAGE).read_text(encoding="utf-8").split('<h2 id="compared">')
+        cells = unescape(re.sub(r"<[^>]+>", "|", section.split("</section>")[0]))
+        shown = re.sub(r"[|\s]*\|[|\s]*", "|", cells)
+        assert "|model|weights|files|zeros|in linears|perplexity|KL, nats|same token|" in shown
+        assert "|big|9|9 B|40.0%|50.0%|20.50|-|-|own (this one)|9|9 B|40.0%|50.0%|23.25|-|-|" in shown
+        assert "|<third>|750|1.5 kB|12.5%|25.0%|29.75|0.5000 ± 0.2500|75.00%|" in shown
+        assert "|text: wiki, context 64, 567 tokens|" in shown
+        assert "Holm's adjustment for 3 differences" in shown
+        assert "|All 3 differences from the dense model|" in shown
+        assert "|<third>|arc_easy|acc|-0.0700 ± 0.0120|400|0.5|no|" in shown
 
     def test_a_broken_file_is_named(self, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
         keep(out, "eval.json", {"model": "x", "perplexity": {"value": 3.0}})

@@ -77,6 +77,15 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """This checkpoint beside others than the dense one: headings and rows of two tables, and what belongs to them."""
+
+    models: tables.Cells
+    differences: tables.Cells
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Plot:
     """A plot on the page, with what it says in words, and in a table."""
 
@@ -152,6 +161,7 @@ def render(results: Results, histograms: Sequence[Histogram], many: bool = False
         rows=rows,
         missing=missing,
         measure=measure_command(results),
+        compared=_beside(results),
         scores=_score_rows(results),
         task_plot=_task_plot(results),
         errors=_error_plots(report, cells),
@@ -366,6 +376,19 @@ def _protocol(found: Perplexity | Divergence) -> str:
 def _models(results: Results) -> tuple[Compared | None, Compared | None]:
     """The entries of a comparison that are this checkpoint, and the dense model."""
     return results.comparison.own(results.shards) if results.comparison is not None else (None, None)
+
+
+def _beside(results: Results) -> Beside | None:
+    """A comparison as a whole; None where it has no models but this checkpoint and the dense one."""
+    found, (own, dense) = results.comparison, _models(results)
+    if found is None or all(model is own or model is dense for model in found.models):
+        return None
+    heads, rows = tables.model_rows(found.models)
+    shown = [
+        [f"{row[0]} (this one)", *row[1:]] if model is own else row
+        for model, row in zip(found.models, rows, strict=True)
+    ]
+    return Beside((heads, shown), tables.difference_rows(found), tables.comparison_notes(found))
 
 
 def _parent(results: Results) -> Compared | None:

@@ -33,6 +33,9 @@ from llmprune.report.record import (
 
 T = TypeVar("T")
 
+Cells = tuple[list[str], list[list[str]]]
+"""What stands over the columns of a table, and its rows."""
+
 NAMES = ("model", "task", "metric")
 """Columns of a comparison that hold names; they take several lines where they are too long, and are never cut."""
 
@@ -314,12 +317,15 @@ def comparison_tables(found: Comparison) -> list[Table]:
 
 def models_table(models: Sequence[Compared]) -> Table:
     """A row for each checkpoint: size, zeros in all weights and in those that can be pruned, figures of the text."""
+    return _compared("Models", *model_rows(models))
+
+
+def model_rows(models: Sequence[Compared]) -> Cells:
+    """The headings of `models_table`, and its rows."""
     read = any(model.perplexity is not None for model in models)
-    table = Table(title="Models", title_justify="left", box=SIMPLE_HEAD)
     told = ("perplexity", "KL, nats", "same token") if read else ()
     smaller = len({model.weights for model in models}) > 1
-    for heading in ("model", *(["weights"] if smaller else []), "files", "zeros", "in linears", *told):
-        _add_column(table, heading)
+    rows = []
     for model in models:
         row = [model.name, *([f"{model.weights:,}"] if smaller else []), size(model.bytes)]
         row += [f"{model.sparsity:.1%}", f"{model.linears_sparsity:.1%}"]
@@ -327,8 +333,8 @@ def models_table(models: Sequence[Compared]) -> Table:
             row.append("-" if model.perplexity is None else f"{model.perplexity.value:.2f}")
             apart = model.divergence
             row += ["-", "-"] if apart is None else [_with_error(apart.kl, apart.stderr), f"{apart.agreement:.2%}"]
-        table.add_row(*row)
-    return table
+        rows.append(row)
+    return ["model", *(["weights"] if smaller else []), "files", "zeros", "in linears", *told], rows
 
 
 def scores_table(models: Sequence[Compared]) -> Table:
@@ -351,16 +357,19 @@ def scores_table(models: Sequence[Compared]) -> Table:
 
 def differences_table(found: Comparison) -> Table:
     """A row for each difference from the dense model."""
-    table = Table(title=f"Differences from {found.dense}", title_justify="left", box=SIMPLE_HEAD)
-    for heading in ("model", "task", "metric", "difference", "pairs", "p, adjusted", "beyond noise"):
-        _add_column(table, heading)
+    return _compared(f"Differences from {found.dense}", *difference_rows(found))
+
+
+def difference_rows(found: Comparison) -> Cells:
+    """The headings of `differences_table`, and its rows."""
+    rows = []
     for entry in found.differences:
         metric = entry.metric if entry.filter == "none" else f"{entry.metric} ({entry.filter})"
         p = "-" if entry.adjusted is None else f"{entry.adjusted:.2g}"
         verdict = {True: "yes", False: "no", None: "not known"}[entry.beyond_noise]
         told = _with_error(entry.difference, entry.stderr, sign="+")
-        table.add_row(entry.model, entry.task, metric, told, f"{entry.documents:,}", p, verdict)
-    return table
+        rows.append([entry.model, entry.task, metric, told, f"{entry.documents:,}", p, verdict])
+    return ["model", "task", "metric", "difference", "pairs", "p, adjusted", "beyond noise"], rows
 
 
 def search_table(
@@ -397,7 +406,7 @@ def search_table(
 def comparison_notes(found: Comparison) -> list[str]:
     """What belongs to the tables: the text, how noise was judged, and what could not be compared."""
     lines = text_lines(found)
-    if found.judged["tests"]:
+    if found.judged.get("tests"):
         rule = f"p below {found.judged['level']:g} after Holm's adjustment for {found.judged['tests']} differences"
         lines.append(f"± is one standard error; beyond noise: {rule}, paired over the same documents")
     if any(entry.task == "perplexity" for entry in found.differences):
@@ -409,6 +418,15 @@ def text_lines(found: Comparison) -> list[str]:
     """The text of a comparison, and how it was cut, where there is one."""
     read = next((model.perplexity for model in found.models if model.perplexity is not None), None)
     return [] if read is None else [f"text: {read.text}, context {read.length:,}, {read.tokens:,} tokens"]
+
+
+def _compared(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for heading in heads:
+        _add_column(table, heading)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _add_column(table: Table, heading: str) -> None:
