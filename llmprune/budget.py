@@ -60,6 +60,9 @@ EVIDENCE = 2 * 4096
 _DEALT = 6 * 4 * 1024
 """Bytes for each channel that is dealt to N:M groups: scores of 1,024 rows, copies of them, and their sums by pairs."""
 
+_DEALER = 40 * 2**20
+"""What scipy takes that deals them, from then on. Measured."""
+
 TOKEN_BYTES = 128
 """What the text takes from which one calibration token is drawn."""
 
@@ -426,7 +429,7 @@ class Needs:
             if self._fitted:
                 solve |= beside + loaded + self._fitting(work, option)
             behind = Peak(size.stored) if option.overlap else Peak()
-        kept = self._kept(option)
+        kept = self._kept(option) + Peak(_DEALER if self._permuted else 0)
         found = {"capture": kept + capture, "solve": kept + solve, "write": kept + write, "copy": Peak(self._largest)}
         if self._samples:
             found["tokens"] = Peak(TOKEN_BYTES * self._samples * self._length)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from llmprune import distributed
@@ -166,6 +165,8 @@ def _deal_again(scores: Tensor, found: Tensor, some: Tensor, n: int) -> None:
     """Deal out the first ones of some groups anew; `found` (groups, m) is changed in place."""
     firsts = found[some, 0]
     edge = scores[:, found[some, 1:]].topk(n, dim=-1).values[..., -1]
+    from scipy.optimize import linear_sum_assignment  # tens of MB, for this alone
+
     candidates = scores[:, firsts]
     # Σ max(a, b) = (Σ a + Σ b + Σ |a − b|) / 2, where the sums of a and of b alone change nothing.
     gain = torch.cdist(candidates.T.contiguous(), edge.T.contiguous(), p=1)
