@@ -337,7 +337,7 @@ class TestWhatWasFoundLater:
         cells = unescape(re.sub(r"<[^>]+>", "|", section.split("</section>")[0]))
         shown = re.sub(r"[|\s]*\|[|\s]*", "|", cells)
         assert "|model|weights|files|zeros|in linears|perplexity|KL, nats|same token|" in shown
-        assert "|big|9|9 B|40.0%|50.0%|20.50|-|-|own (this one)|9|9 B|40.0%|50.0%|23.25|-|-|" in shown
+        assert "|big (dense)|9|9 B|40.0%|50.0%|20.50|-|-|own (this one)|9|9 B|40.0%|50.0%|23.25|-|-|" in shown
         assert "|<third>|750|1.5 kB|12.5%|25.0%|29.75|0.5000 ± 0.2500|75.00%|" in shown
         assert "|text: wiki, context 64, 567 tokens|" in shown
         assert "Holm's adjustment for 3 differences" in shown

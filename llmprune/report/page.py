@@ -384,11 +384,9 @@ def _beside(results: Results) -> Beside | None:
     if found is None or all(model is own or model is dense for model in found.models):
         return None
     heads, rows = tables.model_rows(found.models)
-    shown = [
-        [f"{row[0]} (this one)", *row[1:]] if model is own else row
-        for model, row in zip(found.models, rows, strict=True)
-    ]
-    return Beside((heads, shown), tables.difference_rows(found), tables.comparison_notes(found))
+    for model, row in zip(found.models, rows, strict=True):
+        row[0] += " (dense)" if model.dense else " (this one)" if model is own else ""
+    return Beside((heads, rows), tables.difference_rows(found), tables.comparison_notes(found))
 
 
 def _parent(results: Results) -> Compared | None:
