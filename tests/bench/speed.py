@@ -6,8 +6,10 @@ python -m tests.bench.speed --growth
 
 The first prunes MODEL to 50 % with Wanda and SparseGPT, each run in a process of its own, and prints the medians. The
 least time for the forwards and the Grams is their floating point operations, by the linears alone, over the rate that a
-plain matrix product reached on this machine just before. The second does so with a random Llama of so many blocks, each
-of the shape of Llama 2 7B's. The third doubles the blocks, the tokens and the width of a random Llama in turn.
+plain matrix product reached on this machine just before; what share of that rate they reach each by itself is told
+first, for a block in the middle and batches as the pruning takes them. The second does so with a random Llama of so
+many blocks, each of the shape of Llama 2 7B's. The third doubles the blocks, the tokens and the width of a random Llama
+in turn.
 """
 
 from __future__ import annotations
@@ -20,16 +22,27 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llmprune.budget import batch_size
+from llmprune.model import blocks
+from llmprune.model.checkpoint import Checkpoint
+from llmprune.model.cpu import quick
+from llmprune.model.linears import Linear
+from llmprune.model.source import resolve
 from llmprune.pipeline import plan
+from llmprune.stats import LinearStats
 from tests.bench.memory import SEVEN, build
 from tests.families import make
 
 METHODS = ("wanda", "sparsegpt")
+
+BATCHES, ROUNDS = 8, 5
+"""Batches in a round of what is timed by itself, and rounds."""
 
 
 def rate(dtype: torch.dtype, device: str) -> float:
@@ -38,11 +51,7 @@ def rate(dtype: torch.dtype, device: str) -> float:
     a, b = (torch.randn(size, inner, device=device).to(dtype) for size in (rows, columns))
     seconds = []
     for _ in range(30):
-        _wait(device)
-        began = time.perf_counter()
-        a @ b.T
-        _wait(device)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(_timed(device, lambda: torch.mm(a, b.T)))
     return 2.0 * rows * columns * inner / statistics.median(seconds)
 
 
@@ -51,14 +60,56 @@ def _wait(device: str) -> None:
         torch.accelerator.synchronize()
 
 
-def operations(model: str, options: dict[str, Any], tokens: int) -> tuple[float, float]:
-    """Of one forward of all tokens through the blocks' linears, and of all Grams, half of each because of symmetry."""
-    _, made = plan(model, **options)
-    forward = sum(2.0 * choice.linear.numel * tokens for choice in made.choices)
-    inputs = {(choice.linear.name.rsplit(".", 1)[0], choice.linear.shape[1]) for choice in made.pruned}
-    # Of a Llama's self_attention, o_proj reads something else than q, k and v, though it may be as wide.
-    inputs |= {(choice.linear.name, choice.linear.shape[1]) for choice in made.pruned if "o_proj" in choice.linear.name}
-    return forward, sum(1.0 * width * width * tokens for _, width in inputs)
+def operations(linears: Sequence[Linear], tokens: int) -> tuple[float, float]:
+    """Of one forward of all tokens through linears, and of the Grams of their inputs, half of each by symmetry."""
+    forward = sum(2.0 * linear.numel * tokens for linear in linears)
+    return forward, sum(1.0 * width**2 * tokens for width in inputs(linears))
+
+
+def inputs(linears: Sequence[Linear]) -> list[int]:
+    """How wide each input is that linears of Llama's blocks read: q, k and v share one, and gate and up."""
+    alone = ("o_proj", "down_proj")
+    names = {one.name if one.name.endswith(alone) else one.name.rsplit(".", 1)[0]: one.shape[1] for one in linears}
+    return list(names.values())
+
+
+def alone(model: str, device: str, dtype: str, length: int) -> tuple[float, float]:
+    """Operations per second of one block's forwards, and of the Grams of its inputs, each with nothing else around it.
+
+    What is counted is as for `operations`.
+    """
+    checkpoint = Checkpoint(resolve(model, dtype), torch.device(device), dtype)
+    chain, number = blocks.probe(checkpoint), len(checkpoint.blocks) // 2
+    sequences = batch_size(checkpoint, length)
+    ids = torch.randint(checkpoint.config.get_text_config().vocab_size, (BATCHES, sequences, length))
+    _, made = plan(model, method="sparsegpt")
+    block = [choice.linear for choice in made.choices if choice.linear.name.startswith(f"{checkpoint.blocks[number]}.")]
+    forward, grams = operations(block, ids.numel())
+    given = [torch.randn(ids.numel() // BATCHES, width, device=device).to(checkpoint.dtype) for width in inputs(block)]
+    times: tuple[list[float], list[float]] = ([], [])
+    with torch.no_grad(), quick(checkpoint.device, checkpoint.dtype):
+        activations = blocks.start(checkpoint, chain, list(ids))
+        checkpoint.load_block(number)
+        calls = activations.calls[number]
+        for _ in range(ROUNDS):
+            times[0].append(_timed(device, lambda: blocks.pass_through(checkpoint, number, calls, activations)))
+            sums = [LinearStats(x.shape[1], "gram", device) for x in given]
+
+            def add(sums: list[LinearStats] = sums) -> None:
+                for _ in range(BATCHES):
+                    for total, x in zip(sums, given, strict=True):
+                        total.add(x)
+
+            times[1].append(_timed(device, add))
+    return forward / statistics.median(times[0]), grams / statistics.median(times[1])
+
+
+def _timed(device: str, work: Callable[[], None]) -> float:
+    _wait(device)
+    began = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - began
 
 
 def prune(model: str | Path, arguments: list[str]) -> dict[str, Any]:
@@ -76,16 +127,20 @@ def table(heading: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
 
 
 def account(chosen: argparse.Namespace) -> None:
-    dtype = getattr(torch, chosen.dtype)
+    dtype, where = getattr(torch, chosen.dtype), (chosen.model, chosen.device, chosen.dtype)
     rates = {kind: rate(kind, chosen.device) for kind in {dtype, torch.float32}}
     print(", ".join(f"{str(kind).removeprefix('torch.')} {value / 1e9:.0f} GFLOP/s" for kind, value in rates.items()))
+    for name, reached in zip(("forwards", "Grams"), alone(*where, chosen.length), strict=True):
+        share = reached / max(rates.values())
+        print(f"{name} by themselves: {reached / 1e9:.0f} GFLOP/s, {share:.0%} of the rate of a product")
     tokens = chosen.samples * chosen.length
     given = ["--calibration", chosen.calibration, "--samples", str(chosen.samples), "--length", str(chosen.length)]
     for method in chosen.methods:
         arguments = ["--method", method, "--sparsity", chosen.sparsity, "--dtype", chosen.dtype, *given]
         arguments += ["--device", chosen.device]
         reports = [prune(chosen.model, arguments) for _ in range(chosen.rounds)]
-        forward, grams = operations(chosen.model, {"method": method, "sparsity": chosen.sparsity}, tokens)
+        _, made = plan(chosen.model, method=method, sparsity=chosen.sparsity)
+        forward, grams = operations([choice.linear for choice in made.choices], tokens)
         if chosen.json:
             Path(f"{chosen.json}-{method}.json").write_text(json.dumps(reports))
         # A block's one forward is timed in two phases, before and after its last linears are solved.
