@@ -429,7 +429,7 @@ class Needs:
             if self._fitted:
                 solve |= beside + loaded + self._fitting(work, option)
             behind = Peak(size.stored) if option.overlap else Peak()
-        kept = self._kept(option) + Peak(_DEALER if self._permuted else 0)
+        kept, dealer = self._kept(option), Peak(_DEALER if self._permuted else 0)
         found = {"capture": kept + capture, "solve": kept + solve, "write": kept + write, "copy": Peak(self._largest)}
         if self._samples:
             found["tokens"] = Peak(TOKEN_BYTES * self._samples * self._length)
@@ -445,6 +445,8 @@ class Needs:
             found["foresee"] = self._foreseeing(replace(option, batch=1))
         if self._text is not None:
             found["evaluate"] = self._evaluation(self._text)
+        for phase in {"capture", "solve", "write", "copy", "evaluate"} & set(found):
+            found[phase] += dealer
         return {phase: self._base + peak for phase, peak in found.items()}
 
     def _near(self, size: int) -> Peak:

@@ -163,10 +163,10 @@ def deal(scores: Tensor, n: int, m: int) -> Tensor:
 
 def _deal_again(scores: Tensor, found: Tensor, some: Tensor, n: int) -> None:
     """Deal out the first ones of some groups anew; `found` (groups, m) is changed in place."""
-    firsts = found[some, 0]
-    edge = scores[:, found[some, 1:]].topk(n, dim=-1).values[..., -1]
     from scipy.optimize import linear_sum_assignment  # tens of MB, for this alone
 
+    firsts = found[some, 0]
+    edge = scores[:, found[some, 1:]].topk(n, dim=-1).values[..., -1]
     candidates = scores[:, firsts]
     # Σ max(a, b) = (Σ a + Σ b + Σ |a − b|) / 2, where the sums of a and of b alone change nothing.
     gain = torch.cdist(candidates.T.contiguous(), edge.T.contiguous(), p=1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,15 +17,16 @@ import llmprune
 from llmprune import hub
 from llmprune.errors import Failure, UserError
 from llmprune.model.source import CARRIED
-from llmprune.model.writer import EVALUATION, JOURNAL
+from llmprune.model.writer import ALLOCATION, EVALUATION, JOURNAL, PAGE
 from llmprune.progress import Progress, Silent
+from llmprune.report import page
 from llmprune.report.card import is_ours, known_results, known_speed, make_card, marked
-from llmprune.report.private import without_paths
-from llmprune.report.results import read_speed
+from llmprune.report.private import ANSWERS, RECORDS, Names
+from llmprune.report.results import find_dense, read_results, read_run, read_speed
 from llmprune.report.verify import read_report, verify
 
-LEFT_OUT = [".*", "*/.*", JOURNAL, f"{EVALUATION}/lm_eval.json"]
-"""Drafts, locks, the journal, and what lm-eval says of each single document."""
+LEFT_OUT = [".*", "*/.*", JOURNAL, f"{EVALUATION}/lm_eval.json", "*/report.html", "*/sweep.html", "*/search.html"]
+"""Drafts, locks, the journal, what lm-eval says of each single document, and pages of other runs in inner folders."""
 
 OUTDATED = ["model.safetensors", "model-?????-of-?????.safetensors"]
 """Weights that are taken out of the repository where OUT has none of that name: `model.safetensors` of an earlier push
@@ -121,7 +123,7 @@ def push(
         pushed.card = marked(make_card(report, results, to, base, bool(verdict.changed), speed))
         if not dry_run:
             _write(place / CARD, pushed.card)
-    with _for_others(place) as ready:
+    with _for_others(place, verdict.shards, trust_remote_code) as ready:
         pushed.files = _files(ready) | {CARD: len(pushed.card.encode())}
         if not dry_run:
             _send(ready, pushed, private, revision, create_pr)
@@ -129,18 +131,49 @@ def push(
 
 
 @contextmanager
-def _for_others(place: Path) -> Iterator[Path]:
-    """A folder that has what is sent: links to the files, and new ones where they tell of this machine."""
-    own = without_paths(place)
-    with TemporaryDirectory(prefix="llmprune-push-") as name:
-        for file in _files(place):
-            ready = Path(name) / file
-            ready.parent.mkdir(parents=True, exist_ok=True)
-            if file in own:
-                ready.write_text(own[file], encoding="utf-8")
-            else:
-                ready.symlink_to((place / file).resolve())
-        yield Path(name)
+def _for_others(place: Path, shards: dict[str, str], trusted: bool) -> Iterator[Path]:
+    """A folder that has what is sent: links to the files, and new ones instead of those that tell of this machine."""
+    with ExitStack() as stack:
+        try:
+            ready = Path(stack.enter_context(TemporaryDirectory(prefix="llmprune-push-")))
+            _fill(ready, place, shards, trusted)
+        except OSError as error:
+            raise Failure(f"what is to be sent cannot be put together: {error}; nothing was pushed") from None
+        yield ready
+
+
+def _fill(ready: Path, place: Path, shards: dict[str, str], trusted: bool) -> None:
+    files = list(_files(place))
+    told = {file: _read(place / file) for file in files if Path(file).name in RECORDS}
+    names = Names(told)
+    new = {
+        file: json.dumps(clean, indent=2) + "\n"
+        for file, data in told.items()
+        if (clean := names(data, answers=Path(file).name == ANSWERS)) != data
+    }
+    if ALLOCATION in files:
+        new[ALLOCATION] = names((place / ALLOCATION).read_text(encoding="utf-8"))
+    for file in files:
+        (ready / file).parent.mkdir(parents=True, exist_ok=True)
+        if file in new:
+            (ready / file).write_text(new[file], encoding="utf-8")
+        else:
+            (ready / file).symlink_to((place / file).resolve())
+    if PAGE in files and new:
+        source = find_dense(read_run(place), trusted)
+        results = read_results(ready, shards)
+        results.report.out = Path(place.resolve().name)
+        linears = page.drawn_on((place / PAGE).read_text(encoding="utf-8"), results.report)
+        text, _ = page.made(ready, results, source, linears, trusted)
+        (ready / PAGE).unlink()
+        (ready / PAGE).write_text(text, encoding="utf-8")
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} cannot be used: {error}; nothing was pushed") from None
 
 
 def _send(place: Path, pushed: Pushed, private: bool, revision: str | None, create_pr: bool) -> None:

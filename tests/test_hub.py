@@ -138,7 +138,7 @@ def test_what_cannot_be_dequantised_is_refused_before_its_weights_come(hub: Hub,
     files["config.json"] = json.dumps({**config, "quantization_config": {"quant_method": "awq"}}).encode()
     code, said = prune("owner/tiny")
     assert code == 2
-    assert "owner/tiny is quantised with awq, which transformers cannot undo" in said
+    assert "owner/tiny is quantised with awq, which cannot be undone here" in said
     assert not any("model.safetensors" in path for path in hub.asked)
 
 

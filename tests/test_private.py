@@ -2,87 +2,78 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from markupsafe import escape
 
-from llmprune.errors import UserError
-from llmprune.report.private import without_paths
+from llmprune.report.private import Names
 
 NASTY = "/home/zoë/a \"b\" & 'c'/<model>"
 
 
-def folder(tmp_path: Path, report: dict[str, Any], page: str = "") -> Path:
-    out = tmp_path / "out"
-    (out / "evaluation").mkdir(parents=True)
-    (out / "llmprune.json").write_text(json.dumps(report, indent=2))
-    (out / "report.html").write_text(page, encoding="utf-8")
-    return out
+def cleaned(data: Any) -> Any:
+    return Names({"llmprune.json": data})(data)
 
 
-def test_values_and_texts_that_hold_them(tmp_path: Path) -> None:
+def test_values_and_texts_that_hold_them() -> None:
     source = "/data/c4/first.jsonl"
-    report = {"out": str(tmp_path / "out"), "model": "owner/tiny", "calibration": {"source": source, "samples": 8}}
-    report |= {"notes": [f"read\n{source}, twice", "../near/here", "/data/c4/first.jsonl.gz"], "share": 0.5}
-    told = json.loads(without_paths(folder(tmp_path, report))["llmprune.json"])
-    assert told == {
+    told = {"out": "/runs/out", "model": "owner/tiny", "calibration": {"source": source, "samples": 8}, "share": 0.5}
+    told |= {"notes": [f"read\n{source}, twice", f"'{NASTY}'/evaluation", f"{source}.gz"], "of": NASTY, "none": None}
+    assert cleaned(told) == {
         "out": "out",
         "model": "owner/tiny",
         "calibration": {"source": "first.jsonl", "samples": 8},
-        "notes": ["read\nfirst.jsonl, twice", "../near/here", "first.jsonl.gz"],
+        "notes": ["read\nfirst.jsonl, twice", "'<model>'/evaluation", "first.jsonl.gz"],
+        "of": "<model>",
         "share": 0.5,
+        "none": None,
     }
 
 
-@pytest.mark.parametrize("ascii_only", [True, False])
-def test_names_that_json_and_html_write_otherwise(ascii_only: bool, tmp_path: Path) -> None:
-    data = json.dumps({"of": NASTY}, ensure_ascii=ascii_only)
-    out = folder(tmp_path, {"model": NASTY}, f"<p>{escape(NASTY)}</p><p>{escape(NASTY)}/evaluation</p>{data}")
-    told = without_paths(out)
-    assert json.loads(told["llmprune.json"]) == {"model": "<model>"}
-    assert told["report.html"] == '<p>&lt;model&gt;</p><p>&lt;model&gt;/evaluation</p>{"of": "<model>"}'
-
-
-def test_programs_of_the_page_stay_as_their_hashes_say(tmp_path: Path) -> None:
-    script = "<script>\nlet x = '/x'; y = (/x/g)\n</script>"
-    out = folder(tmp_path, {"out": "/x"}, f"<p>/x</p>{script}<script type='application/json'>\"/x\"</script>")
-    assert without_paths(out)["report.html"] == f"<p>x</p>{script}<script type='application/json'>\"x\"</script>"
-
-
-def test_only_whole_paths(tmp_path: Path) -> None:
-    page = "/a/b/cd /a/b/c-2 /z/a/b/c owner/a/b/c /a/b/c/d (/a/b/c) and/a/b/c"
-    out = folder(tmp_path, {"out": "/a/b/c"}, page)
-    assert without_paths(out)["report.html"] == "/a/b/cd /a/b/c-2 /z/a/b/c owner/a/b/c c/d (c) and/a/b/c"
-
-
-def test_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_that_begin_at_home_here_or_above(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/zoe")
-    page = "at /home/zoe/secret and /home/zoella and /home/zoe/models/tiny"
-    out = folder(tmp_path, {"model": "/home/zoe/models/tiny"}, page)
-    assert without_paths(out)["report.html"] == "at ~/secret and /home/zoella and tiny"
-    monkeypatch.setenv("HOME", "/")
-    assert without_paths(out)["report.html"] == "at /home/zoe/secret and /home/zoella and tiny"
+    told = ["~/models/tiny", "../../acme/text.txt", "./acme/other.txt", "/home/zoe/models/tiny/", "acme/tiny", "~5 %"]
+    assert cleaned(told) == ["tiny", "text.txt", "other.txt", "tiny", "acme/tiny", "~5 %"]
 
 
-def test_what_models_said_is_no_path(tmp_path: Path) -> None:
-    out = folder(tmp_path, {"model": "/m/tiny"}, "either/or, /or")
-    (out / "evaluation" / "generations.json").write_text(json.dumps([{"prompt": "/or", "dense": "see /m/tiny"}]))
-    (out / "evaluation" / "comparison.json").write_text(json.dumps({"models": [{"path": "/m/other"}], "text": None}))
-    told = without_paths(out)
-    assert set(told) == {"llmprune.json", "evaluation/generations.json", "evaluation/comparison.json"}
-    assert json.loads(told["evaluation/generations.json"]) == [{"prompt": "/or", "dense": "see tiny"}]
-    assert json.loads(told["evaluation/comparison.json"])["models"] == [{"path": "other"}]
+def test_places_of_one_name_are_told_apart_everywhere() -> None:
+    models = [{"name": path, "path": path} for path in ("/runs/wanda/out", "/runs/sparsegpt/out", "/old/wanda/out")]
+    records = {"evaluation/comparison.json": {"models": models}, "llmprune.json": {"out": "/runs/wanda/out"}}
+    records["inner/llmprune.json"] = {"out": "/other/name"}
+    names = Names(records)
+    told = names(records)
+    assert [model["path"] for model in told["evaluation/comparison.json"]["models"]] == [
+        "runs/wanda/out",
+        "sparsegpt/out",
+        "old/wanda/out",
+    ]
+    assert all(model["name"] == model["path"] for model in told["evaluation/comparison.json"]["models"])
+    assert told["llmprune.json"]["out"] == "runs/wanda/out"
+    assert told["inner/llmprune.json"]["out"] == "name"
 
 
-def test_nothing_to_hide(tmp_path: Path) -> None:
-    assert without_paths(folder(tmp_path, {"model": "owner/tiny", "out": "out"}, "<p>out</p>")) == {}
+def test_two_ways_to_one_place_are_one(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    told = [str(tmp_path / "real"), str(tmp_path / "link"), f"{tmp_path / 'real'}/"]
+    assert cleaned(told) == ["real", "real", "real"]
 
 
-def test_a_broken_record_is_named(tmp_path: Path) -> None:
-    out = folder(tmp_path, {})
-    (out / "evaluation" / "eval.json").write_text("{")
-    with pytest.raises(UserError, match=r"eval\.json cannot be used: "):
-        without_paths(out)
+def test_only_whole_paths() -> None:
+    text = "at /a/b/cd /a/b/c-2 owner/a/b/c /a/b/c/d (/a/b/c) and/a/b/c https://hub.co/a/b/c"
+    told = cleaned({"out": "/a/b/c", "text": text})
+    assert told == {"out": "c", "text": "at cd c-2 owner/a/b/c c/d (c) and/a/b/c https://hub.co/a/b/c"}
+
+
+def test_paths_that_are_nowhere_else() -> None:
+    assert cleaned("cannot read /scratch/zoe/x.txt: no/such file, n/a, 3 / 4 or /x") == (
+        "cannot read x.txt: no/such file, n/a, 3 / 4 or /x"
+    )
+    assert cleaned(["/", "//"]) == ["/", "//"]
+
+
+def test_what_models_said_is_no_path() -> None:
+    said = [{"prompt": "/or/else", "dense": "see /m/tiny"}]
+    names = Names({"evaluation/generations.json": said, "llmprune.json": {"model": "/m/tiny"}})
+    assert names(said, answers=True) == [{"prompt": "/or/else", "dense": "see tiny"}]

@@ -18,8 +18,11 @@ from transformers import AutoModelForCausalLM
 
 import llmprune
 import llmprune.cli
+from llmprune.evaluate.compare import compare
+from llmprune.model.source import resolve
 from llmprune.push import push
 from llmprune.report import page
+from llmprune.report.results import read_run
 from tests.families import make
 from tests.hub import COMMIT, READ_TOKEN, TOKEN, Fault, Hub, environment, reach, serving
 
@@ -92,10 +95,12 @@ def test_there_and_back_in_processes(hub: Hub, out: Path, source: Path, text: st
     local = {path.name: path.read_bytes() for path in out.iterdir()}
     arrived = {path.name: path.read_bytes() for path in again.iterdir() if path.name != ".gitattributes"}
     for name in ("llmprune.json", "report.html"):  # these alone tell of folders here
-        assert str(out.parent).encode() in local[name] or str(tmp_path.parent).encode() in local[name]
-        assert b"/pytest-" not in arrived[name]
+        assert b"pytest-of-" in local[name]
+        assert b"pytest-of-" not in arrived[name]
+        assert b"llmprune-push-" not in arrived[name]
         local[name] = arrived[name]
     assert arrived == local
+    assert json.loads(arrived["llmprune.json"])["linears"] == json.loads((out / "llmprune.json").read_text())["linears"]
     assert set(told["files"]) == set(local)
     model = AutoModelForCausalLM.from_pretrained(again)
     weight = model.model.layers[0].self_attn.q_proj.weight.detach()
@@ -129,6 +134,42 @@ def test_what_is_not_sent(hub: Hub, out: Path) -> None:
     assert left.isdisjoint(pushed.files)
     assert not any(name.startswith(".") for name in pushed.files)
     assert {"evaluation/generations.json", "README.md", "LICENSE", "llmprune.json", "config.json"} <= set(pushed.files)
+
+
+def test_nothing_that_is_sent_tells_of_folders_here(hub: Hub, out: Path, source: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(out, tmp_path / "other" / "out")
+    told = compare(source, [out, other], text=str(source / "README.md"), length=4, out=out / "evaluation")
+    assert [model.name for model in told.models] == ["source", str(out), str(other)]
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "_name_or_path": str(source)}))
+    (out / "inner").mkdir()
+    for name in ("llmprune.json", "report.html"):
+        shutil.copy(out / name, out / "inner")
+    drawn = page.draw(out, linears=["*.0.mlp.up_proj"], source=resolve(source))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    pushed = push(out, TO)
+    sent = hub.repositories[TO].files
+    assert {path: path.read_bytes() for path in before} == before
+    assert [name for name, content in sent.items() if b"pytest-of-" in content or b"llmprune-push-" in content] == []
+    assert pushed.files == {name: len(sent[name]) for name in pushed.files}
+    assert "inner/llmprune.json" in sent
+    assert "inner/report.html" not in sent
+    models = json.loads(sent["evaluation/comparison.json"])["models"]
+    ours, theirs = (f"{path.parent.name}/{path.name}" for path in (out, other))
+    assert [model["path"] for model in models] == ["source", ours, theirs]
+    shown = sent["report.html"].decode()
+    assert f"{ours} (this one)" in shown
+    assert theirs in shown
+    assert page.drawn_on(shown, read_run(out)) == drawn.histograms == ["model.layers.0.mlp.up_proj"]
+
+
+def test_a_record_that_is_none_is_not_sent(hub: Hub, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (out / "README.md").write_text("mine")
+    (out / "evaluation").mkdir()
+    (out / "evaluation" / "speed.json").write_text("{")
+    assert call("push", out, "--to", TO) == 2
+    assert "speed.json cannot be used: " in capsys.readouterr().err
+    assert sent(hub) == []
 
 
 def test_what_is_not_as_promised_is_not_sent(hub: Hub, out: Path, capsys: pytest.CaptureFixture[str]) -> None:

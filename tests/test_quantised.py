@@ -248,7 +248,7 @@ class TestRefused:
     def test_what_cannot_be_undone(self, method: str, tmp_path: Path) -> None:
         folder = make("llama", tmp_path / "model")
         mark(folder, quant_method=method, bits=4)
-        with pytest.raises(UserError, match=f"is quantised with {method}, which transformers cannot undo"):
+        with pytest.raises(UserError, match=f"is quantised with {method}, which cannot be undone here"):
             llmprune.prune(folder, out=tmp_path / "out", method="magnitude")
         assert not (tmp_path / "out").exists()
 

@@ -341,7 +341,7 @@ class TestWhatWasFoundLater:
         assert "|<third>|750|1.5 kB|12.5%|25.0%|29.75|0.5000 ± 0.2500|75.00%|" in shown
         assert "|text: wiki, context 64, 567 tokens|" in shown
         assert "Holm's adjustment for 3 differences" in shown
-        assert "|All 3 differences from the dense model|" in shown
+        assert "|Differences from the dense model (3)|" in shown
         assert "|<third>|arc_easy|acc|-0.0700 ± 0.0120|400|0.5|no|" in shown
 
     def test_a_broken_file_is_named(self, out: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("lm_eval")
@@ -227,6 +228,26 @@ def test_the_set_of_the_papers_has_a_mean(monkeypatch: pytest.MonkeyPatch, model
     found = evaluate(model, ["mine"], include_path=[folder])
     values = [score.value for score in found.scores if score.metric == "acc"]
     assert found.means == {"mine": pytest.approx(sum(values) / 2)}
+
+
+def test_the_set_of_the_papers_is_seven_tasks_of_lm_eval_with_accuracies() -> None:
+    class Loader(yaml.SafeLoader):
+        """Does not run the functions that a task names."""
+
+    Loader.add_multi_constructor("!", lambda loader, kind, node: kind)
+
+    def read(path: Path) -> dict[str, Any]:
+        told = yaml.load(path.read_text(), Loader)
+        return {**(read(path.parent / told["include"]) if "include" in told else {}), **told}
+
+    assert len(tasks.SETS["pruning"]) == len(set(tasks.SETS["pruning"])) == 7
+    manager, names = tasks.find(["pruning"], [])
+    assert names == list(tasks.SETS["pruning"])
+    for name in names:
+        told = read(Path(manager.task_index[name].yaml_path))
+        assert told["task"] == name
+        assert "acc" in [entry["metric"] for entry in told["metric_list"]]
+        assert not told.get("num_fewshot")
 
 
 def test_an_unknown_task_answers_with_the_nearest(model: Path, folder: Path) -> None:

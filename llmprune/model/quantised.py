@@ -89,7 +89,7 @@ def check(found: Quantisation, name: str) -> None:
     if found.method not in BY_MODEL:
         original = f" ({found.original})" if found.original else ""
         raise UserError(
-            f"{name} is quantised with {found.method}, which transformers cannot undo: prune the unquantised model "
+            f"{name} is quantised with {found.method}, which cannot be undone here: prune the unquantised model "
             f"that it was made from{original}, and quantise afterwards"
         )
     if importlib.util.find_spec(BY_MODEL[found.method]) is None:

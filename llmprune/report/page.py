@@ -125,18 +125,31 @@ def draw(
     """
     folder = Path(out).expanduser().absolute()
     results = read_results(folder, shards)
-    report = results.report
     if source is None:
-        source = find_dense(report, trust_remote_code)
-    histograms = weigh(folder, source, choose(report.linears, linears), trust_remote_code, report.kept_blocks)
-    text = render(results, histograms, many=bool(linears) and len(histograms) == MOST)
+        source = find_dense(results.report, trust_remote_code)
+    text, shown = made(folder, results, source, linears, trust_remote_code)
     draft = folder / f".{PAGE}.draft"
     try:
         draft.write_text(text, encoding="utf-8")
         draft.rename(folder / PAGE)
     finally:
         draft.unlink(missing_ok=True)
-    return Drawn(folder / PAGE, [shown.name for shown in histograms], source.folder if source else None)
+    return Drawn(folder / PAGE, shown, source.folder if source else None)
+
+
+def made(
+    folder: Path, results: Results, source: Source | None, linears: Sequence[str], trust_remote_code: bool = False
+) -> tuple[str, list[str]]:
+    """The page of a folder as text, and the linears whose weights it shows; see `draw`."""
+    report = results.report
+    histograms = weigh(folder, source, choose(report.linears, linears), trust_remote_code, report.kept_blocks)
+    text = render(results, histograms, many=bool(linears) and len(histograms) == MOST)
+    return text, [shown.name for shown in histograms]
+
+
+def drawn_on(text: str, report: Report) -> list[str]:
+    """The linears whose weights a page of this report shows."""
+    return [record.name for record in report.linears if f'id="{_weights_id(record.name)}"' in text]
 
 
 def render(results: Results, histograms: Sequence[Histogram], many: bool = False) -> str:
@@ -384,8 +397,10 @@ def _beside(results: Results) -> Beside | None:
     if found is None or all(model is own or model is dense for model in found.models):
         return None
     heads, rows = tables.model_rows(found.models)
+    here = results.report.out.expanduser().resolve()
     for model, row in zip(found.models, rows, strict=True):
-        row[0] += " (dense)" if model.dense else " (this one)" if model is own else ""
+        before = model is not own and Path(model.path).expanduser().resolve() == here
+        row[0] += " (dense)" if model.dense else " (this one)" if model is own else " (other weights)" if before else ""
     return Beside((heads, rows), tables.difference_rows(found), tables.comparison_notes(found))
 
 
@@ -558,7 +573,7 @@ def _last(report: Report) -> str:
 def _weight_plot(shown: Histogram, name: str) -> Plot:
     away = f"; {shown.after.outside:.2%} of the weights lie outside" if shown.after.outside >= 5e-5 else ""
     caption = f"{shown.after.zeros:.2%} zeros, which are not drawn{away}."
-    return Plot(f"weights-{_digest(shown.name)}", shown.name, plots.weights(shown, name), caption)
+    return Plot(_weights_id(shown.name), shown.name, plots.weights(shown, name), caption)
 
 
 def _task_scores(results: Results) -> dict[str, list[Score]]:
@@ -694,5 +709,5 @@ def _hash(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def _digest(name: str) -> str:
-    return hashlib.sha256(name.encode()).hexdigest()[:8]
+def _weights_id(name: str) -> str:
+    return f"weights-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

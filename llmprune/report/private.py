@@ -1,93 +1,73 @@
-"""What a report tells of this machine: paths of its folders, which others are not to read."""
+"""What a report tells of this machine, the paths of folders, and the same report without them."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from markupsafe import escape
+RECORDS = (
+    *("llmprune.json", "llmprune.recovery.json", "config.json"),
+    *("eval.json", "comparison.json", "speed.json", "generations.json", "sweep.json", "search.json"),
+)
+"""Files with plain data that may tell of paths, by their names in any folder."""
 
-from llmprune.errors import UserError
-from llmprune.model.writer import ALLOCATION, EVALUATION, PAGE, REPORT
+ANSWERS = "generations.json"
+"""What models said may look like a path, and is none."""
 
-ANSWERS = f"{EVALUATION}/generations.json"
-"""What was said by models may look like a path, and is none."""
-
-RECORDS = (REPORT, *(f"{EVALUATION}/{name}.json" for name in ("eval", "comparison", "speed")))
-"""Files with paths among their values."""
-
-OWN_SCRIPTS = re.compile(r"(<script>.*?</script>)", re.DOTALL)
-"""The programs of a page, whose hashes stand in it; its data is in scripts with a type."""
+_INSIDE = re.compile(r"(?<![\w.~/-])(?:/[\w.+@-]+){2,}")
+"""An absolute path in the middle of a text, of two parts or more."""
 
 
-def without_paths(folder: Path) -> dict[str, str]:
-    """The files of a report in which paths of this machine stand, as they are without them.
+class Names:
+    """Names for paths: of each its last part, or as many as tell it from the others.
 
-    An absolute path that is a value in a record becomes its last part wherever it stands in these files, and what is
-    left of the home folder `~`. Relative ones stay.
-
-    Args:
-        folder: that llmprune wrote.
-
-    Returns:
-        Name to text, of those files alone that are not the same.
-
-    Raises:
-        UserError: a record is no JSON.
+    Made of all records of a folder at once, so that a path has one name in all of them.
     """
-    told = {
-        name: path.read_text(encoding="utf-8")
-        for name in (*RECORDS, ANSWERS, ALLOCATION, PAGE)
-        if (path := folder / name).is_file()
-    }
-    found = {str(folder.absolute()), str(folder.resolve())}
-    for name in RECORDS:
-        try:
-            found.update(_paths(json.loads(told.get(name, "{}"))))
-        except ValueError as error:
-            raise UserError(f"{folder / name} cannot be used: {error}") from None
-    names = {path: Path(path).name for path in found}
-    with suppress(RuntimeError):  # nobody's home
-        names.setdefault(str(Path.home()), "~")
-    names = {path: name for path, name in names.items() if Path(path).name}  # not the root, nor a home that is it
-    named = {
-        name: "".join(part if OWN_SCRIPTS.fullmatch(part) else _named(part, names) for part in OWN_SCRIPTS.split(text))
-        for name, text in told.items()
-    }
-    return {name: text for name, text in named.items() if text != told[name]}
+
+    def __init__(self, records: Mapping[str, Any]) -> None:
+        """Find the paths.
+
+        Args:
+            records: the plain data of each file, by its path in the folder.
+        """
+        told = {path for name, data in records.items() if Path(name).name != ANSWERS for path in _paths(data)}
+        places = {path: Path(path).expanduser().resolve() for path in told}
+        names = {place: place.name for place in places.values() if place.name}
+        for parts in range(2, max((len(place.parts) for place in names), default=0)):
+            found = list(names.values())
+            names |= {
+                place: "/".join(place.parts[1:][-parts:]) for place, name in names.items() if found.count(name) > 1
+            }
+        self._names = {path: names[place] for path, place in places.items() if place in names}
+        longest = "|".join(re.escape(path) for path in sorted(self._names, key=len, reverse=True))
+        self._known = re.compile(rf"(?<![\w.~/-])(?:{longest})(?![\w-])") if longest else None
+
+    def __call__(self, data: Any, answers: bool = False) -> Any:
+        """Plain data with names instead of paths.
+
+        Args:
+            answers: they were not looked for in it; only those that are known from elsewhere are taken out.
+        """
+        if isinstance(data, dict):
+            return {key: self(value, answers) for key, value in data.items()}
+        if isinstance(data, list):
+            return [self(value, answers) for value in data]
+        if not isinstance(data, str):
+            return data
+        if self._known is not None:
+            data = self._known.sub(lambda found: self._names[found[0]], data)
+        return data if answers else _INSIDE.sub(lambda found: Path(found[0]).name, data)
 
 
-def _paths(value: Any) -> Iterator[str]:
-    """All texts in plain data that are an absolute path."""
-    if isinstance(value, dict):
-        for item in value.values():
-            yield from _paths(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _paths(item)
-    elif isinstance(value, str) and "\n" not in value and Path(value).is_absolute():
-        yield value
-
-
-def _named(text: str, names: dict[str, str]) -> str:
-    """Each path by its name: as it is, as JSON writes it, and as HTML does."""
-    forms = {form(path): form(name) for path, name in names.items() for form in (str, _json, _ascii, _html)}
-    longest = "|".join(re.escape(path) for path in sorted(forms, key=len, reverse=True))
-    whole = re.compile(rf"(?:(?<=\\n)|(?<![\w.~/-]))(?:{longest})(?![\w-])")
-    return whole.sub(lambda found: forms[found[0]], text)
-
-
-def _json(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)[1:-1]
-
-
-def _ascii(text: str) -> str:
-    return json.dumps(text)[1:-1]
-
-
-def _html(text: str) -> str:
-    return str(escape(text))
+def _paths(data: Any) -> Iterator[str]:
+    """All texts in plain data that are a path and no name: absolute, or said to begin at home, here or above."""
+    if isinstance(data, dict):
+        for value in data.values():
+            yield from _paths(value)
+    elif isinstance(data, list):
+        for value in data:
+            yield from _paths(value)
+    elif isinstance(data, str) and data.startswith(("/", "~/", "./", "../")) and "\n" not in data:
+        yield data

@@ -151,8 +151,9 @@ class Perplexity:
     stride: int | None = None
 
     def __str__(self) -> str:
-        stride = "" if self.stride is None else f", stride {self.stride:,}"
-        return f"{self.value:.2f} ({self.text}, context {self.length:,}{stride}, {self.tokens:,} tokens)"
+        step = "that do not overlap" if self.stride is None else f"with stride {self.stride:,}"
+        windows = f"{self.windows:,} windows {step}" if self.windows > 1 else "1 window"
+        return f"{self.value:.2f} ({self.text}, context {self.length:,}, {windows}, {self.tokens:,} predicted tokens)"
 
 
 @dataclass(frozen=True)

@@ -68,8 +68,8 @@ def operations(linears: Sequence[Linear], tokens: int) -> tuple[float, float]:
 
 def inputs(linears: Sequence[Linear]) -> list[int]:
     """How wide each input is that linears of Llama's blocks read: q, k and v share one, and gate and up."""
-    alone = ("o_proj", "down_proj")
-    names = {one.name if one.name.endswith(alone) else one.name.rsplit(".", 1)[0]: one.shape[1] for one in linears}
+    unshared = ("o_proj", "down_proj")
+    names = {one.name if one.name.endswith(unshared) else one.name.rsplit(".", 1)[0]: one.shape[1] for one in linears}
     return list(names.values())
 
 
