@@ -78,7 +78,7 @@ def alone(model: str, device: str, dtype: str, length: int) -> tuple[float, floa
 
     What is counted is as for `operations`.
     """
-    checkpoint = Checkpoint(resolve(model, dtype), torch.device(device), dtype)
+    checkpoint = Checkpoint(resolve(model, dtype), device, dtype)
     chain, number = blocks.probe(checkpoint), len(checkpoint.blocks) // 2
     sequences = batch_size(checkpoint, length)
     ids = torch.randint(checkpoint.config.get_text_config().vocab_size, (BATCHES, sequences, length))
@@ -104,7 +104,7 @@ def alone(model: str, device: str, dtype: str, length: int) -> tuple[float, floa
     return forward / statistics.median(times[0]), grams / statistics.median(times[1])
 
 
-def _timed(device: str, work: Callable[[], None]) -> float:
+def _timed(device: str, work: Callable[[], object]) -> float:
     _wait(device)
     began = time.perf_counter()
     work()
@@ -120,7 +120,7 @@ def prune(model: str | Path, arguments: list[str]) -> dict[str, Any]:
     return report
 
 
-def table(heading: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def table(heading: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     for row in (heading, ("---",) * len(heading), *rows):
         print("| " + " | ".join(row) + " |")
     print()
@@ -131,8 +131,8 @@ def account(chosen: argparse.Namespace) -> None:
     rates = {kind: rate(kind, chosen.device) for kind in {dtype, torch.float32}}
     print(", ".join(f"{str(kind).removeprefix('torch.')} {value / 1e9:.0f} GFLOP/s" for kind, value in rates.items()))
     for name, reached in zip(("forwards", "Grams"), alone(*where, chosen.length), strict=True):
-        share = reached / max(rates.values())
-        print(f"{name} by themselves: {reached / 1e9:.0f} GFLOP/s, {share:.0%} of the rate of a product")
+        part = reached / max(rates.values())
+        print(f"{name} by themselves: {reached / 1e9:.0f} GFLOP/s, {part:.0%} of the rate of a product")
     tokens = chosen.samples * chosen.length
     given = ["--calibration", chosen.calibration, "--samples", str(chosen.samples), "--length", str(chosen.length)]
     for method in chosen.methods:
