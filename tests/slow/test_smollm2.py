@@ -97,10 +97,10 @@ def test_wanda_in_fp32_equals_the_published_rule(model: str | Path, tmp_path: Pa
 def test_streamed_perplexity_is_that_of_the_whole_model(
     model: str | Path, dtype: str, near: float, tmp_path: Path
 ) -> None:
-    documents = data.builtin("evaluation")[:40]
+    documents = data.builtin("evaluation")[:8]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
     found = llmprune.perplexity(model, str(tmp_path / "text.jsonl"), length=512, dtype=dtype)
-    folder = resolve(model).folder
+    folder = resolve(model, dtype).folder
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     ids = AutoTokenizer.from_pretrained(folder)("\n\n".join(documents), return_tensors="pt").input_ids[0]
     windows = ids[: len(ids) // 512 * 512].reshape(-1, 512)
