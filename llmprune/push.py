@@ -25,7 +25,7 @@ from llmprune.report.private import ANSWERS, RECORDS, Names
 from llmprune.report.results import find_dense, read_results, read_run, read_speed
 from llmprune.report.verify import read_report, verify
 
-LEFT_OUT = [".*", "*/.*", JOURNAL, f"{EVALUATION}/lm_eval.json", "*/report.html", "*/sweep.html", "*/search.html"]
+LEFT_OUT = [".*", "*/.*", JOURNAL, f"{EVALUATION}/lm_eval.json", f"*/{PAGE}", "*/sweep.html", "*/search.html"]
 """Drafts, locks, the journal, what lm-eval says of each single document, and pages of other runs in inner folders."""
 
 OUTDATED = ["model.safetensors", "model-?????-of-?????.safetensors"]
@@ -159,7 +159,7 @@ def _fill(ready: Path, place: Path, shards: dict[str, str], trusted: bool) -> No
             (ready / file).write_text(new[file], encoding="utf-8")
         else:
             (ready / file).symlink_to((place / file).resolve())
-    if PAGE in files and new:
+    if PAGE in files and new:  # it may show linears that were asked for
         source = find_dense(read_run(place), trusted)
         results = read_results(ready, shards)
         results.report.out = Path(place.resolve().name)
