@@ -299,7 +299,7 @@ def tasks_table(scores: Iterable[Score]) -> Table:
     for heading in ("task", "metric", "value", "standard error", "documents", "shots"):
         table.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
     for score in scores:
-        metric = score.metric if score.filter == "none" else f"{score.metric} ({score.filter})"
+        metric = _metric(score.metric, score.filter)
         error = "-" if score.stderr is None else f"{score.stderr:.4f}"
         table.add_row(score.task, metric, f"{score.value:.4f}", error, f"{score.documents:,}", str(score.shots))
     return table
@@ -339,16 +339,14 @@ def model_rows(models: Sequence[Compared]) -> Cells:
 
 def scores_table(models: Sequence[Compared]) -> Table:
     """A row for each figure of a task, a column for each model."""
-    table = Table(title="Tasks", title_justify="left", box=SIMPLE_HEAD)
-    for heading in ("task", "metric", *(model.name for model in models)):
-        _add_column(table, heading)
+    table = _compared("Tasks", ["task", "metric", *(model.name for model in models)])
     cells = [{(score.task, score.metric, score.filter): score for score in model.scores} for model in models]
     for place in dict.fromkeys(place for column in cells for place in column):
         task, metric, kind = place
         row = [
             "-" if (score := column.get(place)) is None else _with_error(score.value, score.stderr) for column in cells
         ]
-        table.add_row(task, metric if kind == "none" else f"{metric} ({kind})", *row)
+        table.add_row(task, _metric(metric, kind), *row)
     for name in dict.fromkeys(name for model in models for name in model.means):
         row = [f"{model.means[name]:.4f}" if name in model.means else "-" for model in models]
         table.add_row(f"mean of {name!r}", "acc", *row)
@@ -364,10 +362,10 @@ def difference_rows(found: Comparison) -> Cells:
     """The headings of `differences_table`, and its rows."""
     rows = []
     for entry in found.differences:
-        metric = entry.metric if entry.filter == "none" else f"{entry.metric} ({entry.filter})"
         p = "-" if entry.adjusted is None else f"{entry.adjusted:.2g}"
         verdict = {True: "yes", False: "no", None: "not known"}[entry.beyond_noise]
         told = _with_error(entry.difference, entry.stderr, sign="+")
+        metric = _metric(entry.metric, entry.filter)
         rows.append([entry.model, entry.task, metric, told, f"{entry.documents:,}", p, verdict])
     return ["model", "task", "metric", "difference", "pairs", "p, adjusted", "beyond noise"], rows
 
@@ -381,13 +379,12 @@ def search_table(
         patterns, verdicts: of the points, by their names.
         chosen: the name of the one that is the answer.
     """
-    table = Table(title="Points", title_justify="left", box=SIMPLE_HEAD)
     judged = next(iter(verdicts.values()))
     tasks = {
         place: made.figure for place, made in enumerate(judged) if made.figure not in ("perplexity", "kl", "agreement")
     }
-    for heading in ("sparsity", "in linears", "perplexity", "KL, nats", "same token", *tasks.values(), "holds"):
-        _add_column(table, heading)
+    heads = ["sparsity", "in linears", "perplexity", "KL, nats", "same token", *tasks.values(), "holds"]
+    table = _compared("Points", heads)
     for model in found.models:
         own = verdicts.get(model.name)
         read, apart = model.perplexity, model.divergence
@@ -420,7 +417,7 @@ def text_lines(found: Comparison) -> list[str]:
     return [] if read is None else [f"text: {read.text}, context {read.length:,}, {read.tokens:,} tokens"]
 
 
-def _compared(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+def _compared(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]] = ()) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for heading in heads:
         _add_column(table, heading)
@@ -433,6 +430,10 @@ def _add_column(table: Table, heading: str) -> None:
     side: JustifyMethod = "left" if heading in NAMES else "right"
     longest = max(map(len, heading.split()), default=0)
     table.add_column(heading, justify=side, overflow="fold", min_width=min(longest, 12))
+
+
+def _metric(metric: str, kind: str) -> str:
+    return metric if kind == "none" else f"{metric} ({kind})"
 
 
 def _with_error(value: float, stderr: float | None, sign: str = "") -> str:
