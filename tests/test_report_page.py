@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -24,6 +23,7 @@ from llmprune.model.writer import PAGE, REPORT, side_files
 from llmprune.report import page, plots, weights
 from llmprune.report.record import BlockRecord, LinearRecord, Perplexity, Report, Score
 from llmprune.report.results import Results, read_results
+from tests import browser
 from tests.families import make
 from tests.test_cli import call
 
@@ -564,33 +564,13 @@ class TestPresent:
             assert present(name, None) is None
 
 
-@pytest.mark.skipif(
-    not (shutil.which("chromium") or shutil.which("google-chrome")), reason="there is no chromium to open the page in"
-)
+@browser.needed
 class TestInABrowser:
-    def opened(self, page_file: Path, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-        """The page as a real browser has drawn it."""
-        program = shutil.which("chromium") or shutil.which("google-chrome")
-        quiet = ("--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-                 "--disable-component-update", "--disable-sync", "--no-sandbox", "--hide-scrollbars")  # fmt: skip
-        command = [str(program), "--headless", *quiet, *flags, f"--user-data-dir={folder / 'browser'}"]
-        command += ["--enable-logging=stderr", "--virtual-time-budget=20000", "--dump-dom", f"file://{page_file}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        if done.returncode and "svg" not in done.stdout:
-            pytest.skip(f"chromium does not start here: {done.stderr[-200:]}")
-        return done
-
     def test_every_plot_is_drawn_and_nothing_complains(self, out: Path, model: Path, tmp_path: Path) -> None:
         keep(out, "comparison.json", comparison(out, model))
         page.draw(out)
-        done = self.opened(out / PAGE, tmp_path)
-        places = re.findall(
-            r'<div class="plot[^"]*" id="([\w-]+)"[^>]*>(.*?)<script type="application/json"', done.stdout, re.DOTALL
-        )
-        assert {"error-map", "zeros-map", "depth", "time", "memory", "tasks-plot"} <= {name for name, _ in places}
-        for name, inside in places:
-            assert 'class="main-svg"' in inside, name
-        assert "CONSOLE" not in done.stderr, done.stderr
+        names = browser.drawn(out / PAGE, tmp_path)
+        assert {"error-map", "zeros-map", "depth", "time", "memory", "tasks-plot"} <= names
 
     @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
     @pytest.mark.parametrize("width", [500, 1400])
@@ -607,7 +587,7 @@ class TestInABrowser:
         told = re.sub(r"<meta http-equiv[^>]*>", "", told).replace("</body>", f"{measure}</body>")
         (tmp_path / PAGE).write_text(told, encoding="utf-8")
         scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
-        done = self.opened(tmp_path / PAGE, tmp_path, scheme, f"--window-size={width},900")
+        done = browser.opened(tmp_path / PAGE, tmp_path, scheme, f"--window-size={width},900")
         found = re.search(r'data-seen="(\d+);(\d+);rgb\((\d+), (\d+), (\d+)\)"', done.stdout)
         assert found is not None
         wide, window, *colour = map(int, found.groups())

@@ -377,13 +377,14 @@ def test_the_second_text(found: tuple[Search, Path, Watching], place: Path) -> N
 
 def test_what_is_drawn(found: tuple[Search, Path, Watching]) -> None:
     told = json.loads((found[1] / RESULT).read_text())
-    drawn = curve.figure(told)
+    drawn = next(plot for plot in curve.plots_of(told) if plot.name == "divergence-curve")
     bound = found[0].verdicts["wanda-50"][0].bound
-    assert [shape.y0 for shape in drawn.layout.shapes].count(bound) == 1
-    line = drawn.data[1]
+    assert [shape.y0 for shape in drawn.figure.layout.shapes].count(bound) == 1
+    (line,) = drawn.figure.data
     assert list(line.marker.symbol) == ["circle" if point["holds"] else "circle-open" for point in told["points"]]
     assert list(line.x) == sorted(line.x)
-    assert "50% keeps" in curve._heading(told)
+    assert "Filled points keep what was promised" in drawn.caption
+    assert curve._sentences(told)[0].startswith("50% keeps ")
 
 
 @pytest.mark.parametrize(("kind", "number"), [("pruning blocks", 1), ("evaluating wanda", 1), ("pruning blocks", 3)])

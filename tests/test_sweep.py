@@ -23,6 +23,7 @@ from llmprune.model.writer import REPORT
 from llmprune.progress import Silent
 from llmprune.report import curve
 from llmprune.sweep import PAGE, RESULT, Sweep, sweep
+from tests import browser
 from tests.families import make
 from tests.test_distributed import Ranks
 from tests.test_tasks import HEAD, TASKS
@@ -288,10 +289,10 @@ class TestPicture:
     def test_lines_and_marks_are_the_points(self, found: tuple[Sweep, Path, Watching]) -> None:
         told = found[0].to_dict()
         rows = {row["name"]: row for row in told["models"]}
-        drawn = curve.figure(told)
-        assert len(drawn.data) == 8  # two methods, lines and marks, perplexity and divergence
-        for part, key, traces in (("perplexity", "value", drawn.data[:4]), ("divergence", "kl", drawn.data[4:])):
-            lines = {trace.name: trace for trace in traces}
+        drawn = curve.plots_of(told)
+        assert [plot.name for plot in drawn] == ["perplexity-curve", "divergence-curve"]
+        for plot, part, key in zip(drawn, ("perplexity", "divergence"), ("value", "kl"), strict=True):
+            lines = {trace.name: trace for trace in plot.figure.data}
             assert set(lines) == {"wanda", "wanda, N:M", "magnitude", "magnitude, N:M"}
             assert list(lines["wanda"].y) == [rows[name][part][key] for name in ("wanda-30", "wanda-60")]
             assert list(lines["wanda"].x) == [rows[name]["linears_sparsity"] for name in ("wanda-30", "wanda-60")]
@@ -301,17 +302,29 @@ class TestPicture:
             assert lines["wanda"].mode == "lines+markers"
             assert "2:4" in lines["wanda, N:M"].hovertext[0]
             assert f"{rows['wanda-2-4']['perplexity']['value']:.2f}" in lines["wanda, N:M"].hovertext[0]
-        for axis in (drawn.layout.xaxis, drawn.layout.xaxis2):
-            assert axis.range[0] < min(lines["wanda"].x) - 0.04  # points of one sparsity stand together
-        level = [shape for shape in drawn.layout.shapes if shape.y0 == rows["dense"]["perplexity"]["value"]]
+            assert plot.figure.layout.xaxis.range[0] < min(lines["wanda"].x) - 0.04  # points of one sparsity together
+        level = [shape for shape in drawn[0].figure.layout.shapes if shape.y0 == rows["dense"]["perplexity"]["value"]]
         assert len(level) == 1
 
     def test_the_page_needs_no_network(self, found: tuple[Sweep, Path, Watching]) -> None:
         page = (found[1] / PAGE).read_text()
         assert "plotly.js v" in page
+        assert "default-src 'none'" in page
         tags = re.findall(r"<(?:script|link|img|iframe)\b[^>]*>", page)
         assert tags
         assert not any("src=" in tag or "href=" in tag for tag in tags if "'" not in tag)
+
+    def test_the_page_has_the_figures_in_tables(self, found: tuple[Sweep, Path, Watching]) -> None:
+        page = (found[1] / PAGE).read_text()
+        for row in figures(found[0]):
+            assert f'<th scope="row">{row["name"]}</th>' in page
+            assert f"<td>{row['perplexity']['value']:.2f}</td>" in page
+            for score in row["scores"]:
+                assert f"{score['value']:.4f}" in page
+
+    @browser.needed
+    def test_both_plots_are_drawn(self, found: tuple[Sweep, Path, Watching], tmp_path: Path) -> None:
+        assert browser.drawn(found[1] / PAGE, tmp_path) == {"perplexity-curve", "divergence-curve"}
 
 
 def test_the_command_line(

@@ -1,4 +1,4 @@
-"""The picture of a sweep or a search: sparsity against quality, a line for each method."""
+"""The page of a sweep or a search: sparsity against quality, a line for each method."""
 
 from __future__ import annotations
 
@@ -7,77 +7,77 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
+import yaml
+
+from llmprune.report import tables
+from llmprune.report.comparison import Comparison
+from llmprune.report.frame import Beside, Plot, fill
+from llmprune.report.record import short_name
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 """Told apart by the colour-blind, on light and on dark ground (after Okabe and Ito)."""
 
-SIDES = (("perplexity", "value"), ("divergence", "kl"))
+SIDES = {"perplexity": "value", "divergence": "kl"}
+"""What is drawn, and which of its figures."""
 TITLES = {"perplexity": "perplexity", "divergence": "KL(dense ‖ sparse), nats per token"}
 
 
-def figure(told: Mapping[str, Any]) -> Any:
-    """A plotly figure of a sweep: perplexity and divergence over the zeros in the linears, on logarithmic scales.
+def plots_of(told: Mapping[str, Any]) -> list[Plot]:
+    """Perplexity and divergence over the zeros in the linears, on logarithmic scales, as far as they were measured.
 
     Each method has a line through its unstructured points, and a mark for each N:M pattern; what a search has promised
-    is a line across. The ground is left clear, so that the page's own shows through.
+    is a line across.
 
     Args:
         told: a sweep or a search as plain data, see `Sweep.to_dict` and `Search.to_dict`.
     """
     models = {model["name"]: model for model in told["models"]}
-    shown = [(part, key) for part, key in SIDES if any(models[point["name"]][part] for point in told["points"])]
-    drawn = make_subplots(cols=max(1, len(shown)), horizontal_spacing=0.11)
-    methods = list(dict.fromkeys(point["method"] for point in told["points"]))
-    for column, (part, key) in enumerate(shown, 1):
-        for number, method in enumerate(methods):
-            points = [point for point in told["points"] if point["method"] == method]
-            for grouped in (False, True):
-                chosen = [point for point in points if (":" in point["pattern"]) == grouped]
-                chosen = [point for point in chosen if models[point["name"]][part] is not None]
-                if chosen:
-                    trace = _trace(chosen, models, part, key, method, number, grouped)
-                    trace.showlegend = column == 1
-                    drawn.add_trace(trace, 1, column)
-        dense = models[told["dense"]][part]
-        values = [models[point["name"]][part][key] for point in told["points"] if models[point["name"]][part]]
-        if dense is not None:
-            values.append(dense[key])
-            drawn.add_hline(dense[key], line={"dash": "dash", "color": "#888888"}, row=1, col=column)
-            # On a logarithmic axis a line stands at its value, and words at its logarithm.
-            place = {"x": 1, "xref": "x domain", "xanchor": "right", "y": math.log10(dense[key]), "yanchor": "bottom"}
-            drawn.add_annotation(text=f"dense {dense[key]:.4g}", showarrow=False, row=1, col=column, **place)
-        for bound in told.get("limits", {}).get(part, ()):
-            values.append(bound)
-            drawn.add_hline(bound, line={"dash": "dot", "color": "#D55E00"}, row=1, col=column)
-            place = {"x": 0, "xref": "x domain", "xanchor": "left", "y": math.log10(bound), "yanchor": "bottom"}
-            drawn.add_annotation(text=f"target {bound:.4g}", showarrow=False, row=1, col=column, **place)
-        values = [value for value in values if value > 0]
-        drawn.update_yaxes(range=_span([math.log10(value) for value in values], 0.1), row=1, col=column)
-        zeros = [models[point["name"]]["linears_sparsity"] for point in told["points"]]
-        drawn.update_xaxes(range=_span(zeros, 0.05), row=1, col=column)
-        drawn.update_yaxes(title=TITLES[part], type="log", **_ticks(values), row=1, col=column)
-        drawn.update_xaxes(title="zeros in the linears", tickformat=".0%", row=1, col=column)
-    drawn.update_layout(
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"family": "system-ui, sans-serif", "size": 14},
-        legend={"orientation": "h", "y": -0.16, "yanchor": "top", "x": 0},
-        margin={"l": 70, "r": 20, "t": 30, "b": 90},
-        hoverlabel={"align": "left"},
-    )
-    grid = {"gridcolor": "rgba(128,128,128,0.25)", "linecolor": "#888888", "zeroline": False, "ticks": "outside"}
-    drawn.update_xaxes(**grid)
-    drawn.update_yaxes(**grid)
-    return drawn
+    shown = [part for part in SIDES if any(models[point["name"]][part] for point in told["points"])]
+    return [Plot(f"{part}-curve", TITLES[part], _figure(told, models, part), _caption(told, part)) for part in shown]
 
 
 def page(told: Mapping[str, Any]) -> str:
-    """A page with the picture alone, which needs nothing from anywhere."""
-    drawn = figure(told)
-    drawn.update_layout(title={"text": _heading(told), "font": {"size": 16}}, margin={"t": 90}, paper_bgcolor="white")
-    html: str = drawn.to_html(full_html=True, include_plotlyjs=True, default_height="640px")
-    return html
+    """A page with the picture and the figures, which needs nothing from anywhere."""
+    found = Comparison.read(told)
+    return fill(
+        "curve.html",
+        name=short_name(told["model"]),
+        searched="promises" in told,
+        sentences=_sentences(told),
+        plots=plots_of(told),
+        compared=Beside.of(found),
+        scores=tables.score_rows(found.models),
+        recipe=yaml.safe_dump(told["recipe"], sort_keys=False, allow_unicode=True),
+        versions=told["versions"],
+    )
+
+
+def _figure(told: Mapping[str, Any], models: Mapping[str, Any], part: str) -> Any:
+    key, drawn, values = SIDES[part], go.Figure(), []
+    methods = list(dict.fromkeys(point["method"] for point in told["points"]))
+    for number, method in enumerate(methods):
+        points = [point for point in told["points"] if point["method"] == method]
+        for grouped in (False, True):
+            chosen = [point for point in points if (":" in point["pattern"]) == grouped]
+            chosen = [point for point in chosen if models[point["name"]][part] is not None]
+            if chosen:
+                drawn.add_trace(_trace(chosen, models, part, key, method, number, grouped))
+                values += [models[point["name"]][part][key] for point in chosen]
+    dense = models[told["dense"]][part]
+    across = [] if dense is None else [(dense[key], "dense", "dash", "#888888", "right")]
+    across += [(bound, "target", "dot", "#D55E00", "left") for bound in told.get("limits", {}).get(part, ())]
+    for value, word, dash, colour, side in across:
+        values.append(value)
+        drawn.add_hline(value, line={"dash": dash, "color": colour})
+        # On a logarithmic axis a line stands at its value, and words at its logarithm.
+        place = {"x": int(side == "right"), "xref": "x domain", "xanchor": side, "y": math.log10(value)}
+        drawn.add_annotation(text=f"{word} {value:.4g}", showarrow=False, yanchor="bottom", **place)
+    values = [value for value in values if value > 0]
+    span = _span([math.log10(value) for value in values], 0.1)
+    drawn.update_yaxes(title={"text": TITLES[part]}, type="log", range=span, **_ticks(values))
+    zeros = [models[point["name"]]["linears_sparsity"] for point in told["points"]]
+    drawn.update_xaxes(title={"text": "zeros in the linears"}, tickformat=".0%", range=_span(zeros, 0.05))
+    return drawn.update_layout(height=440, margin={"l": 60})
 
 
 def _trace(
@@ -140,18 +140,21 @@ def _words(point: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     return "<br>".join(lines)
 
 
-def _heading(told: Mapping[str, Any]) -> str:
-    read = next((model["perplexity"] for model in told["models"] if model["perplexity"]), None)
-    where = "" if read is None else f"<br>{read['text']}, context {read['length']:,}, {read['tokens']:,} tokens"
-    return f"{told['model']}: sparsity against quality{where}{_answer(told)}"
+def _caption(told: Mapping[str, Any], part: str) -> str:
+    read = next(model[part] for model in told["models"] if model[part])
+    caption = f"On {short_name(read['text'])}, context {read['length']:,}, {read['tokens']:,} tokens."
+    if "promises" in told:
+        caption += " Filled points keep what was promised, open ones do not."
+    return caption
 
 
-def _answer(told: Mapping[str, Any]) -> str:
-    """What a search found, in short."""
-    if "promises" not in told:
-        return ""
-    found = (point["pattern"] for point in told["points"] if point["name"] == told["chosen"])
-    return f"<br>{next(found, 'no sparsity that was asked for')} keeps {', '.join(told['promises'])}"
+def _sentences(told: Mapping[str, Any]) -> list[str]:
+    """What was found, in short."""
+    if "promises" in told:
+        found = (point["pattern"] for point in told["points"] if point["name"] == told["chosen"])
+        return [f"{next(found, 'No sparsity that was asked for')} keeps {', '.join(told['promises'])}."]
+    methods, patterns = (list(dict.fromkeys(point[key] for point in told["points"])) for key in ("method", "pattern"))
+    return [f"{', '.join(methods)} at {', '.join(patterns)}."]
 
 
 def _span(values: Sequence[float], least: float) -> tuple[float, float] | None:

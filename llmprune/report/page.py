@@ -1,15 +1,11 @@
 """The page about a pruned checkpoint: report.html in OUT, one file that needs no network.
 
-It is drawn from what lies in OUT, and from the weights of the dense model if they are still on this machine. The page
-names the hashes of plotly and of the script that draws the plots, and forbids browsers to run or load anything else.
+It is drawn from what lies in OUT, and from the weights of the dense model if they are still on this machine.
 """
 
 from __future__ import annotations
 
-import base64
-import functools
 import hashlib
-import json
 import shlex
 import statistics
 from collections.abc import Iterable, Sequence
@@ -17,10 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import plotly.offline
 import yaml
-from markupsafe import Markup
 
 from llmprune.allocate import PLAN_FILES
 from llmprune.model.source import Source
@@ -29,6 +22,7 @@ from llmprune.patterns import parse
 from llmprune.report import plots, tables
 from llmprune.report.comparison import Compared, Difference
 from llmprune.report.earlier import beginning
+from llmprune.report.frame import Beside, Plot, fill
 from llmprune.report.record import (
     FEW_TOKENS,
     Divergence,
@@ -74,32 +68,6 @@ class Row:
     pruned: str = ""
     difference: str = ""
     before: str = ""
-
-
-@dataclass(frozen=True)
-class Beside:
-    """This checkpoint beside others than the dense one: headings and rows of two tables, and what belongs to them."""
-
-    models: tables.Cells
-    differences: tables.Cells
-    notes: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A plot on the page, with what it says in words, and in a table."""
-
-    name: str
-    title: str
-    figure: plots.Figure
-    caption: str = ""
-    heads: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = ()
-
-    @property
-    def json(self) -> Markup:
-        """The figure as data inside a script element."""
-        return _inside_script(self.figure.to_json())
 
 
 def draw(
@@ -161,10 +129,9 @@ def render(results: Results, histograms: Sequence[Histogram], many: bool = False
     report = results.report
     cells = plots.grid(report.linears)
     sentences, rows, missing = verdict(results)
-    plotly_js, own_js = plotly.offline.get_plotlyjs(), _file("page.js")
     listed = sorted(report.linears, key=_worst_first)[:LISTED] if len(report.linears) > LISTED else report.linears
-    themes = {name: plots.theme(dark) for name, dark in (("light", False), ("dark", True))}
-    page: str = _template().render(
+    return fill(
+        "page.html",
         report=report,
         name=short_name(report.model),
         asked=_asked(report),
@@ -191,13 +158,7 @@ def render(results: Results, histograms: Sequence[Histogram], many: bool = False
         recipe=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True),
         linears=[_linear_row(record) for record in listed],
         size=tables.size,
-        css=Markup(_file("page.css")),
-        themes=_inside_script(json.dumps(themes)),
-        plotly_js=Markup(plotly_js),
-        own_js=Markup(own_js),
-        policy=" ".join(f"'sha256-{_hash(script)}'" for script in (plotly_js, own_js)),
     )
-    return page
 
 
 # -- the verdict -----------------------------------------------------------------------------------------------------
@@ -396,12 +357,12 @@ def _beside(results: Results) -> Beside | None:
     found, (own, dense) = results.comparison, _models(results)
     if found is None or all(model is own or model is dense for model in found.models):
         return None
-    heads, rows = tables.model_rows(found.models)
+    made = Beside.of(found)
     here = results.report.out.expanduser().resolve()
-    for model, row in zip(found.models, rows, strict=True):
+    for model, row in zip(found.models, made.models[1], strict=True):
         before = model is not own and Path(model.path).expanduser().resolve() == here
         row[0] += " (dense)" if model.dense else " (this one)" if model is own else " (other weights)" if before else ""
-    return Beside((heads, rows), tables.difference_rows(found), tables.comparison_notes(found))
+    return made
 
 
 def _parent(results: Results) -> Compared | None:
@@ -683,30 +644,6 @@ def _calibrated(report: Report) -> str:
         return ""
     told = report.calibration
     return f"{told.get('samples')} × {told.get('length'):,} tokens of {short_name(str(told.get('source')))}"
-
-
-# -- the file --------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-    room = jinja2.FileSystemLoader(Path(__file__).parent)
-    setting = jinja2.Environment(loader=room, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
-                                 lstrip_blocks=True)  # fmt: skip
-    return setting.get_template("page.html")
-
-
-def _file(name: str) -> str:
-    return (Path(__file__).parent / name).read_text(encoding="utf-8")
-
-
-def _inside_script(text: str) -> Markup:
-    """JSON that cannot end the element it is in."""
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
-
-
-def _hash(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def _weights_id(name: str) -> str:

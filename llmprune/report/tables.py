@@ -339,18 +339,23 @@ def model_rows(models: Sequence[Compared]) -> Cells:
 
 def scores_table(models: Sequence[Compared]) -> Table:
     """A row for each figure of a task, a column for each model."""
-    table = _compared("Tasks", ["task", "metric", *(model.name for model in models)])
+    return _compared("Tasks", *score_rows(models))
+
+
+def score_rows(models: Sequence[Compared]) -> Cells:
+    """The headings of `scores_table`, and its rows."""
     cells = [{(score.task, score.metric, score.filter): score for score in model.scores} for model in models]
+    rows = []
     for place in dict.fromkeys(place for column in cells for place in column):
         task, metric, kind = place
         row = [
             "-" if (score := column.get(place)) is None else _with_error(score.value, score.stderr) for column in cells
         ]
-        table.add_row(task, _metric(metric, kind), *row)
+        rows.append([task, _metric(metric, kind), *row])
     for name in dict.fromkeys(name for model in models for name in model.means):
         row = [f"{model.means[name]:.4f}" if name in model.means else "-" for model in models]
-        table.add_row(f"mean of {name!r}", "acc", *row)
-    return table
+        rows.append([f"mean of {name!r}", "acc", *row])
+    return ["task", "metric", *(model.name for model in models)], rows
 
 
 def differences_table(found: Comparison) -> Table:
