@@ -84,7 +84,7 @@ class Measuring:
     Attributes:
         text, length: for perplexity and divergence; null for neither.
         max_perplexity: a dense model worse than this counts as broken and is not pruned; null for no bound.
-        tasks, shots, limit, include_path, batch: see `tasks.evaluate`.
+        tasks, shots, limit, include_path, batch, unsafe_code: see `tasks.evaluate`.
     """
 
     text: str | None = "wikitext2"
@@ -95,12 +95,13 @@ class Measuring:
     limit: float | None = None
     include_path: tuple[str, ...] = ()
     batch: int | None = None
+    unsafe_code: bool = False
 
     def asked(self, recipe: Recipe) -> Asked:
         """The same where and as the recipe runs models."""
-        where = (recipe.device, recipe.dtype, recipe.trust_remote_code)
+        how = self.tasks, self.shots, self.limit, self.include_path, self.batch, self.unsafe_code
         evaluation = Evaluation(self.text, self.length, max_perplexity=self.max_perplexity)
-        return Asked(evaluation, self.tasks, self.shots, self.limit, self.include_path, self.batch, *where)
+        return Asked(evaluation, *how, recipe.device, recipe.dtype, recipe.trust_remote_code)
 
 
 @dataclass(frozen=True)

@@ -291,7 +291,8 @@ def _field(record: Any, column: str, where: str) -> str:
     if not isinstance(record, dict):
         raise UserError(f"{where} is not a record of named fields")
     if column not in record:
-        raise UserError(f"{where}: {unknown('column', column, record)}; choose with --set calibration.column=NAME")
+        advice = "--set calibration.column=NAME or evaluate.column=NAME, or --text-column NAME for `eval` and `compare`"
+        raise UserError(f"{where}: {unknown('column', column, record)}; choose with {advice}")
     if not isinstance(record[column], str):
         raise UserError(f"{where}: {column!r} is not text")
     # Half a surrogate pair, which JSON can carry, is no character that a tokenizer takes.

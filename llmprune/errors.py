@@ -38,6 +38,10 @@ class Failure(LLMPruneError):
     """The request was sound, but the work could not be finished (a full disk, NaN weights, a broken file)."""
 
 
+class NotFinite(Failure):
+    """What a model says is no finite number: its weights are broken, or its dtype does not hold what it computes."""
+
+
 class Interrupted(LLMPruneError, KeyboardInterrupt):
     """The user stopped the work; what was finished is kept."""
 

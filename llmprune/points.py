@@ -103,6 +103,11 @@ class Work:
         if report is None or unfinished:
             source = self.reference.checkpoint.source.name
             report = pipeline.prune(source, out=place, recipe=recipe, progress=Titled(self.progress, title)).to_dict()
+            if report["revision"] != (measured := self.reference.checkpoint.source.revision):
+                raise UserError(
+                    f"{source} has moved from {measured} to {report['revision']} on the Hub since the dense model was "
+                    f"measured: name the one that is meant, as in {source.split('@')[0]}@{measured}"
+                )
         elif other := other_recipe(report, recipe):
             raise UserError(f"{place} holds a finished run with {other}: choose another folder for the {self.what}")
         if not all(distributed.gather((place / INDEX).is_file())):
@@ -181,11 +186,12 @@ def measuring(
     limit: float | None,
     include_path: Sequence[str | Path],
     batch: int | None,
+    unsafe_code: bool,
 ) -> Asked:
     """What is measured of each point: on the recipe's text, by default `wikitext2`, and by tasks."""
     evaluation = base.evaluate if base.evaluate.text is not None else replace(base.evaluate, text="wikitext2")
-    own = tuple(map(str, include_path))
-    return Asked(evaluation, tuple(tasks), shots, limit, own, batch, base.device, base.dtype, base.trust_remote_code)
+    how = tuple(tasks), shots, limit, tuple(map(str, include_path)), batch, unsafe_code
+    return Asked(evaluation, *how, base.device, base.dtype, base.trust_remote_code)
 
 
 class Titled:

@@ -102,7 +102,8 @@ class Promise:
         if re.match(r"size\b", written):
             raise UserError(
                 f"target {written}: zeros do not make the files smaller, a pruned checkpoint has as many bytes as the "
-                "dense one: prune to a sparsity (`llmprune prune --sparsity 40%`), or promise something about quality"
+                "dense one: prune to a sparsity (`llmprune prune --sparsity 40%`), make a smaller model (`llmprune "
+                "prune --params 60%`), or promise something about quality"
             )
         found = _TASK.fullmatch(written)
         if found is None or re.match(rf"(?:{'|'.join(_OWN)})(?![\w.])", written):
@@ -141,13 +142,18 @@ class Promise:
             return self._judge_task(dense, model, differences)
         if self.figure == "perplexity":
             assert dense.perplexity is not None
-            assert model.perplexity is not None
-            first, value = dense.perplexity.value, model.perplexity.value
+            first = dense.perplexity.value
             bound = first * (1 + self.amount) if self.unit == "rise" else self.amount
             if bound <= first:
                 raise UserError(f"target {self.written}: the dense model itself has perplexity {dense.perplexity}")
+            if model.perplexity is None:  # what it says is not finite
+                return self._verdict("perplexity", None, first, bound, MANY)
+            value = model.perplexity.value
             return self._verdict("perplexity", value, first, bound, math.log(value / first) / math.log(bound / first))
         apart = model.divergence  # the dense model has none from itself
+        if apart is None and not model.dense:
+            best, bound = (0.0, self.amount) if self.figure == "kl" else (1.0, self.amount)
+            return self._verdict(self.figure, None, best, bound, MANY)
         if self.figure == "kl":
             value = apart.kl if apart is not None else 0.0
             return self._verdict("kl", value, 0.0, self.amount, value / self.amount)

@@ -183,6 +183,19 @@ class Evaluation:
     column: str | None = None
     max_perplexity: float | None = 1000.0
 
+    @classmethod
+    def of(cls, text: str | Evaluation | None, length: int | None = None, stride: int | None = None) -> Evaluation:
+        """That of a text by its name, cut so; or what is one already, as it is.
+
+        Raises:
+            UserError: its length or stride are said twice.
+        """
+        if not isinstance(text, Evaluation):
+            return cls(text, length, stride)
+        if length is not None or stride is not None:
+            raise UserError("the evaluation says itself how its text is cut: leave the length and the stride out")
+        return text
+
     def __post_init__(self) -> None:
         _positive(self, "evaluate", "length", "stride", "max_perplexity")
         if self.max_perplexity == float("inf"):

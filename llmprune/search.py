@@ -149,6 +149,7 @@ def search(
     limit: float | None = None,
     include_path: Sequence[str | Path] = (),
     batch: int | None = None,
+    unsafe_code: bool = False,
     progress: Progress | None = None,
     **options: Any,
 ) -> Search:
@@ -169,7 +170,7 @@ def search(
         recipe, **options: what all points share, as for `prune`; `evaluate` is the text that is measured on, by default
             `wikitext2`; it must not be the calibration text. A sparsity in the recipe is not used. A cap on the memory
             holds for the pruning, not for the measuring.
-        tasks, shots, limit, include_path, batch: what is measured besides, and how; see `tasks.evaluate`.
+        tasks, shots, limit, include_path, batch, unsafe_code: what is measured besides, and how; see `tasks.evaluate`.
         progress: where to show how far the work is.
 
     Raises:
@@ -188,7 +189,7 @@ def search(
             "the recipe, and the search finds an unstructured sparsity"
         )
     named = [*tasks, *(promise.task for promise in promises if promise.task)]
-    asked = measuring(base, list(dict.fromkeys(named)), shots, limit, include_path, batch)
+    asked = measuring(base, list(dict.fromkeys(named)), shots, limit, include_path, batch, unsafe_code)
     second = None
     if confirm is not None:
         data.check(confirm)

@@ -58,6 +58,7 @@ def sweep(
     limit: float | None = None,
     include_path: Sequence[str | Path] = (),
     batch: int | None = None,
+    unsafe_code: bool = False,
     keep_models: bool = False,
     progress: Progress | None = None,
     **options: Any,
@@ -74,7 +75,7 @@ def sweep(
         recipe, **options: what all points share, as for `prune`; `evaluate` is the text that is measured on, by default
             `wikitext2`. Where the recipe has options for a method, the points of that method have them too. A cap on
             the memory holds for the pruning, not for the measuring.
-        tasks, shots, limit, include_path, batch: what is measured besides; see `tasks.evaluate`.
+        tasks, shots, limit, include_path, batch, unsafe_code: what is measured besides; see `tasks.evaluate`.
         keep_models: keep the weights of each point in `out`/NAME.
         progress: where to show how far the work is.
 
@@ -83,7 +84,7 @@ def sweep(
     """
     began = time.monotonic()
     base = assemble(recipe, options).settled()
-    asked = measuring(base, tasks, shots, limit, include_path, batch)
+    asked = measuring(base, tasks, shots, limit, include_path, batch, unsafe_code)
     base = replace(base, evaluate=Evaluation())
     points = _points(base, sparsity, method, keep_models)
     with working(model, out, "sweep", base, shared(base), asked, points, of_first(progress)) as work:

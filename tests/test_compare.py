@@ -22,7 +22,7 @@ import lm_eval.evaluator
 
 import llmprune
 from llmprune import cli
-from llmprune.errors import Failure, UserError
+from llmprune.errors import Failure, NotFinite, UserError
 from llmprune.evaluate import compare as room
 from llmprune.evaluate import divergence, perplexity, tasks
 from llmprune.evaluate.pieces import FOLDER
@@ -337,13 +337,84 @@ def test_mistakes_are_told_before_any_work(
         llmprune.compare(dense, [other], text=text, length=LENGTH, out=tmp_path / "file")
 
 
-def test_weights_that_give_nothing_finite_are_named(models: dict[str, Path], text: str, tmp_path: Path) -> None:
+def test_weights_that_give_nothing_finite_are_named(
+    models: dict[str, Path], own: Path, text: str, tmp_path: Path
+) -> None:
     broken = Path(shutil.copytree(models["dense"], tmp_path / "broken"))
     weights = load_file(broken / "model.safetensors")
     weights = {name: weight * 3e38 if name == "model.norm.weight" else weight for name, weight in weights.items()}
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(Failure, match="broken says of the text is not finite"):
-        llmprune.compare(models["dense"], [broken], text=text, length=LENGTH)
+    given: dict[str, Any] = {**options(own, text), "out": tmp_path / "out"}
+    made = llmprune.compare(models["dense"], [broken, models["copy"]], **given)
+    wreck, copy = made.models[1:]
+    assert (wreck.perplexity, wreck.divergence, wreck.scores) == (None, None, [])
+    assert wreck.sparsity == pytest.approx(made.models[0].sparsity)
+    assert copy.perplexity == made.models[0].perplexity or copy.perplexity is not None
+    assert {entry.model for entry in made.differences} == {"copy"}
+    assert f"what {broken} says of the text is not finite; it has no perplexity here" in made.notes
+    assert [f"{task} of broken is not finite, and left out" in made.notes for task in TASKS] == [True] * len(TASKS)
+    assert "-" in [cell for column in models_table(made.models).columns for cell in column.cells]
+    with pytest.raises(NotFinite, match="broken says of the text is not finite"):
+        llmprune.compare(broken, [models["copy"]], text=text, length=LENGTH)
+    with pytest.raises(NotFinite, match="broken says is not finite"):
+        llmprune.compare(broken, [models["copy"]], tasks=["tiny_choice"], include_path=[own])
+
+
+def test_a_task_that_is_asked_for_twice_counts_once(models: dict[str, Path], own: Path, tmp_path: Path) -> None:
+    for path in own.iterdir():
+        shutil.copy(path, tmp_path)
+    (tmp_path / "pair.yaml").write_text("group: pair\ntask: [tiny_choice, tiny_last]\n")
+    given: dict[str, Any] = {"include_path": [tmp_path], "limit": 8}
+    once = llmprune.compare(models["dense"], [models["other"]], tasks=["pair"], **given)
+    more = llmprune.compare(models["dense"], [models["other"]], tasks=["tiny_last", "pair", "tiny_c*"], **given)
+    assert {entry.task for entry in once.differences} == {"tiny_choice", "tiny_last"}
+    assert [vars(entry) for entry in more.differences] == [vars(entry) for entry in once.differences]
+    assert more.judged == once.judged
+
+
+def test_a_tokenizer_that_reads_the_text_otherwise_is_told(models: dict[str, Path], text: str, tmp_path: Path) -> None:
+    """The same vocabulary, and other tokens of this text; and one that is only written otherwise."""
+    small = Path(shutil.copytree(models["other"], tmp_path / "small"))
+    words = json.loads((small / "tokenizer.json").read_text())
+    words["normalizer"] = {"type": "Lowercase"}
+    (small / "tokenizer.json").write_text(json.dumps(words))
+    alike = Path(shutil.copytree(models["other"], tmp_path / "alike"))
+    words["normalizer"] = {"type": "NFC"}
+    (alike / "tokenizer.json").write_text(json.dumps(words))
+    made = llmprune.compare(models["dense"], [small, alike], text=text, length=LENGTH)
+    assert [model.divergence is None for model in made.models] == [True, True, False]
+    assert [entry.model for entry in made.differences] == ["alike"]
+    own = llmprune.perplexity(small, text, length=LENGTH)
+    assert made.models[1].perplexity is not None
+    assert made.models[1].perplexity.value == pytest.approx(own.value, rel=1e-12)
+    assert any("make other tokens of" in note and "not compared" in note for note in made.notes)
+
+
+def test_a_context_that_all_can_take(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long, short = (make("gpt2", tmp_path / str(count), n_positions=count) for count in (64, 32))
+    for dense, other in ((long, short), (short, long)):
+        made = llmprune.compare(dense, [other], text=text)
+        assert [model.perplexity.length for model in made.models if model.perplexity is not None] == [32, 32]
+        assert llmprune.divergence(other, dense, text).length == 32
+    given = ["compare", str(long), str(short), "--perplexity", text, "--length", "48"]
+    assert cli.main(given) == 2
+    assert "longer than" in (said := capsys.readouterr().err)
+    assert "(32)" in said
+
+
+def test_a_column_of_a_text(models: dict[str, Path], text: str, tmp_path: Path) -> None:
+    records = tmp_path / "text.jsonl"
+    records.write_text(json.dumps({"page": Path(text).read_text(), "other": 1}) + "\n")
+    given = ["--perplexity", str(records), "--length", str(LENGTH)]
+    dense, other = str(models["dense"]), str(models["other"])
+    told = tmp_path / "told"
+    assert cli.main(["eval", dense, *given]) == 2
+    assert cli.main(["eval", dense, *given, "--text-column", "page", "--against", other, "-o", str(told)]) == 0
+    assert cli.main(["compare", dense, other, *given, "--text-column", "page", "-o", str(told)]) == 0
+    value = llmprune.perplexity(dense, text, length=LENGTH).value
+    assert json.loads((told / "eval.json").read_text())["perplexity"]["value"] == value
+    compared = json.loads((told / "comparison.json").read_text())
+    assert compared["models"][0]["perplexity"]["value"] == pytest.approx(value, rel=1e-12)
 
 
 def test_the_command_line(

@@ -161,6 +161,17 @@ def judged(written: str, value: float, stderr: float | None = 0.03) -> Verdict:
     return promise.judge(*compared(value, name.get(promise.figure, promise.figure), stderr))
 
 
+@pytest.mark.parametrize("written", ["ppl+5%", "ppl<=24", "kl<=0.05", "agreement>=90%"])
+def test_a_model_that_says_nothing_finite_keeps_no_promise(written: str) -> None:
+    promise = Promise.read(written)
+    dense, model, _ = compared(0.5, "quiz", 0.03)
+    model.perplexity = model.divergence = None
+    verdict = promise.judge(dense, model, [])
+    assert (verdict.value, verdict.holds) == (None, False)
+    assert "not finite" in str(verdict)
+    assert promise.judge(dense, dense, []).holds
+
+
 def run(curve_of: Callable[[int], float], grid: Grid, known: dict[float, float] | None = None) -> dict[float, float]:
     """What is known at the end."""
     known = dict(known or {})

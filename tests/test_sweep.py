@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import llmprune
-from llmprune import cli
+from llmprune import cli, points
 from llmprune.errors import UserError
 from llmprune.evaluate.compare import Reference
 from llmprune.model.writer import REPORT
@@ -132,6 +133,48 @@ def test_stopped_while_it_prunes(
     assert sum("pruning blocks" in title for title in watch.titles) == 6 - stop
     assert "evaluating dense" not in watch.titles
     assert not list(out.rglob("*.safetensors"))
+
+
+def test_a_point_that_says_nothing_finite_does_not_stop_the_others(
+    found: tuple[Sweep, Path, Watching], model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pruned(*given: Any, out: Path, **named: Any) -> Any:
+        report = prune(*given, out=out, **named)
+        if out.name == "wanda-60":
+            for shard in out.glob("*.safetensors"):
+                weights = load_file(shard)
+                if "model.norm.weight" in weights:
+                    weights["model.norm.weight"].fill_(float("nan"))
+                    save_file(weights, shard, metadata={"format": "pt"})
+        return report
+
+    prune = points.pipeline.prune
+    monkeypatch.setattr(points.pipeline, "prune", pruned)
+    made = sweep(model, out=tmp_path / "out", **lists(), **options(text))
+    wanted = {row["name"]: row for row in figures(found[0])}
+    for row in figures(made):
+        if row["name"] == "wanda-60":
+            assert (row["perplexity"], row["divergence"]) == (None, None)
+        else:
+            assert row == wanted[row["name"]]
+    assert any("wanda-60 says of the text is not finite" in note for note in made.comparison.notes)
+    drawn = curve.plots_of(made.to_dict())[0].figure
+    assert [len(trace.x) for trace in drawn.data if trace.name == "wanda"] == [1]
+
+
+def test_a_model_that_moves_on_the_hub_meanwhile_is_told(
+    model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pruned(*given: Any, **named: Any) -> Any:
+        report = prune(*given, **named)
+        report.revision = "f" * 40
+        return report
+
+    prune = points.pipeline.prune
+    monkeypatch.setattr(points.pipeline, "prune", pruned)
+    with pytest.raises(UserError, match=r"has moved from None to f{40} on the Hub since the dense model was measured"):
+        sweep(model, out=tmp_path / "out", **lists("30%", "wanda"), **options(text))
+    assert not list((tmp_path / "out" / "points").glob("wanda*.json"))
 
 
 def test_stopped_while_it_measures(found: tuple[Sweep, Path, Watching], model: Path, text: str, tmp_path: Path) -> None:

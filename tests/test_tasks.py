@@ -19,7 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from llmprune import cli
-from llmprune.errors import Failure, UserError
+from llmprune.errors import Failure, NotFinite, UserError
 from llmprune.evaluate import tasks
 from llmprune.evaluate.tasks import Streamed, evaluate
 from llmprune.model.checkpoint import Checkpoint
@@ -292,7 +292,8 @@ def test_questions_that_cannot_be_made_are_said(model: Path, folder: Path, tmp_p
     ("option", "value", "said"),
     [("--limit", "0", "--limit takes"), ("--limit", "-3", "--limit takes"), ("--limit", "nan", "--limit takes"),
      ("--few-shot", "-1", "--few-shot takes"), ("--batch-tokens", "0", "--batch-tokens takes"),
-     ("--stride", "8", "--stride is for a perplexity")],
+     ("--stride", "8", "--stride is for a perplexity"), ("--length", "8", "--length is for a perplexity"),
+     ("--text-column", "page", "--text-column is for a perplexity")],
 )  # fmt: skip
 def test_numbers_that_make_no_sense(
     option: str, value: str, said: str, model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
@@ -311,17 +312,19 @@ def test_what_was_found_is_kept_whatever_comes_after(
 
     text = tmp_path / "text.txt"
     text.write_text("a line of words, and one more of them\n" * 40)
-    given = ["eval", str(model), "-o", str(tmp_path / "kept"), "--include-path", str(folder)]
+    given = ["eval", str(model), "-o", str(tmp_path / "kept")]
+    own = ["--include-path", str(folder), "--limit", "4", "--tasks"]
     measured = ["--perplexity", str(text), "--length", "16"]
-    assert cli.main([*given, *measured, "--tasks", "tiny_choise"]) == 2
+    assert cli.main([*given, *measured, *own, "tiny_choise"]) == 2
     assert not (tmp_path / "kept" / "eval.json").exists()  # it is told before any work
     assert cli.main([*given, *measured, "--against", str(tmp_path / "nowhere")]) == 2
+    assert "no model at" in capsys.readouterr().err
     assert not (tmp_path / "kept" / "eval.json").exists()
     with monkeypatch.context() as changed:
         changed.setattr("llmprune.evaluate.tasks.evaluate", None)
-        assert cli.main([*given, *measured, "--tasks", "tiny_choice", "--limit", "4"]) == 1
+        assert cli.main([*given, *measured, *own, "tiny_choice"]) == 1
     assert set(kept()) == {"model", "shards", "perplexity"}
-    assert cli.main([*given, "--tasks", "tiny_choice", "--limit", "4"]) == 0
+    assert cli.main([*given, *own, "tiny_choice"]) == 0
     assert set(kept()) == {"model", "shards", "perplexity", "tasks"}
     assert cli.main([*given, *measured, "--against", str(model), "--stride", "4"]) == 2
     assert "leave out --stride or --against" in capsys.readouterr().err
@@ -332,6 +335,122 @@ def test_what_was_found_is_kept_whatever_comes_after(
     given[1] = str(other)
     assert cli.main([*given, *measured]) == 0
     assert set(kept()) == {"model", "shards", "perplexity"}  # the others were of other weights
+
+
+@pytest.fixture
+def broken(model: Path, tmp_path: Path) -> Path:
+    """A model that says nothing finite."""
+    place = tmp_path / "broken"
+    shutil.copytree(model, place)
+    (shard,) = place.glob("*.safetensors")
+    weights = load_file(shard)
+    weights["model.norm.weight"].fill_(float("nan"))
+    save_file(weights, shard, metadata={"format": "pt"})
+    return place
+
+
+@pytest.mark.parametrize("task", ["tiny_choice", "tiny_rolling", "tiny_generate"])
+def test_a_model_that_says_nothing_finite_has_no_accuracy(task: str, broken: Path, folder: Path) -> None:
+    with pytest.raises(NotFinite, match=r"what .*broken says is not finite"):
+        evaluate(broken, [task], include_path=[folder], limit=4)
+
+
+def test_a_broken_model_on_the_command_line(
+    broken: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["eval", str(broken), "--tasks", "tiny_choice", "--include-path", str(folder), "--limit", "4"]
+    assert cli.main([*given, "--json"]) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "says is not finite; try --dtype float32" in told.err
+
+
+def test_a_figure_that_is_not_finite_is_noted(
+    model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def asked(*arguments: Any, **options: Any) -> Any:
+        found = whole(*arguments, **options)
+        found["results"]["tiny_choice"]["acc_norm,none"] = float("nan")
+        return found
+
+    whole = lm_eval.simple_evaluate
+    monkeypatch.setattr(lm_eval, "simple_evaluate", asked)
+    given = ["eval", str(model), "--tasks", "tiny_choice", "--include-path", str(folder), "--limit", "4"]
+    assert cli.main([*given, "--json", "-o", str(tmp_path / "kept")]) == 0
+    told = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert [score["metric"] for score in told["tasks"]["scores"]] == ["acc"]
+    assert told["tasks"]["broken"] == ["tiny_choice acc_norm"]
+    assert json.loads((tmp_path / "kept" / "eval.json").read_text(), parse_constant=pytest.fail) == told
+    assert cli.main(given) == 0
+    assert "tiny_choice acc_norm is not finite, and left out" in capsys.readouterr().out
+
+
+def test_what_is_too_large_for_a_number_is_said(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*_: Any, **__: Any) -> None:
+        raise OverflowError("math range error")
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", asked)
+    with pytest.raises(NotFinite, match=r"a figure of .* on tiny_last is too large"):
+        evaluate(model, ["tiny_last"], include_path=[folder])
+
+
+class TestNames:
+    """Which tasks are meant."""
+
+    def test_a_group_of_ones_own_may_have_tasks_of_lm_eval(self, folder: Path, tmp_path: Path) -> None:
+        (tmp_path / "group.yaml").write_text("group: mine\ntask: [arc_easy, piqa]\n")
+        manager, names = tasks.find(["mine"], [str(tmp_path)])
+        assert names == ["mine"]
+        assert {"arc_easy", "piqa"} <= set(manager.all_subtasks)
+
+    def test_a_pattern_is_matched_with_all(self, tmp_path: Path) -> None:
+        (tmp_path / "own.yaml").write_text(f"task: arc_own{HEAD.format(data='nowhere')}{TASKS['tiny_choice']}")
+        _, names = tasks.find(["arc_*"], [str(tmp_path)])
+        assert {"arc_own", "arc_easy", "arc_challenge"} <= set(names)
+
+    def test_single_tasks_of_ones_own_need_not_wait_for_all_others(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        manager, names = tasks.find(["tiny_choice", "tiny_last"], [str(folder)])
+        assert names == ["tiny_choice", "tiny_last"]
+        assert set(manager.all_tasks) == set(NAMES)
+
+
+def test_groups_and_parts_of_the_documents(model: Path, folder: Path, tmp_path: Path) -> None:
+    for name in NAMES:
+        shutil.copy(folder / f"{name}.yaml", tmp_path)
+    pair = "group: pair\ntask: [tiny_choice, tiny_last]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    (tmp_path / "pair.yaml").write_text(pair)
+    found = {
+        (score.task, score.metric): score
+        for score in evaluate(model, ["pair"], include_path=[tmp_path], limit=0.25).scores
+    }
+    assert found["tiny_choice", "acc"].documents == found["tiny_last", "acc"].documents == 6
+    both = (found["tiny_choice", "acc"].value + found["tiny_last", "acc"].value) / 2
+    assert found["pair", "acc"].value == pytest.approx(both)
+
+
+def test_code_that_a_model_writes_runs_only_where_that_is_allowed(
+    model: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (folder / "tiny_generate.yaml").read_text().replace("task: tiny_generate", "task: tiny_code")
+    (tmp_path / "tiny_code.yaml").write_text(f"{text}unsafe_code: true\n")
+    given = ["eval", str(model), "--tasks", "tiny_code", "--include-path", str(tmp_path), "--limit", "2"]
+    assert cli.main(given) == 2
+    assert "tiny_code runs code that the model writes" in capsys.readouterr().err
+    assert cli.main([*given, "--run-unsafe-code"]) == 0
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["--few-shot", "2"], ["--limit", "3"], ["--include-path", "."], ["--batch-tokens", "9"], ["--run-unsafe-code"]],
+)
+@pytest.mark.parametrize("command", ["eval", "compare"])
+def test_options_of_tasks_without_any_are_refused(
+    command: str, given: list[str], model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([command, *[str(model)] * (2 if command == "compare" else 1), *given]) == 2
+    assert f"{given[0]} is for tasks, and none is asked for" in capsys.readouterr().err
 
 
 def test_files_that_go_while_a_task_scores_are_not_told_as_its_documents(

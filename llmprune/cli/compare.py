@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from llmprune.cli.options import MODEL, add_device, add_json, add_tasks, add_text, print_json, task_options
+from llmprune.cli.options import MODEL, add_device, add_json, add_tasks, add_text, print_json, task_options, text_of
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -29,11 +29,11 @@ def run(chosen: argparse.Namespace) -> int:
     from llmprune.progress import Bars
 
     names, options = task_options(chosen)
-    text = chosen.text or (None if names else "wikitext2")
+    text = text_of(chosen, chosen.text or (None if names else "wikitext2"))
     where = {"device": chosen.device, "dtype": chosen.dtype, "out": chosen.out, "progress": Bars()}
     where["trust_remote_code"] = chosen.trust_remote_code
     with distributed.joined():
-        found = compare(chosen.dense, chosen.models, text=text, length=chosen.length, tasks=names, **options, **where)
+        found = compare(chosen.dense, chosen.models, text=text, tasks=names, **options, **where)
         if distributed.is_first():
             print_json(found.to_dict()) if chosen.json else show(found)
     return 0

@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune.cli.options import MODEL, add_device, add_json, add_tasks, add_text, print_json, task_options
+from llmprune.cli.options import MODEL, add_device, add_json, add_tasks, add_text, print_json, task_options, text_of
 from llmprune.errors import UserError
 
 if TYPE_CHECKING:
     from llmprune.progress import Progress
 
-FILE = "eval.json"
+FILE, RAW = "eval.json", "lm_eval.json"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -40,8 +40,10 @@ def run(chosen: argparse.Namespace) -> int:
     from llmprune.progress import Bars
 
     names, options = task_options(chosen)
-    text = chosen.text or (None if names else "wikitext2")
-    _check_stride(chosen, text)
+    against = chosen.against is not None
+    text = text_of(chosen, chosen.text or ("wikitext2" if against or not names else None))
+    if chosen.stride is not None and against:
+        raise UserError("both are measured on the same windows, which do not overlap: leave out --stride or --against")
     where = {"device": chosen.device, "dtype": chosen.dtype, "progress": Bars()}
     where["trust_remote_code"] = chosen.trust_remote_code
     folder = None if chosen.out is None else Path(chosen.out)
@@ -56,18 +58,18 @@ def run(chosen: argparse.Namespace) -> int:
                 options["manager"], _ = tasks.find(names, list(map(str, options["include_path"])))
         told: dict[str, Any] = {"model": chosen.model, **_weights(chosen, Bars())}
         raw: dict[str, Any] | None = None
-        if text is not None:
+        if text is not None and (chosen.text is not None or not names):
             from llmprune.evaluate.perplexity import perplexity
 
-            found = perplexity(chosen.model, text, length=chosen.length, stride=chosen.stride, **where)
+            found = perplexity(chosen.model, text, **where)
             told["perplexity"] = vars(found)
             keep(folder, told)
             if speaks:
                 print(f"perplexity {found}, {found.seconds:.0f} s")
-        if chosen.against is not None:
+        if text is not None and against:
             from llmprune.evaluate.divergence import divergence
 
-            apart = divergence(chosen.model, chosen.against, text or "wikitext2", length=chosen.length, **where)
+            apart = divergence(chosen.model, chosen.against, text, **where)
             told["divergence"] = {"dense": chosen.against, **vars(apart)}
             keep(folder, told)
             if speaks:
@@ -81,15 +83,6 @@ def run(chosen: argparse.Namespace) -> int:
         if distributed.is_first() and chosen.json:
             print_json(told if raw is None or chosen.out is not None else {**told, "lm_eval": raw})
     return 0
-
-
-def _check_stride(chosen: argparse.Namespace, text: str | None) -> None:
-    if chosen.stride is None:
-        return
-    if text is None:
-        raise UserError("--stride is for a perplexity, and none is asked for (--perplexity)")
-    if chosen.against is not None:
-        raise UserError("both are measured on the same windows, which do not overlap: leave out --stride or --against")
 
 
 def _weights(chosen: argparse.Namespace, shown: Progress) -> dict[str, Any]:
@@ -117,6 +110,8 @@ def show(scored: Any) -> None:
     console.print(tables.tasks_table(scored.scores))
     for name, mean in scored.means.items():
         console.print(f"mean accuracy of {name!r}: {mean:.4f}", highlight=False)
+    for figure in scored.broken:
+        console.print(f"note: {figure} is not finite, and left out", highlight=False)
     console.print(f"{scored.seconds:.0f} s", highlight=False)
 
 
@@ -139,7 +134,9 @@ def keep(folder: Path | None, told: Mapping[str, Any], raw: Mapping[str, Any] | 
         known = json.loads((folder / FILE).read_text(encoding="utf-8"))
         if known.get("shards") == told["shards"]:
             told = {**known, **told}
-    for name, found in ((FILE, told), ("lm_eval.json", raw)):
+    if "tasks" not in told:
+        (folder / RAW).unlink(missing_ok=True)  # of other weights
+    for name, found in ((FILE, told), (RAW, raw)):
         if found is not None:
             with writing(folder / name, "") as draft:
-                draft.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+                draft.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")

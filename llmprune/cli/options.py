@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from llmprune.errors import UserError
-from llmprune.recipe import SHORT, assemble, check_said, read_value
+from llmprune.recipe import SHORT, Evaluation, assemble, check_said, read_value
 
 if TYPE_CHECKING:
     from llmprune.progress import Progress
@@ -172,7 +172,26 @@ def add_text(parser: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
     texts = "wikitext2, c4, ptb, builtin, owner/name, or a file [wikitext2, where no tasks are named]"
     add("--perplexity", "--text", dest="text", metavar="TEXT", help=texts)
     add("--length", type=int, help="context length in tokens [2048, or what the model can take]")
+    for name, words in (("config", "configuration"), ("split", "split"), ("column", "column that holds the text")):
+        add(f"--text-{name}", metavar="NAME", help=f"of a data set, its {words}")
     return add
+
+
+def text_of(chosen: argparse.Namespace, text: str | None) -> Evaluation | None:
+    """The text of an evaluation, with all that is said of it.
+
+    Raises:
+        UserError: something is said of a text, and there is none.
+    """
+    said = {"length": chosen.length, "stride": getattr(chosen, "stride", None)}
+    said.update({name: getattr(chosen, f"text_{name}") for name in ("config", "split", "column")})
+    if text is not None:
+        return Evaluation(text, **said)
+    for name, value in said.items():
+        if value is not None:
+            option = f"--{name}" if name in ("length", "stride") else f"--text-{name}"
+            raise UserError(f"{option} is for a perplexity, and none is asked for (--perplexity)")
+    return None
 
 
 def add_tasks(parser: argparse.ArgumentParser) -> None:
@@ -183,10 +202,19 @@ def add_tasks(parser: argparse.ArgumentParser) -> None:
     add("--few-shot", type=int, metavar="N", help="solved examples before each question [as the task says]")
     add("--limit", type=float, metavar="N", help="only the first N documents of each task; below 1, that part of them")
     add("--batch-tokens", type=int, metavar="N", help="tokens that run at once [what suits the device]")
+    unsafe = "let tasks run the code that the model writes, on this machine (humaneval, mbpp)"
+    add("--run-unsafe-code", action="store_true", help=unsafe)
 
 
-def task_options(chosen: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
-    """The names of the tasks, and the other options of `tasks.evaluate`."""
+def task_options(chosen: argparse.Namespace, promised: bool = False) -> tuple[list[str], dict[str, Any]]:
+    """The names of the tasks, and the other options of `tasks.evaluate`.
+
+    Args:
+        promised: tasks may be asked for elsewhere too.
+
+    Raises:
+        UserError: an option makes no sense, or is for tasks where none are asked for.
+    """
     names = listed(chosen.tasks or "")
     if chosen.tasks is not None and not names:
         raise UserError("--tasks names none: give names with commas between, such as arc_easy,hellaswag")
@@ -197,7 +225,14 @@ def task_options(chosen: argparse.Namespace) -> tuple[list[str], dict[str, Any]]
     if chosen.batch_tokens is not None and chosen.batch_tokens < 1:
         raise UserError(f"--batch-tokens takes a number of at least 1, not {chosen.batch_tokens}")
     options = {"shots": chosen.few_shot, "limit": chosen.limit, "batch": chosen.batch_tokens}
-    return names, {"include_path": chosen.include_path, **options}
+    options.update(include_path=chosen.include_path, unsafe_code=chosen.run_unsafe_code)
+    if not (names or promised):
+        said = {"shots": "--few-shot", "batch": "--batch-tokens", "unsafe_code": "--run-unsafe-code"}
+        for option, value in options.items():
+            if value not in (None, [], False):
+                name = said.get(option, f"--{option.replace('_', '-')}")
+                raise UserError(f"{name} is for tasks, and none is asked for (--tasks)")
+    return names, options
 
 
 def listed(text: str) -> list[str]:

@@ -59,7 +59,7 @@ def run(chosen: argparse.Namespace) -> int:
             f"--sparsity {chosen.sparsity}: a search finds the sparsity; say with --between 20%,60% where it looks, or "
             "prune to this one with `llmprune prune`"
         )
-    tasks, options = task_options(chosen)
+    tasks, options = task_options(chosen, promised=True)
     with distributed.joined():
         made = search(
             chosen.model,

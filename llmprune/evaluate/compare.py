@@ -15,7 +15,6 @@ as F1 or that of a group of tasks, has a difference, but nobody can tell its noi
 from __future__ import annotations
 
 import functools
-import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 
 from llmprune import distributed, memory
-from llmprune.errors import Failure, UserError
+from llmprune.errors import Failure, NotFinite, UserError
 from llmprune.evaluate import divergence, perplexity
 from llmprune.evaluate.paired import LEVEL, figure_of, holm, paired
 from llmprune.evaluate.pieces import Pieces, States, holding, write_json
@@ -37,6 +36,7 @@ from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.files import sha256_of
 from llmprune.model.source import resolve
 from llmprune.model.writer import fingerprint_files
+from llmprune.planning import sequence_length
 from llmprune.progress import Progress, of_first
 from llmprune.recipe import Evaluation
 from llmprune.report.comparison import Compared, Comparison, Difference
@@ -55,7 +55,7 @@ class Asked:
 
     Attributes:
         evaluation: the text, and how it is cut; without a text there is no perplexity and no divergence.
-        tasks, shots, limit, include_path, batch: as for `tasks.evaluate`.
+        tasks, shots, limit, include_path, batch, unsafe_code: as for `tasks.evaluate`.
         device, dtype, trust_remote_code: as in a recipe.
     """
 
@@ -65,6 +65,7 @@ class Asked:
     limit: float | None = None
     include_path: tuple[str, ...] = ()
     batch: int | None = None
+    unsafe_code: bool = False
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
@@ -111,13 +112,14 @@ def compare(
     dense: str | Path,
     models: Sequence[str | Path],
     *,
-    text: str | None = None,
+    text: str | Evaluation | None = None,
     length: int | None = None,
     tasks: Sequence[str] = (),
     shots: int | None = None,
     limit: float | None = None,
     include_path: Sequence[str | Path] = (),
     batch: int | None = None,
+    unsafe_code: bool = False,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -128,33 +130,38 @@ def compare(
 
     Args:
         dense: what they are compared with: a Hub name, a folder, or a `.gguf` file.
-        models: one or more others. Where a model's vocabulary is not the dense one's, its divergence is left out; where
-            it makes other tokens of the text, its perplexity is of these and not compared.
-        text, length: for perplexity and divergence; see `perplexity`.
-        tasks, shots, limit, include_path, batch: for the tasks; see `tasks.evaluate`.
+        models: one or more others. Where one makes other tokens of the text, or has another vocabulary, its divergence
+            is left out, and its perplexity is of its own tokens and not compared. Where what it says is not finite,
+            that is noted, and the others are measured all the same.
+        text, length: for perplexity and divergence; see `perplexity`. By default a context that all of them can take.
+        tasks, shots, limit, include_path, batch, unsafe_code: for the tasks; see `tasks.evaluate`.
         device, dtype, trust_remote_code: as in a recipe.
         out: the folder for comparison.json, and for what is done, so that the same call goes on from there.
         progress: where to show how far the work is.
 
     Raises:
-        UserError: a model, the text or a task cannot be had; nothing was measured.
+        UserError: a model, the text or a task cannot be had. What was measured by then is kept in `out`.
+        NotFinite: what the dense model says is not finite.
     """
     began = time.monotonic()
     if not models:
         raise UserError("one model alone cannot be compared: name at least one beside the dense one")
-    evaluation = Evaluation(text, length)
+    evaluation = Evaluation.of(text, length)
     own, where = tuple(map(str, include_path)), (str(device), str(dtype), trust_remote_code)
-    asked = Asked(evaluation, tuple(tasks), shots, limit, own, batch, *where)
+    asked = Asked(evaluation, tuple(tasks), shots, limit, own, batch, unsafe_code, *where)
     shown = of_first(progress)
     with torch.no_grad(), distributed.joined(), _folder(out) as folder:
         with distributed.first():
             opened = [asked.open(model, shown) for model in (dense, *models)]
+            if evaluation.text is not None:
+                shortest = min(sequence_length(checkpoint, evaluation.length) for checkpoint in opened)
+                asked = replace(asked, evaluation=replace(evaluation, length=shortest))
         reference = Reference(opened.pop(0), asked, folder, shown)
         names = short_names([str(dense), *map(str, models)])
         measured = [reference.measure(reference.checkpoint, names[0])]
         while opened:
             measured.append(reference.measure(opened.pop(0), names[len(measured)]))
-        made = side_by_side(measured, text)
+        made = side_by_side(measured, evaluation.text)
         made.seconds = round(time.monotonic() - began, 3)
         if out is not None and distributed.is_first():
             write_json(folder / RESULT, made.to_dict())
@@ -188,15 +195,19 @@ class Reference:
         dense = checkpoint is self.checkpoint
         files = self.files if dense else self._hash(checkpoint)
         with self._progress.waiting(f"counting the zeros of {name}"):
-            sizes = self._pieces.of({"sizes": files}, lambda: vars(count(checkpoint)))
+            sizes = self._pieces.of({"sizes": files, "versions": _made_by()}, lambda: vars(count(checkpoint)))
         shards = {file: sha256 for file, sha256 in files.items() if file.endswith(".safetensors")}
         measured = Measured(Compared(name, checkpoint.source.name, dense, **sizes, shards=shards), None, [], {})
         if self.text is not None:
             self._read_to(measured, checkpoint, files, self.text)
         for task, key in self._tasks.items():
             made_from = {**key, **self._run(checkpoint), "files": files}
+            known = {(score.task, score.metric, score.filter) for score in measured.figures.scores}
+            if any(name == task for name, _, _ in known):  # it was in a group
+                continue
             told = self._pieces.of(made_from, functools.partial(self._task, checkpoint, task))
-            measured.figures.scores += [Score(**score) for score in told["scores"]]
+            found = [Score(**score) for score in told["scores"]]
+            measured.figures.scores += [one for one in found if (one.task, one.metric, one.filter) not in known]
             measured.documents.update(told["documents"])
             measured.notes += [f"{figure} of {name} is not finite, and left out" for figure in told["broken"]]
         if self._tasks:
@@ -222,12 +233,11 @@ class Reference:
     ) -> None:
         """Put the perplexity and the divergence into what was measured."""
         name, figures = measured.figures.name, measured.figures
-        other = "" if checkpoint is self.checkpoint else divergence.other_tokens(self.checkpoint, checkpoint)
+        own, other = self._own_text(checkpoint, text)
         if other:
-            text = perplexity.read_text(checkpoint, self._asked.evaluation)
-            alike = self.text is not None and text.sha256 == self.text.sha256
-            rest = "" if alike else ", and a perplexity of its own tokens, which is not compared"
+            rest = "" if own.sha256 == text.sha256 else ", and a perplexity of its own tokens, which is not compared"
             measured.notes.append(f"{other}: no divergence{rest}")
+        text = own
         key = {"tokens": text.sha256, "files": files, **self._run(checkpoint)}
         title = f"evaluating {name}"
         if other or checkpoint is self.checkpoint:
@@ -235,6 +245,10 @@ class Reference:
         else:
             made_from = {"apart": key, "dense": self.files}
             kept = self._pieces.of(made_from, lambda: self._apart(checkpoint, text, title))
+        if "broken" in kept:
+            measured.notes.append(f"{kept['broken']}; it has no perplexity here")
+            return
+        if "divergence" in kept:
             sums = torch.tensor([kept["divergence"], kept["agreeing"]], dtype=torch.float64).T
             figures.divergence = divergence.figure(sums, text, kept["seconds"])
         losses = torch.tensor(kept["losses"], dtype=torch.float64)
@@ -242,11 +256,23 @@ class Reference:
         measured.tokens = text.sha256
         measured.losses = (losses / (text.windows.shape[1] - 1)).tolist()
 
+    def _own_text(self, checkpoint: Checkpoint, text: perplexity.Text) -> tuple[perplexity.Text, str]:
+        """The text as a model reads it, and how its tokens differ from the dense model's, in words; empty if not."""
+        if checkpoint is self.checkpoint:
+            return text, ""
+        other = divergence.other_tokens(self.checkpoint, checkpoint)
+        if not other and divergence.read_alike(self.checkpoint, checkpoint):
+            return text, ""
+        own = perplexity.read_text(checkpoint, self._asked.evaluation)
+        if not other and own.sha256 != text.sha256:
+            other = f"{checkpoint.source.name} and {self.checkpoint.source.name} make other tokens of {text.name}"
+        return own, other
+
     def _losses(self, checkpoint: Checkpoint, text: perplexity.Text, title: str, keep: bool) -> dict[str, Any]:
         began = time.monotonic()
         through = self._states(text).keep if keep else None
         found = perplexity.losses(checkpoint, text, self._progress, title, keep=through)
-        return {"losses": _finite(found, checkpoint), "seconds": round(time.monotonic() - began, 3)}
+        return self._sound(checkpoint, began, losses=found)
 
     def _apart(self, checkpoint: Checkpoint, text: perplexity.Text, title: str) -> dict[str, Any]:
         began = time.monotonic()
@@ -260,9 +286,22 @@ class Reference:
         stream = final_states(checkpoint, chain, batches, self._progress, title, memory.available() // 4)
         dense = self.checkpoint, dense_chain, states.read(self.checkpoint)
         sums = divergence.apart(dense, (checkpoint, chain, stream), text, groups)
-        kl, agreeing, losses = (_finite(column, checkpoint) for column in sums.T)
+        kl, agreeing, losses = sums.T
+        return self._sound(checkpoint, began, losses=losses, divergence=kl, agreeing=agreeing)
+
+    def _sound(self, checkpoint: Checkpoint, began: float, **sums: torch.Tensor) -> dict[str, Any]:
+        """Sums over each window as plain data; `broken` says why there are none.
+
+        Raises:
+            NotFinite: they are the dense model's, and not finite.
+        """
         seconds = round(time.monotonic() - began, 3)
-        return {"losses": losses, "divergence": kl, "agreeing": agreeing, "seconds": seconds}
+        if all(bool(values.isfinite().all()) for values in sums.values()):
+            return {**{name: values.tolist() for name, values in sums.items()}, "seconds": seconds}
+        broken = f"what {checkpoint.source.name} says of the text is not finite"
+        if checkpoint is self.checkpoint:
+            raise NotFinite(f"{broken}; try --dtype float32")
+        return {"broken": broken, "seconds": seconds}
 
     def _states(self, text: perplexity.Text) -> States:
         key = {"tokens": text.sha256, "files": self.files, **self._run(self.checkpoint)}
@@ -278,23 +317,37 @@ class Reference:
 
         asked = self._asked
         with self._progress.waiting("finding the tasks"), tasks.calm():
-            self._manager, _ = tasks.find(asked.tasks, list(asked.include_path))
+            self._manager, names = tasks.find(asked.tasks, list(asked.include_path))
         options = {name: getattr(asked, name) for name in ("shots", "limit", "batch")}
         options["own"] = [distributed.share(_hash_folder(Path(folder))) for folder in asked.include_path]
-        names = dict.fromkeys(name for task in asked.tasks for name in tasks.SETS.get(task, (task,)))
+        # Groups come first: a task that was in one of them is not run again.
+        names = sorted(dict.fromkeys(names), key=set(self._manager.all_subtasks).__contains__)
         return {name: {"task": name, **options, "lm_eval": lm_eval.__version__} for name in names}
 
     def _task(self, checkpoint: Checkpoint, task: str) -> dict[str, Any]:
         from llmprune.evaluate import tasks
 
+        try:
+            told = self._told(checkpoint, task)
+        except NotFinite:
+            if checkpoint is self.checkpoint:
+                raise
+            return {"scores": [], "broken": [task], "documents": {}}
+        scores = [vars(score) for score in told.scores]
+        return {"scores": scores, "broken": told.broken, "documents": tasks.documents(told.raw)}
+
+    def _told(self, checkpoint: Checkpoint, task: str) -> Any:
+        from llmprune.evaluate import tasks
+
         asked = self._asked
-        told = tasks.evaluate(
+        return tasks.evaluate(
             checkpoint.source.folder,  # by its name, a branch on the Hub may have moved since the files were hashed
             [task],
             shots=asked.shots,
             limit=asked.limit,
             include_path=asked.include_path,
             batch=asked.batch,
+            unsafe_code=asked.unsafe_code,
             device=asked.device,
             dtype=asked.dtype,
             trust_remote_code=asked.trust_remote_code,
@@ -302,9 +355,6 @@ class Reference:
             manager=self._manager,
             progress=self._progress,
         )
-        sound = [vars(score) for score in told.scores if math.isfinite(score.value)]
-        broken = [f"{score.task} {score.metric}" for score in told.scores if not math.isfinite(score.value)]
-        return {"scores": sound, "broken": broken, "documents": tasks.documents(told.raw)}
 
     # -- what all depends on -----------------------------------------------------------------------------------------
 
@@ -313,9 +363,12 @@ class Reference:
             return distributed.share(fingerprint_files(checkpoint) if distributed.is_first() else {})
 
     def _run(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        made_by = versions()
-        by = {name: made_by[name] for name in ("llmprune", "torch", "transformers")}
-        return {"device": checkpoint.device.type, "dtype": str(checkpoint.dtype), "versions": by}
+        return {"device": checkpoint.device.type, "dtype": str(checkpoint.dtype), "versions": _made_by()}
+
+
+def _made_by() -> dict[str, str]:
+    known = versions()
+    return {name: known[name] for name in ("llmprune", "torch", "transformers")}
 
 
 def side_by_side(measured: Sequence[Measured], text: str | None) -> Comparison:
@@ -398,13 +451,6 @@ def short_names(paths: Sequence[str]) -> list[str]:
         again = sum(earlier == path for earlier in paths[: len(names)])
         names.append(f"{name} ({again + 1})" if again else name)
     return names
-
-
-def _finite(sums: torch.Tensor, checkpoint: Checkpoint) -> list[float]:
-    values: list[float] = sums.tolist()
-    if not all(map(math.isfinite, values)):
-        raise Failure(f"what {checkpoint.source.name} says of the text is not finite; try --dtype float32")
-    return values
 
 
 def _hash_folder(folder: Path) -> Files:

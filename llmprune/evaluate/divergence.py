@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from llmprune.evaluate.stream import final_states, scores
 from llmprune.model import blocks
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.source import resolve
+from llmprune.planning import sequence_length
 from llmprune.progress import Progress, Silent, of_first
 from llmprune.recipe import Evaluation
 from llmprune.report.record import Divergence
@@ -28,7 +30,7 @@ from llmprune.report.record import Divergence
 def divergence(
     model: str | Path,
     dense: str | Path,
-    text: str,
+    text: str | Evaluation,
     *,
     length: int | None = None,
     device: str = "auto",
@@ -41,8 +43,8 @@ def divergence(
     Args:
         model: a Hub name, a folder, or a `.gguf` file.
         dense: what it is compared with, of the same vocabulary; the text is read with its tokenizer.
-        text: `wikitext2`, `c4`, `ptb`, `builtin` (their evaluation part), a Hub data set, or a local file.
-        length: context length in tokens; by default 2048, or what the models can take.
+        text: as for `perplexity`; without a stride.
+        length: context length in tokens; by default 2048, or what both models can take.
         device, dtype, trust_remote_code: as in a recipe.
         progress: where to show how far the work is.
 
@@ -50,6 +52,9 @@ def divergence(
         UserError: the two have other tokens, or cannot be evaluated.
     """
     began = time.monotonic()
+    chosen = Evaluation.of(text, length)
+    if chosen.stride is not None:
+        raise UserError("models are compared on windows that do not overlap: leave the stride out")
     with torch.no_grad(), distributed.joined():
         with distributed.first():
             where = distributed.local_device(device)
@@ -58,7 +63,8 @@ def divergence(
             pair = [Checkpoint(source, where, dtype) for source in found]
             if difference := other_tokens(*pair):
                 raise UserError(f"{difference}: what they say of the next one cannot be compared")
-            read = read_text(pair[0], Evaluation(text, length))
+            shortest = min(sequence_length(checkpoint, chosen.length) for checkpoint in pair)
+            read = read_text(pair[0], replace(chosen, length=shortest))
         shown = of_first(progress)
         for checkpoint in pair:
             checkpoint.check_tokens(read.windows)
@@ -120,3 +126,9 @@ def other_tokens(dense: Checkpoint, model: Checkpoint) -> str:
     if sizes[0] == sizes[1] and words[0] == words[1]:
         return ""
     return f"{model.source.name} and {dense.source.name} have other tokens ({sizes[1]:,} and {sizes[0]:,})"
+
+
+def read_alike(dense: Checkpoint, model: Checkpoint) -> bool:
+    """Whether two models are known to make the same tokens of any text, by how their tokenizers are made."""
+    first, second = (getattr(checkpoint.tokenizer, "backend_tokenizer", None) for checkpoint in (dense, model))
+    return first is not None and second is not None and bool(first.to_str() == second.to_str())

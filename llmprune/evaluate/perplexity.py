@@ -64,7 +64,7 @@ class Text:
 
 def perplexity(
     model: str | Path,
-    text: str,
+    text: str | Evaluation,
     *,
     length: int | None = None,
     stride: int | None = None,
@@ -77,7 +77,8 @@ def perplexity(
 
     Args:
         model: a Hub name, a folder, or a `.gguf` file.
-        text: `wikitext2`, `c4`, `ptb`, `builtin` (their evaluation part), a Hub data set, or a local file.
+        text: `wikitext2`, `c4`, `ptb`, `builtin` (their evaluation part), a Hub data set, or a local file; or an
+            `Evaluation`, which also says which part and column of it, its length and stride.
         length: context length in tokens; by default 2048, or what the model can take.
         stride: see `Evaluation`.
         device, dtype, trust_remote_code: as in a recipe.
@@ -87,7 +88,7 @@ def perplexity(
         with distributed.first():
             source = resolve(model, dtype, trust_remote_code=trust_remote_code, progress=progress)
             checkpoint = Checkpoint(source, distributed.local_device(device), dtype)
-            windows = read_text(checkpoint, Evaluation(text, length, stride))
+            windows = read_text(checkpoint, Evaluation.of(text, length, stride))
         shown = of_first(progress)
         return measure(checkpoint, windows, shown)
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from llmprune import distributed, memory
 from llmprune.budget import batch_tokens
-from llmprune.errors import Failure, LLMPruneError, UserError, unknown
+from llmprune.errors import Failure, LLMPruneError, NotFinite, UserError, unknown
 from llmprune.evaluate.stream import answered, final_states
 from llmprune.model import blocks
 from llmprune.model.checkpoint import Checkpoint
@@ -59,22 +59,24 @@ class Tasks:
 
     Attributes:
         model: what was asked for.
-        scores: every figure.
-        means: the mean accuracy of each named set.
+        scores: every figure that is finite.
+        means: the mean accuracy of each named set, of which every task has one.
         seconds: how long it took.
+        broken: figures that are not finite, in words.
         raw: lm-eval's own results, whole; with the single documents where they were asked for.
     """
 
     model: str
     scores: list[Score]
     means: dict[str, float] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)
     seconds: float = 0.0
     raw: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON, without what is raw."""
         shown = {"scores": [vars(score) for score in self.scores], "means": self.means}
-        return {"model": self.model, **shown, "seconds": self.seconds}
+        return {"model": self.model, **shown, "broken": self.broken, "seconds": self.seconds}
 
 
 def evaluate(
@@ -88,6 +90,7 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    unsafe_code: bool = False,
     samples: bool = False,
     manager: Any = None,
     progress: Progress | None = None,
@@ -103,6 +106,7 @@ def evaluate(
         batch: tokens that run at once, padding included; by default what suits the device, and less where its memory
             does not hold that.
         device, dtype, trust_remote_code: as in a recipe.
+        unsafe_code: let tasks run the code that the model writes, on this machine (`humaneval`, `mbpp`).
         samples: keep what was said of each document in `raw`.
         manager: what `find` gave for these tasks, where they were looked for already.
         progress: where to show how far the work is.
@@ -110,6 +114,7 @@ def evaluate(
     Raises:
         UserError: an unknown task (the answer names the nearest), one whose documents cannot be had, or a model that
             cannot be evaluated.
+        NotFinite: what the model says is not finite.
     """
     began = time.monotonic()
     with torch.no_grad(), distributed.joined(), calm():
@@ -120,8 +125,16 @@ def evaluate(
         runner = Streamed(checkpoint, batch, of_first(progress))
         try:
             found = lm_eval.simple_evaluate(
-                runner, tasks=wanted, num_fewshot=shots, limit=limit, task_manager=manager, log_samples=samples
+                runner,
+                tasks=wanted,
+                num_fewshot=shots,
+                limit=limit,
+                task_manager=manager,
+                log_samples=samples,
+                confirm_run_unsafe_code=unsafe_code,
             )
+        except OverflowError as error:  # lm-eval's perplexity of what is all but impossible
+            raise NotFinite(f"a figure of {model} on {', '.join(wanted)} is too large for a number: {error}") from error
         except Exception as error:
             if runner.asked or isinstance(error, LLMPruneError):  # the tasks themselves were sound
                 raise
@@ -130,7 +143,9 @@ def evaluate(
             checkpoint.unload()
         # lm-eval gives its results to one process alone.
         made, raw = distributed.share((_scores(found), plain(found)) if found is not None else ([], {}))
-    return Tasks(str(model), made, means(tasks, made), round(time.monotonic() - began, 3), raw)
+    sound = [score for score in made if math.isfinite(score.value)]
+    broken = [f"{score.task} {score.metric}" for score in made if not math.isfinite(score.value)]
+    return Tasks(str(model), sound, means(tasks, sound), broken, round(time.monotonic() - began, 3), raw)
 
 
 def documents(found: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -175,6 +190,7 @@ class Streamed(HFLM):  # type: ignore[misc]
         self._tokens, self._texts = batch or batch_tokens(checkpoint), GENERATED
         self._chain = blocks.probe(checkpoint)
         self._whole: Any = None
+        self._sound: Tensor | None = None
         self.asked = False
 
     def get_model_info(self) -> dict[str, Any]:
@@ -205,10 +221,12 @@ class Streamed(HFLM):  # type: ignore[misc]
             self._tokens = tokens
             return self._scored(requests, sequences)
 
-        found = self._fitting(self._tokens, scored)
+        found = self._fitting(self._tokens, scored, self._fixed)
         everything: dict[int, tuple[float, bool]] = {}
         for part in distributed.gather(found):
             everything.update(part)
+        if not all(math.isfinite(value) for value, _ in everything.values()):
+            raise self._broken()
         for number, (text, _, _) in enumerate(requests):
             if text is not None:
                 self.cache_hook.add_partial("loglikelihood", text, everything[number])
@@ -231,7 +249,7 @@ class Streamed(HFLM):  # type: ignore[misc]
                 found.update(zip(sequences[told], self._score(kept, answers), strict=True))
         return found
 
-    def _fitting(self, most: int, run: Callable[[int], T]) -> T:
+    def _fitting(self, most: int, run: Callable[[int], T], fixed: bool = False) -> T:
         """Run so much at once; half of it whenever memory is short, unless the user said how much it has to be.
 
         Raises:
@@ -241,7 +259,7 @@ class Streamed(HFLM):  # type: ignore[misc]
             try:
                 return run(most)
             except RuntimeError as error:
-                if self._fixed or not should_reduce_batch_size(error):
+                if fixed or not should_reduce_batch_size(error):
                     raise
             self._checkpoint.unload()
             clear_device_cache(garbage_collection=True)
@@ -258,6 +276,9 @@ class Streamed(HFLM):  # type: ignore[misc]
             start = longest - len(answer)
             yield float(logs[start:, place].sum()), bool(right[start:, place].all())
 
+    def _broken(self) -> NotFinite:
+        return NotFinite(f"what {self._checkpoint.source.name} says is not finite; try --dtype float32")
+
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """What the model goes on to say; for this it is loaded as a whole."""
         self.asked = True
@@ -268,6 +289,7 @@ class Streamed(HFLM):  # type: ignore[misc]
                 source.folder, dtype=self._checkpoint.dtype, trust_remote_code=source.trusted
             )
             self._whole = whole.to(self._device)
+            self._whole.register_forward_hook(self._look)
         mine = distributed.mine(requests)
         say = super().generate_until
 
@@ -280,8 +302,15 @@ class Streamed(HFLM):  # type: ignore[misc]
             said = self._fitting(self._texts, generated) if mine else []
         finally:
             self._model, self.batch_size_per_gpu = self._stand_in, WINDOWS
+        if not all(distributed.gather(self._sound is None or bool(self._sound))):
+            raise self._broken()
         parts = distributed.gather(said)
         return [parts[number % len(parts)][number // len(parts)] for number in range(len(requests))]
+
+    def _look(self, _: Any, __: Any, told: Any) -> None:
+        """See that what a token is chosen by is finite; nothing waits for the answer before the end."""
+        sound = told.logits[:, -1].amax(-1).isfinite().all()  # some models rule tokens out by -inf
+        self._sound = sound if self._sound is None else self._sound & sound
 
 
 def _by_length(sequences: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -309,6 +338,11 @@ def _padded(batch: list[tuple[int, ...]]) -> Tensor:
 
 def _unusable(names: Sequence[str], error: Exception) -> UserError:
     """What went wrong before the model was asked anything."""
+    if "confirm_run_unsafe_code" in str(error):
+        return UserError(
+            f"{', '.join(names)} runs code that the model writes, on this machine: look at what that can do here, and "
+            "allow it with --run-unsafe-code"
+        )
     if isinstance(error, FileNotFoundError | ConnectionError):
         return UserError(
             f"the documents of {', '.join(names)} cannot be had: {error}. A file that a task of your own names is "
@@ -329,8 +363,10 @@ def find(tasks: Sequence[str], folders: list[str], manager: Any = None) -> tuple
             raise UserError(f"no folder with tasks at {folder} (--include-path)")
     asked = [name for task in tasks for name in SETS.get(task, (task,))]
     if manager is None and folders:
-        manager = TaskManager(include_path=folders, include_defaults=False)
-    if manager is None or not all(manager.match_tasks([name]) for name in asked):
+        # Groups and patterns there may mean tasks of lm-eval's own as well.
+        own = TaskManager(include_path=folders, include_defaults=False)
+        manager = own if set(asked) <= set(own.all_subtasks) else None
+    if manager is None:
         manager = TaskManager(include_path=folders or None)  # it takes seconds to read the thousands that lm-eval has
     names: list[str] = []
     for name in asked:
@@ -387,7 +423,8 @@ def means(tasks: Sequence[str], made: list[Score]) -> dict[str, float]:
     for name in tasks:
         if name in SETS:
             values = {score.task: score.value for score in made if score.metric == "acc"}
-            means[name] = sum(values[task] for task in SETS[name]) / len(SETS[name])
+            if all(task in values for task in SETS[name]):  # one of a user's own by that name may have none
+                means[name] = sum(values[task] for task in SETS[name]) / len(SETS[name])
     return means
 
 
