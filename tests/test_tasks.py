@@ -218,6 +218,10 @@ def test_where_memory_is_short_less_runs_at_once(model: Path, folder: Path, monk
     assert len([size for size in short.tried if size > 200]) < 6  # what did not fit is not tried again
     with pytest.raises(torch.OutOfMemoryError):
         evaluate(model, ["tiny_choice"], include_path=[folder], batch=1000)
+    said = {
+        score.metric: score.value for score in evaluate(model, ["tiny_generate"], include_path=[folder], batch=9).scores
+    }
+    assert said["exact_match"] == expected["tiny_generate", "exact_match"]  # so many tokens, but texts as they fit
     Short(monkeypatch, tokens=3, texts=0)
     with pytest.raises(Failure, match=r"the memory of cpu does not hold one sequence of .*model"):
         evaluate(model, ["tiny_choice"], include_path=[folder])
