@@ -30,6 +30,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_QuiteSecretTokenThatMustNotBeSeen"
 READ_TOKEN = "hf_AnotherTokenThatMayReadAndNoMore"
 USER, ORGANISATION = "somebody", "some-lab"
+ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
+"""What every repository has, and nobody needs who loads the model."""
 PART = 96 * 1024
 """Objects that are larger are uploaded in parts of that size."""
 
@@ -263,7 +265,7 @@ class Handler(BaseHTTPRequestHandler):
         if name in self.hub.repositories:
             self.tell(409, {"error": "You already created this model repo", **told})
             return
-        made = self.hub.add(name, {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
+        made = self.hub.add(name, {".gitattributes": ATTRIBUTES})
         made.private = asked.get("visibility") == "private" or bool(asked.get("private"))
         self.tell(200, told)
 
@@ -445,7 +447,8 @@ def serving(folder: Path | None = None) -> Iterator[Hub]:
     """Serve a Hub; a model folder is on it as `owner/tiny`, with the tag `v1`."""
     hub = Hub()
     if folder is not None:
-        hub.add("owner/tiny", {path.name: path.read_bytes() for path in folder.iterdir()}, tags=("v1",))
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        hub.add("owner/tiny", {".gitattributes": ATTRIBUTES, **files}, tags=("v1",))
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
     hub.address = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -10,14 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from huggingface_hub.errors import XetDownloadError
+from safetensors.torch import load_file, save_file
 
 import llmprune.cli
 from llmprune import hub as rules
 from llmprune.model import download
+from llmprune.model.index import read_index
 from llmprune.model.source import present, resolve
+from llmprune.model.writer import PAGE
+from llmprune.push import push
+from llmprune.report import weights
 from tests.families import make
 from tests.hub import COMMIT, TOKEN, Fault, Hub, environment, reach, serving
+from tests.test_report_page import parsed
 
 CARD = (
     "---\nlicense: other\nlicense_name: tiny-terms\nlicense_link: LICENSE\nlanguage: [en, de]\ndate: 2026-01-01\n---\n"
@@ -96,7 +102,8 @@ def test_a_file_with_another_hash(hub: Hub, prune, tmp_path: Path) -> None:
     hub.harmed.add("model.safetensors")
     code, said = prune("owner/tiny")
     assert code == 1
-    assert "model.safetensors of owner/tiny is not what the Hub says it is: its sha256 is another" in said
+    told = "model.safetensors of owner/tiny is not what the Hub says it is: its sha256 is another"
+    assert said.startswith(f"llmprune: {told}")
     assert not (tmp_path / "out").exists()
     hub.harmed.clear()
     assert prune("owner/tiny")[0] == 0
@@ -123,13 +130,120 @@ def test_a_model_that_is_only_pickled(hub: Hub, model: Path, tmp_path: Path, pru
     files["pytorch_model-00001-of-00001.bin"] = (tmp_path / "stored.bin").read_bytes()
     listing = {"weight_map": dict.fromkeys(stored, "pytorch_model-00001-of-00001.bin")}
     files["pytorch_model.bin.index.json"] = json.dumps(listing).encode()
+    files["pytorch_model.bf16-00001-of-00001.bin"] = b"the same weights once more"
     assert present("owner/tiny", COMMIT) is None
     assert prune("owner/tiny")[0] == 0
     found = present("owner/tiny", COMMIT)
     assert found is not None
+    assert not any("bf16" in path for path in hub.asked)
     assert found.folder.parent.name == "bin"
     written = load_file(found.folder / "model-00001-of-00001.safetensors")
     assert all(torch.equal(written[key], stored[key]) for key in written)
+
+
+MORE = (
+    *("model.fp16-00001-of-00002.safetensors", "model.bf16.safetensors", "model.int8.safetensors"),
+    *("adapter_model.safetensors", "adapter_config.json", "consolidated.safetensors", "onnx/model.safetensors"),
+    *("model.safetensors.index.fp16.json", "pytorch_model.bin", "model.onnx"),
+)
+"""What else lies beside the weights of models."""
+
+
+@pytest.mark.parametrize(
+    ("shards", "indexed"),
+    [
+        (["model.safetensors"], False),
+        (["model.safetensors"], True),
+        (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], True),
+        (["model.fp8-first.safetensors", "rest [2].safetensors"], True),
+        (["weights.safetensors"], False),
+    ],
+)
+def test_no_weights_but_the_model_s_own_are_downloaded(
+    shards: list[str], indexed: bool, hub: Hub, model: Path, tmp_path: Path
+) -> None:
+    files = hub.repositories["owner/tiny"].files
+    stored = load_file(model / "model.safetensors")
+    del files["model.safetensors"]
+    weight_map = {key: shards[number % len(shards)] for number, key in enumerate(stored)}
+    for shard in shards:
+        save_file({key: stored[key] for key in stored if weight_map[key] == shard}, tmp_path / "shard")
+        files[shard] = (tmp_path / "shard").read_bytes()
+    if indexed:
+        listed = dict.fromkeys(stored, "of another.safetensors") if shards == ["model.safetensors"] else weight_map
+        files["model.safetensors.index.json"] = json.dumps({"weight_map": listed}).encode()
+    beside = {*MORE} if shards == ["weights.safetensors"] else {*MORE, "of another.safetensors"}
+    files.update(dict.fromkeys(beside, b"{}"))
+    found = resolve("owner/tiny")
+    came = {path.split("/", 5)[-1] for path in hub.asked if "/resolve/" in path}
+    assert {name for name in came if name.endswith(".safetensors")} == set(shards)
+    assert came.isdisjoint(beside)
+    assert read_index(found.folder).keys() == stored.keys()
+    hub.asked.clear()
+    again = present("owner/tiny", COMMIT)
+    assert again is not None
+    assert again.folder == found.folder
+    assert hub.asked == []
+    for path in (found.folder / shard for shard in shards):
+        path.unlink()
+        assert present("owner/tiny", COMMIT) is None
+
+
+@pytest.fixture
+def no_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As older clients: of what was downloaded no list is kept."""
+    monkeypatch.setattr("huggingface_hub._snapshot_download.write_tree_cache", lambda *_: None, raising=False)
+
+
+@pytest.mark.usefixtures("no_tree")
+def test_a_shard_that_is_gone_where_no_list_was_kept(hub: Hub, model: Path, tmp_path: Path) -> None:
+    files = hub.repositories["owner/tiny"].files
+    content = files.pop("model.safetensors")
+    stored = load_file(model / "model.safetensors")
+    files |= {"a.safetensors": content, "b.safetensors": content}
+    weight_map = {key: "ab"[number % 2] + ".safetensors" for number, key in enumerate(stored)}
+    files["model.safetensors.index.json"] = json.dumps({"weight_map": weight_map}).encode()
+    folder = resolve("owner/tiny").folder
+    assert present("owner/tiny", COMMIT) is not None
+    (folder / "b.safetensors").unlink()
+    assert present("owner/tiny", COMMIT) is None
+
+
+def test_the_dense_model_of_a_name_is_seen_in_the_report_and_where_it_is_pushed(
+    hub: Hub, prune, tmp_path: Path
+) -> None:
+    out, name = tmp_path / "out", "model.layers.0.mlp.up_proj"
+    assert prune("owner/tiny@v1")[0] == 0
+    hub.asked.clear()
+    assert llmprune.cli.main(["report", str(out), "--linears", name, "--prompt", "To be", "--tokens", "3"]) == 0
+    assert hub.asked == []
+    assert json.loads((out / "evaluation" / "generations.json").read_text())[0]["dense"] is not None
+    push(out, "somebody/small")
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / PAGE).write_bytes(hub.repositories["somebody/small"].files[PAGE])
+    for place in (out, there):
+        shown = parsed(place)
+        assert "The dense model was not on this machine" not in shown.text
+        (figure,) = (data for key, data in shown.data.items() if key.startswith("weights-"))
+        assert [len(trace["y"]) for trace in figure["data"]] == [weights.BINS, weights.BINS]
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, XetDownloadError])
+def test_errors_of_another_kind(
+    kind: type[Exception], hub: Hub, prune, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As hf_xet raises them, which transfers large files where it is installed."""
+
+    def broken(*_: object, **__: object) -> str:
+        raise kind("Data processing error:\nCAS service error")
+
+    monkeypatch.setattr(download, "snapshot_download", broken)
+    code, said = prune("owner/tiny")
+    assert code == 1
+    told = "Data processing error:; CAS service error; run the same command again to go on with it"
+    assert said == f"llmprune: downloading owner/tiny failed: {told}"
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_dequantised_is_refused_before_its_weights_come(hub: Hub, prune) -> None:

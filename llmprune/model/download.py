@@ -3,43 +3,108 @@
 from __future__ import annotations
 
 import contextlib
+import glob
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HFValidationError,
-    HTTPError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
 from llmprune import hub
-from llmprune.errors import Failure, UserError
-from llmprune.model.files import SHA256, cache_folder, sha256_of
+from llmprune.errors import Failure, LLMPruneError, UserError
+from llmprune.model.files import SHA256, cache_folder, has_safetensors, sha256_of
 
-FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
-"""What a model needs to be loaded; other weight formats that lie beside it are not downloaded."""
+FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
+"""What belongs to the weights of a model; other files are not downloaded."""
 
 CODE = ["*.py"]
 
-PICKLES = ["pytorch_model*"]
+COPIES = [
+    *("*/*.safetensors", "*/*.json", "*/*.txt", "*/*.model"),
+    *("consolidated*.json", "adapter_*.json", "*.index.*.json", "*.fp16.json", "*.fp32.json"),
+]
+"""The same model once more in a subfolder, and what belongs to `VARIANTS`."""
 
-COPIES = ["*/*.safetensors", "*/*.json", "*/*.txt", "*/*.model", "consolidated*", "*.fp16.*", "*.fp32.*"]
-"""The same model once more, in another layout or precision, or in a subfolder."""
+VARIANTS = [
+    *("model.*.safetensors", "pytorch_model.*.bin", "*.fp16.*", "*.fp32.*"),
+    *("consolidated*", "adapter_*"),
+]
+"""The same weights in another precision or layout, and those of adapters; no index of the model names them."""
 
 
-def fetch(name: str, revision: str | None, wanted: Sequence[str]) -> Path:
+@dataclass(frozen=True)
+class Format:
+    """How a model's weights may lie in a repository.
+
+    Attributes:
+        single: the file that has all of them, which goes before an index.
+        listing: the index, which names the files.
+        any: where there is no index, files that are taken unless they are among `VARIANTS`.
+    """
+
+    single: str
+    listing: str
+    any: str
+
+    def shards(self, folder: Path) -> list[str]:
+        """The files that the index in a folder names; none without one, or with one that is broken."""
+        try:
+            names = json.loads((folder / self.listing).read_text(encoding="utf-8"))["weight_map"].values()
+            return sorted(set(map(str, names)))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return []
+
+
+SAFETENSORS = Format("model.safetensors", "model.safetensors.index.json", "*.safetensors")
+
+PICKLES = Format("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model*.bin")
+
+Get = Callable[[Sequence[str], Sequence[str]], Path]
+"""Brings the files that fit some globs, but for those that fit others; returns the folder that they are in."""
+
+
+def whole(name: str, revision: str | None, trusted: bool = False) -> Path:
+    """Download all that a model needs to be loaded: its safetensors, or its pickles where it has none.
+
+    Args:
+        name: owner/name.
+        trusted: code that comes with it as well.
+
+    Returns:
+        The folder of that commit in the Hub's cache.
+
+    Raises:
+        UserError, Failure: as `fetch`.
+    """
+    return _whole(lambda wanted, unwanted: fetch(name, revision, wanted, unwanted), trusted)
+
+
+def _whole(get: Get, trusted: bool) -> Path:
+    """As `read_index` and transformers choose: the one file, or else those of the index, or else what there is."""
+    beside = [*FILES, *(CODE if trusted else ())]
+    folder = get(beside, COPIES)
+    for kind in (SAFETENSORS, PICKLES):
+        get([*beside, kind.single], COPIES)
+        if not (folder / kind.single).is_file():
+            shards = [glob.escape(shard) for shard in kind.shards(folder)]
+            get([*beside, *(shards or [kind.any])], COPIES if shards else [*COPIES, *VARIANTS])
+        if has_safetensors(folder):
+            break
+    return folder
+
+
+def fetch(name: str, revision: str | None, wanted: Sequence[str], unwanted: Sequence[str] = COPIES) -> Path:
     """Download files of a model, and see that they are what the Hub has.
 
     Args:
         name: owner/name.
-        wanted: which files, as globs; `COPIES` are left out.
+        wanted: which files, as globs.
+        unwanted: which of them are left out, likewise.
 
     Returns:
         The folder of that commit in the Hub's cache; its name is the commit.
@@ -50,8 +115,10 @@ def fetch(name: str, revision: str | None, wanted: Sequence[str]) -> Path:
     """
     doing = f"downloading {name}"
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted), ignore_patterns=COPIES))
-        _check(name, folder, wanted)
+        folder = _snapshot(name, revision, wanted, unwanted)
+        _check(name, folder, wanted, unwanted)
+    except LLMPruneError:
+        raise
     except GatedRepoError as error:
         raise hub.failed(error, name, doing) from None
     except RevisionNotFoundError:
@@ -61,7 +128,7 @@ def fetch(name: str, revision: str | None, wanted: Sequence[str]) -> Path:
             f"no model {name!r}: there is no such folder here, and no such model on the Hub that you may read "
             f"(a private one needs {hub.LOG_IN})"
         ) from None
-    except (HTTPError, OSError, ValueError) as error:
+    except Exception as error:  # those of hf_xet are of no kind of their own
         raise hub.failed(error, name, doing) from None
     return folder
 
@@ -70,23 +137,41 @@ def card(name: str, folder: Path) -> Path | None:
     """The model's card, which tells its licence; a model without one, or one that cannot be had now, is fine too."""
     try:
         return Path(hf_hub_download(name, "README.md", revision=folder.name))
-    except (HTTPError, OSError, EntryNotFoundError):
+    except Exception:
         return None
 
 
-def cached(name: str, revision: str | None) -> Path | None:
-    """The folder of a model in the Hub's cache, if it was downloaded before."""
+def cached(name: str, revision: str | None, trusted: bool = False) -> Path | None:
+    """The folder of a model in the Hub's cache, if `whole` has brought it there before."""
     try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+        folder = _whole(lambda wanted, unwanted: _snapshot(name, revision, wanted, unwanted, here=True), trusted)
     except (HFValidationError, OSError):
         return None
+    # Of what an older client has downloaded it is not known which files there are.
+    single, shards = (folder / SAFETENSORS.single).is_file(), SAFETENSORS.shards(folder)
+    return folder if single or all((folder / shard).is_file() for shard in shards) else None
 
 
-def _check(name: str, folder: Path, wanted: Sequence[str]) -> None:
+def _snapshot(
+    name: str, revision: str | None, wanted: Sequence[str], unwanted: Sequence[str], here: bool = False
+) -> Path:
+    """The folder of a commit in the Hub's cache, with all files that are wanted.
+
+    Args:
+        here: nothing is downloaded; `OSError` where a file is missing.
+    """
+    chosen, others = list(wanted), list(unwanted)
+    return Path(
+        snapshot_download(name, revision=revision, allow_patterns=chosen, ignore_patterns=others, local_files_only=here)
+    )
+
+
+def _check(name: str, folder: Path, wanted: Sequence[str], unwanted: Sequence[str]) -> None:
     files = [path.name for path in folder.glob("*") if path.is_symlink()]
-    chosen = [folder / file for file in filter_repo_objects(files, allow_patterns=list(wanted), ignore_patterns=COPIES)]
+    chosen = filter_repo_objects(files, allow_patterns=list(wanted), ignore_patterns=list(unwanted))
+    found = [folder / file for file in chosen]
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        harmed = [path for path, good in zip(chosen, pool.map(_is_whole, chosen), strict=True) if not good]
+        harmed = [path for path, good in zip(found, pool.map(_is_whole, found), strict=True) if not good]
     for path in harmed:
         _discard(path)
     if harmed:

@@ -91,9 +91,7 @@ def _from_hub(asked: str, name: str, revision: str | None, trusted: bool, as_is:
     if not as_is and (found := quantised.quantisation(folder)):
         quantised.check(found, asked)  # before all the weights come
     commit = folder.name
-    download.fetch(name, commit, [*download.FILES, *(download.CODE if trusted else ())])
-    if not has_safetensors(folder):
-        download.fetch(name, commit, download.PICKLES)
+    download.whole(name, commit, trusted)
     base = {"name": name, **_of_card(download.card(name, folder))}
     return Source(asked, folder, commit, base, trusted)
 
@@ -124,7 +122,7 @@ def present(name: str, revision: str | None, dtype: str = "auto", *, trust_remot
             found = Source(name, path.resolve(), revision, trusted=trust_remote_code)
         elif path.suffix == ".gguf":
             found = convert.of_gguf(Source(name, path.parent, revision), dtype)
-        elif folder := download.cached(name.partition("@")[0], revision):
+        elif folder := download.cached(name.partition("@")[0], revision, trust_remote_code):
             found = Source(name, folder, revision, trusted=trust_remote_code)
         else:
             return None
