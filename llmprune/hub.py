@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
+from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.parse import urlsplit
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -76,20 +79,39 @@ def _refused(error: HfHubHTTPError, doing: str) -> LLMPruneError:
     code = error.response.status_code
     said = _line(error.server_message or str(error))
     if code == 401:
-        origin = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "`hf auth login`"
+        origin = next(filter(os.environ.get, ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")), "`hf auth login`")
         return UserError(
             f"{doing} failed: the Hub does not take the token from {origin} (401), which is wrong or has expired: "
             f"make a new one at https://huggingface.co/settings/tokens, then {LOG_IN}"
         )
+    if code == 403 and _of_storage(error):
+        return Failure(
+            f"{doing} failed: the storage behind the Hub refused it (403): {said}; the addresses there are good for a "
+            "while only: run the same command again to go on with it"
+        )
     if code == 403:
         return UserError(f"{doing} is not allowed with this token (403): {said}; {LOG_IN} with one that may")
     if code == 429:
-        wait = error.response.headers.get("Retry-After")
-        when = f"in {wait} s" if wait else "in some minutes"
+        when = _when(error.response.headers.get("Retry-After", "").strip())
         return Failure(f"{doing} failed: too many requests for now (429); run the same command again {when}")
     if code >= 500:
         return Failure(f"{doing} failed: the Hub is in trouble ({code}); run the same command again later")
     return Failure(f"{doing} failed ({code}): {said}")
+
+
+def _of_storage(error: HfHubHTTPError) -> bool:
+    """Whether an answer is of the service where large files lie: it sees no token, and is at another host."""
+    asked, own = urlsplit(str(error.response.url)), urlsplit(constants.ENDPOINT)
+    return (asked.hostname, asked.port) != (own.hostname, own.port)
+
+
+def _when(told: str) -> str:
+    """What a Retry-After says: seconds or a date."""
+    if told.isdigit():
+        return f"in {told} s"
+    with contextlib.suppress(ValueError, TypeError):
+        return f"after {parsedate_to_datetime(told):%Y-%m-%d %H:%M:%S %Z}"
+    return "in some minutes"
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -103,6 +103,11 @@ class Hub:
     waited: list[float] = field(default_factory=list)
     address: str = ""
 
+    @property
+    def storage(self) -> str:
+        """Where large files lie: at another host."""
+        return f"{self.address.replace('127.0.0.1', 'localhost')}/storage"
+
     def add(self, name: str, files: dict[str, bytes], commit: str = COMMIT, tags: tuple[str, ...] = ()) -> Repository:
         made = Repository({commit: files}, {"main": commit, **dict.fromkeys(tags, commit)})
         self.repositories[name] = made
@@ -331,7 +336,7 @@ class Handler(BaseHTTPRequestHandler):
             oid, size = wanted["oid"], wanted["size"]
             entry: dict[str, Any] = {"oid": oid, "size": size}
             if oid not in self.hub.objects:
-                place = f"{self.hub.address}/storage/{oid}"
+                place = f"{self.hub.storage}/{oid}"
                 upload: dict[str, Any] = {"href": place}
                 if size > PART:
                     numbers = range(1, math.ceil(size / PART) + 1)
@@ -412,7 +417,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         oid = sha256(content)
         self.hub.objects[oid] = bytes([content[0] ^ 1]) + content[1:] if file in self.hub.harmed else content
-        place = f"{self.hub.address.replace('127.0.0.1', 'localhost')}/storage/{oid}"
+        place = f"{self.hub.storage}/{oid}"
         headers |= {"Location": place, "X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(content))}
         self.tell(302, {}, headers)
 

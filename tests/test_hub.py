@@ -276,6 +276,17 @@ def test_a_gated_model_says_what_to_do(hub: Hub, prune) -> None:
     assert "owner/tiny is gated: accept its terms on its Hub page" in said
 
 
+@pytest.mark.parametrize("code", [401, 403])
+def test_a_gated_model_that_is_told_of_and_not_given(code: int, hub: Hub, prune, tmp_path: Path) -> None:
+    """As the Hub does it: all may see which files there are."""
+    hub.faults.append(Fault("HEAD", r"/resolve/", code, {"X_Error_Code": "GatedRepo"}, "Access is restricted."))
+    found, said = prune("owner/tiny")
+    assert found == 2
+    assert "owner/tiny is gated: accept its terms on its Hub page" in said
+    assert any(path.startswith("GET /api/models/owner/tiny") for path in hub.asked)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_private_model_without_a_token(hub: Hub, prune, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.repositories["owner/tiny"].private = True
     monkeypatch.delenv("HF_TOKEN")
@@ -284,11 +295,27 @@ def test_a_private_model_without_a_token(hub: Hub, prune, monkeypatch: pytest.Mo
     assert "a private one needs `hf auth login` or HF_TOKEN" in said
 
 
-def test_a_token_that_has_expired(hub: Hub, prune) -> None:
+@pytest.mark.parametrize(
+    ("variable", "origin"),
+    [
+        ("HF_TOKEN", "HF_TOKEN"),
+        ("HUGGING_FACE_HUB_TOKEN", "HUGGING_FACE_HUB_TOKEN"),
+        (None, "`hf auth login`"),
+    ],
+)
+def test_a_token_that_has_expired(
+    variable: str | None, origin: str, hub: Hub, prune, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    if variable is not None:
+        monkeypatch.setenv(variable, TOKEN)
+    else:
+        (tmp_path / "home").mkdir(exist_ok=True)
+        (tmp_path / "home" / "token").write_text(TOKEN)
     hub.tokens.clear()
     code, said = prune("owner/tiny")
     assert code == 2
-    assert "does not take the token from HF_TOKEN (401), which is wrong or has expired" in said
+    assert f"does not take the token from {origin} (401), which is wrong or has expired" in said
 
 
 @pytest.mark.parametrize(
@@ -301,6 +328,13 @@ def test_a_token_that_has_expired(hub: Hub, prune) -> None:
         ),
         (Fault("GET", r"^/api/models", 429, {"Retry-After": "77"}), 1, "too many requests for now (429); run the same"),
         (Fault("HEAD", r"/resolve/", 429, {"Retry-After": "77"}), 1, "command again in 77 s"),
+        (
+            Fault("HEAD", r"/resolve/", 429, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}),
+            1,
+            "command again after 2026-10-21 07:28:00 UTC",
+        ),
+        (Fault("HEAD", r"/resolve/", 429, {"Retry-After": "a while"}), 1, "command again in some minutes"),
+        (Fault("GET", r"/storage/", 403), 1, "the storage behind the Hub refused it (403)"),
         (Fault("GET", r"^/api/models", 503), 1, "the Hub is in trouble (503)"),
         (Fault("GET", r"^/api/models", 451, message="not here"), 1, "failed (451): not here"),
     ],

@@ -335,7 +335,12 @@ def test_a_public_repository_is_not_private(hub: Hub, out: Path, capsys: pytest.
     [
         (Fault("POST", r"/commit/", 429, {"Retry-After": "60"}), 1, "too many requests for now (429); run the same"),
         (Fault("POST", r"/preupload/", 503), 1, "the Hub is in trouble (503)"),
-        (Fault("PUT", r"/storage/", 403, message="the signature has expired"), 2, "the signature has expired"),
+        (
+            Fault("PUT", r"/storage/", 403, message="the signature has expired"),
+            1,
+            "the storage behind the Hub refused it (403): the signature has expired; the addresses there are good for "
+            "a while only: run the same command again",
+        ),
         (
             Fault("POST", r"/repos/create", 403, message="you may not"),
             2,
