@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from tests.families import tokenizer
+from tests.hub import Fault, environment, serving
 
 CONFIGURATION = """
 from pathlib import Path
@@ -246,6 +247,25 @@ def test_compare_sweep_report_and_push_run_code_only_where_asked(
     (answer,) = json.loads((out / "evaluation" / "generations.json").read_text())
     assert answer["dense"]
     assert answer["sparse"]
+
+
+def test_what_was_pruned_with_code_is_pushed_with_it(twig: Path, trap: Path, text: str, tmp_path: Path) -> None:
+    """Also where it goes wrong: the command that is to be given later has the flag."""
+    out = tmp_path / "out"
+    with serving() as hub:
+        settings = environment(hub, tmp_path / "home") | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+        command = [sys.executable, "-m", "llmprune", "prune", str(twig), "-o", str(out), "--method", "magnitude"]
+        command += ["--push-to", "somebody/twig", "--trust-remote-code"]
+        hub.faults.append(Fault("POST", r"/commit/", 403, message="the quota is used up", times=1))
+        done = subprocess.run(command, capture_output=True, text=True, env=settings, check=False)
+        assert done.returncode == 1
+        assert "could not be pushed: pushing to somebody/twig is not allowed" in done.stderr
+        advised = f"push {out} --to somebody/twig --trust-remote-code"
+        assert f"(`llmprune {advised}` does it later)" in done.stderr
+        command[3:] = advised.split()
+        done = subprocess.run(command, capture_output=True, text=True, env=settings, check=False)
+        assert done.returncode == 0, done.stderr
+        assert hub.repositories["somebody/twig"].files["modeling_twig.py"].decode() == MODELING
 
 
 def test_known_models_that_bring_code_too_are_run_by_transformers_own(tmp_path: Path, trap: Path) -> None:

@@ -55,7 +55,7 @@ def run(chosen: argparse.Namespace) -> int:
             tell_undrawn(report.out, report.page_problem)
         try:
             if chosen.push_to is not None:
-                told["pushed"] = after(chosen)
+                told["pushed"] = after(chosen, bool(report.recipe.get("trust_remote_code")))
         finally:
             if distributed.is_first() and chosen.json:
                 print_json(told)
@@ -72,8 +72,12 @@ def before(chosen: argparse.Namespace) -> None:
             check_may_write(chosen.push_to, private=chosen.private)
 
 
-def after(chosen: argparse.Namespace) -> dict[str, Any] | None:
-    """Push the result from the first rank; where that fails the result stays, and can be pushed later."""
+def after(chosen: argparse.Namespace, trusted: bool) -> dict[str, Any] | None:
+    """Push the result from the first rank; where that fails the result stays, and can be pushed later.
+
+    Args:
+        trusted: code that comes with the model is run.
+    """
     from llmprune import distributed
     from llmprune.cli.push import show as show_pushed
     from llmprune.push import push
@@ -82,12 +86,14 @@ def after(chosen: argparse.Namespace) -> dict[str, Any] | None:
         if not distributed.is_first():
             return None
         try:
-            pushed = push(chosen.out, chosen.push_to, private=chosen.private, progress=log(chosen))
+            pushed = push(
+                chosen.out, chosen.push_to, private=chosen.private, trust_remote_code=trusted, progress=log(chosen)
+            )
         except LLMPruneError as error:
-            private = " --private" if chosen.private else ""
+            switches = " --private" * chosen.private + " --trust-remote-code" * trusted
             raise Failure(
                 f"{chosen.out} is finished and stays, but it could not be pushed: {error} "
-                f"(`llmprune push {chosen.out} --to {chosen.push_to}{private}` does it later)"
+                f"(`llmprune push {chosen.out} --to {chosen.push_to}{switches}` does it later)"
             ) from None
         if not chosen.json:
             show_pushed(pushed)
