@@ -17,16 +17,21 @@ import llmprune
 from llmprune import hub
 from llmprune.errors import Failure, UserError
 from llmprune.model.source import CARRIED
-from llmprune.model.writer import ALLOCATION, EVALUATION, JOURNAL, PAGE
+from llmprune.model.writer import ALLOCATION, JOURNAL, PAGE
 from llmprune.progress import Progress, Silent
 from llmprune.report import page
 from llmprune.report.card import is_ours, known_results, known_speed, make_card, marked
-from llmprune.report.private import ANSWERS, RECORDS, Names
+from llmprune.report.private import ANSWERS, OWN_PLACE, RECORDS, TOKENIZER, Names
 from llmprune.report.results import find_dense, read_results, read_run, read_speed
-from llmprune.report.verify import read_report, verify
+from llmprune.report.verify import Verdict, read_report, verify
 
-LEFT_OUT = [".*", "*/.*", JOURNAL, f"{EVALUATION}/lm_eval.json", f"*/{PAGE}", "*/sweep.html", "*/search.html"]
-"""Drafts, locks, the journal, what lm-eval says of each single document, and pages of other runs in inner folders."""
+LEFT_OUT = [
+    *(".*", "*/.*", JOURNAL, f"*/{JOURNAL}", "lm_eval.json", "*/lm_eval.json"),
+    *("request.json", "*/request.json", "points/*.json", "*/points/*.json"),
+    *(f"*/{PAGE}", "*/sweep.html", "*/search.html"),
+]
+"""Drafts, locks, journals, what lm-eval says of each single document, what sweeps and searches keep to go on with, and
+pages of other runs in inner folders."""
 
 OUTDATED = ["model.safetensors", "model-?????-of-?????.safetensors"]
 """Weights that are taken out of the repository where OUT has none of that name: `model.safetensors` of an earlier push
@@ -103,7 +108,7 @@ def push(
     if create_pr and revision is not None:
         raise UserError("a pull request is opened against the main branch: give --create-pr or --revision, not both")
     place, shown = Path(folder).expanduser(), progress or Silent()
-    report = read_report(place)
+    read_report(place)  # before the Hub is asked
     if not dry_run:
         with shown.waiting("asking the Hub"):
             hub.check_may_write(to, private=private, create_pr=create_pr)
@@ -113,21 +118,37 @@ def push(
     pushed = Pushed(to, {}, "")
     if verdict.changed:
         pushed.notes.append("the weights were changed since they were pruned: figures of the run are not on the card")
-    if (place / CARD).is_file() and card == "keep" and not is_ours(own := (place / CARD).read_text(encoding="utf-8")):
-        pushed.card = own
-        pushed.notes.append(f"{CARD} was written or changed by hand and is kept (--card new writes a new one)")
-    else:
-        base = _base(report, base_model, license, pushed.notes)
-        results = known_results(place, report, verdict.shards)
-        speed = known_speed(read_speed(place), verdict.shards)
-        pushed.card = marked(make_card(report, results, to, base, bool(verdict.changed), speed))
-        if not dry_run:
-            _write(place / CARD, pushed.card)
     with _for_others(place, verdict.shards, trust_remote_code) as ready:
-        pushed.files = _files(ready) | {CARD: len(pushed.card.encode())}
+        if card == "keep" and (own := _own_card(place)) is not None:
+            pushed.card = own
+            pushed.notes.append(f"{CARD} was written or changed by hand and is kept (--card new writes a new one)")
+        else:
+            pushed.card = _new_card(ready, to, verdict, base_model, license, pushed.notes)
+            for folder_of_card in (ready,) if dry_run else (ready, place):
+                _write(folder_of_card / CARD, pushed.card)
+        pushed.files = _files(ready)
         if not dry_run:
             _send(ready, pushed, private, revision, create_pr)
     return pushed
+
+
+def _own_card(place: Path) -> str | None:
+    """The text of a README.md that is none of ours, or no longer."""
+    if not (place / CARD).is_file():
+        return None
+    text = (place / CARD).read_text(encoding="utf-8")
+    return None if is_ours(text) else text
+
+
+def _new_card(
+    ready: Path, to: str, verdict: Verdict, base_model: str | None, license: str | None, notes: list[str]
+) -> str:
+    """A card of what is sent, which tells no more of this machine than that does."""
+    report = read_report(ready)
+    base = _base(report, base_model, license, notes)
+    results = known_results(ready, report, verdict.shards)
+    speed = known_speed(read_speed(ready), verdict.shards)
+    return marked(make_card(report, results, to, base, bool(verdict.changed), speed))
 
 
 @contextmanager
@@ -145,21 +166,24 @@ def _for_others(place: Path, shards: dict[str, str], trusted: bool) -> Iterator[
 def _fill(ready: Path, place: Path, shards: dict[str, str], trusted: bool) -> None:
     files = list(_files(place))
     told = {file: _read(place / file) for file in files if Path(file).name in RECORDS}
-    names = Names(told)
+    tokenizers = {file: _read(place / file) for file in files if Path(file).name == TOKENIZER}
+    own = {file: {key: data[key] for key in OWN_PLACE if key in data} for file, data in tokenizers.items()}
+    names = Names({**told, **own}, [Path.cwd(), *place.resolve().parents])
+    clean = {file: names(data, answers=Path(file).name == ANSWERS) for file, data in told.items()}
+    clean |= {file: {**data, **names(own[file])} for file, data in tokenizers.items()}
     new = {
-        file: json.dumps(clean, indent=2) + "\n"
-        for file, data in told.items()
-        if (clean := names(data, answers=Path(file).name == ANSWERS)) != data
+        file: json.dumps(data, indent=2) + "\n"
+        for file, data in clean.items()
+        if data != told.get(file, tokenizers.get(file))
     }
-    if ALLOCATION in files:
-        new[ALLOCATION] = names((place / ALLOCATION).read_text(encoding="utf-8"))
+    new |= {file: names((place / file).read_text(encoding="utf-8")) for file in files if Path(file).name == ALLOCATION}
     for file in files:
         (ready / file).parent.mkdir(parents=True, exist_ok=True)
         if file in new:
             (ready / file).write_text(new[file], encoding="utf-8")
         else:
             (ready / file).symlink_to((place / file).resolve())
-    if PAGE in files and new:  # it may show linears that were asked for
+    if PAGE in files:  # it says where the folder lies, and may show linears that were asked for
         source = find_dense(read_run(place), trusted)
         results = read_results(ready, shards)
         results.report.out = Path(place.resolve().name)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 
 import llmprune
@@ -96,6 +97,27 @@ def test_nothing_of_somebodys_machine(report: dict[str, Any]) -> None:
     assert "mine.txt, 4 x 32 tokens" in card
     assert "base_model" not in card
     assert "license" not in card.partition("\n---\n")[0]
+
+
+@pytest.mark.parametrize("plan", ["/home/me/secret/plan.yaml", "secret/plan.yml"])
+@pytest.mark.parametrize("how", ["{}", {"path": "{}"}, {"name": "file", "path": "{}"}], ids=["plain", "path", "file"])
+def test_a_plan_file_is_the_one_beside_the_card(how: Any, plan: str, report: dict[str, Any]) -> None:
+    """Of an earlier run no plan file lies there: only what it was called is told."""
+    filled = plan if isinstance(how, str) else {key: value.format(plan) for key, value in how.items()}
+    report["recipe"]["allocation"] = filled
+    earlier = {**report, "recipe": json.loads(json.dumps(report["recipe"])), "changed": False}
+    card = str(make_card({**report, "earlier": [earlier]}, [], "me/small", BASE))
+    assert "secret" not in card
+    recipes = [part.partition("```")[0] for part in card.split("```yaml\n")[1:]]
+    assert "allocation: allocation.yaml\n" in recipes[-1]
+    assert Recipe.from_dict(yaml.safe_load(recipes[-1])).allocation == "allocation.yaml"
+    report["revision"] = None
+    both = str(make_card({**report, "earlier": [{**earlier, "revision": COMMIT}]}, [], "me/small", BASE))
+    assert "secret" not in both
+    first, last = (part.partition("```")[0] for part in both.split("```yaml\n")[1:])
+    assert Path(plan).name in first
+    assert "allocation.yaml" not in first
+    assert "allocation: allocation.yaml\n" in last
 
 
 @pytest.mark.parametrize(

@@ -128,10 +128,18 @@ def test_what_is_not_sent(hub: Hub, out: Path) -> None:
     (out / "evaluation" / "generations.json").write_text("[]")
     for name in (".model-00001-of-00005.safetensors.draft", ".llmprune.lock", "llmprune.journal.jsonl"):
         (out / name).write_text("left over")
+    left = {"evaluation/lm_eval.json", "llmprune.journal.jsonl"}
+    (out / "swept" / "points").mkdir(parents=True)
+    (out / "swept" / "sweep.json").write_text("{}")
+    for name in ("lm_eval.json", "inner/eval/lm_eval.json", "swept/points/wanda-50.json", "swept/points/request.json",
+                 "request.json", "inner/llmprune.journal.jsonl", "swept/sweep.html"):  # fmt: skip
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(json.dumps({"model": "/home/me/tiny"}))
+        left.add(name)
     pushed = push(out, TO)
     assert set(hub.repositories[TO].files) == {*pushed.files, ".gitattributes"}
-    left = {"evaluation/lm_eval.json", "llmprune.journal.jsonl"}
     assert left.isdisjoint(pushed.files)
+    assert "swept/sweep.json" in pushed.files
     assert not any(name.startswith(".") for name in pushed.files)
     assert {"evaluation/generations.json", "README.md", "LICENSE", "llmprune.json", "config.json"} <= set(pushed.files)
 
@@ -161,6 +169,56 @@ def test_nothing_that_is_sent_tells_of_folders_here(hub: Hub, out: Path, source:
     assert f"{ours} (this one)" in shown
     assert theirs in shown
     assert page.drawn_on(shown, read_run(out)) == drawn.histograms == ["model.layers.0.mlp.up_proj"]
+
+
+def test_paths_that_look_like_names(
+    hub: Hub, out: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were given from a folder that is above OUT, and it is pushed from elsewhere."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    shutil.copytree(source, tmp_path / "customer" / "secret")
+    (tmp_path / "acme").mkdir()
+    (tmp_path / "acme" / "private").write_text("text")
+    report = json.loads((out / "llmprune.json").read_text())
+    report["recipe"]["allocation"] = {"name": "file", "path": "acme/plans/mine.yaml"}
+    report["recipe"]["calibration"]["source"] = report["calibration"]["source"] = "acme/private"
+    report["recipe"]["evaluate"]["text"] = report["sparse"]["text"] = report["dense"]["text"] = "acme/texts/other.txt"
+    report["linears"][0]["note"] = "acme/private is short"
+    (out / "llmprune.json").write_text(json.dumps(report))
+    (out / "allocation.yaml").write_text("# as acme/plans/mine.yaml says\ndefault: '2:4'\n")
+    template = "{{ '/or/else/acme/private' }}"
+    told = {"name_or_path": "customer/secret", "chat_template": template}
+    (out / "tokenizer_config.json").write_text(json.dumps(told))
+    figures = {"model": "customer/secret", "shards": report["shards"], "perplexity": {**report["sparse"], "text": "c4"}}
+    (out / "evaluation").mkdir()
+    (out / "evaluation" / "eval.json").write_text(json.dumps(figures))
+    page.draw(out)
+    pushed = push(out, TO)
+    sent = hub.repositories[TO].files
+    private = [b"acme", b"customer", b"pytest-of-"]
+    names = [name for name, content in sent.items() if any(part in content for part in private)]
+    assert names == ["tokenizer_config.json"]
+    assert json.loads(sent["tokenizer_config.json"]) == {"name_or_path": "secret", "chat_template": template}
+    assert json.loads(sent["llmprune.json"])["model"] == "owner/tiny@v1"
+    assert json.loads(sent["evaluation/eval.json"])["model"] == "secret"
+    assert sent["allocation.yaml"].decode() == "# as mine.yaml says\ndefault: '2:4'\n"
+    assert "allocation: allocation.yaml\n" in pushed.card
+    assert "private, 8 x 32 tokens" in pushed.card
+    assert "base_model: owner/tiny\n" in pushed.card
+    assert "datasets" not in pushed.card.partition("\n---\n")[0]
+
+
+def test_what_was_pulled_and_drawn_again_tells_nothing_either(hub: Hub, out: Path, tmp_path: Path) -> None:
+    push(out, TO)
+    again = Path(snapshot_download(TO, local_dir=tmp_path / "mine" / "pulled"))
+    page.draw(again)
+    assert str(again) in (again / "report.html").read_text()
+    push(again, "some-lab/other")
+    sent = hub.repositories["some-lab/other"].files
+    assert sent["llmprune.json"] == hub.repositories[TO].files["llmprune.json"]
+    assert str(again).encode() not in sent["report.html"]
+    assert b"<dd>pulled</dd>" in sent["report.html"]
 
 
 def test_a_record_that_is_none_is_not_sent(hub: Hub, out: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from llmprune import named, reconstruct, refine, solvers
+from llmprune.allocate import PLAN_FILES
 from llmprune.allocation import LEFT_DENSE, spanned
 from llmprune.data import NAMED, SUFFIXES
 from llmprune.errors import LLMPruneError
@@ -23,6 +24,7 @@ from llmprune.model.writer import ALLOCATION
 from llmprune.patterns import NM, Scope, parse
 from llmprune.recipe import Recipe
 from llmprune.report.earlier import all_runs, beginning
+from llmprune.report.private import Names
 from llmprune.report.record import (
     Divergence,
     Perplexity,
@@ -468,7 +470,7 @@ def _again(report: Mapping[str, Any], base: Mapping[str, Any]) -> str:
         file, out = ("recipe.yaml", "OUT") if len(runs) == 1 else (f"recipe-{number}.yaml", f"OUT-{number}")
         names = ("llmprune", "torch", "transformers")
         versions = ", ".join(f"{name} {run['versions'][name]}" for name in names if name in run["versions"])
-        recipes.append(f"with this `{file}`, and {versions}:\n\n```yaml\n{_shown(run['recipe'])}```")
+        recipes.append(f"with this `{file}`, and {versions}:\n\n```yaml\n{_shown(run['recipe'], run is runs[-1])}```")
         commands.append(f"llmprune prune {model} --recipe {file} -o {out}")
         trained = list(_recover_commands(run, model, out))
         commands += [command for command, _ in trained]
@@ -492,12 +494,15 @@ def _commit(run: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     return commit if base.get("name") in names and _COMMIT.fullmatch(commit) else ""
 
 
-def _shown(recipe: Mapping[str, Any]) -> str:
-    """A recipe as YAML, without where files lie."""
-    shown = json.loads(json.dumps(recipe))
-    for part, key in (("calibration", "source"), ("evaluate", "text")):
-        if shown.get(part, {}).get(key):
-            shown[part][key] = short_name(shown[part][key])
+def _shown(recipe: Mapping[str, Any], last: bool) -> str:
+    """A recipe as YAML, without where files lie.
+
+    Args:
+        last: it is that of the last run, so that a plan file of its allocation is `ALLOCATION` beside the card.
+    """
+    shown = Names({"recipe": recipe})(recipe)
+    if last and allocation_of(recipe).endswith(PLAN_FILES):
+        shown["allocation"] = ALLOCATION
     try:
         return Recipe.from_dict(shown).to_yaml()
     except LLMPruneError:  # of another version
