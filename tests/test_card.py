@@ -176,6 +176,25 @@ def test_what_eval_measured_later(report: dict[str, Any], tmp_path: Path) -> Non
     assert known_results(tmp_path, report, OTHERS) != []  # measured since somebody has changed the weights
     text = make_card(report, list(found.values()), "me/small", BASE).text
     assert "| arc_easy acc | not measured | 0.5 ± 0.01 | lm-eval, 0 shots, 2,376 documents |" in text
+    assert "| same most likely token as the dense model | 1 | 0.9 | wikitext2, context 32, 93 tokens |" in text
+
+
+def test_every_figure_is_in_the_index(report: dict[str, Any], tmp_path: Path) -> None:
+    report |= {"dense": {**PERPLEXITY, "value": 20.0}, "sparse": PERPLEXITY}
+    apart = {"dense": "owner/tiny", "kl": 0.25, "stderr": 0.01, "agreement": 0.9, "text": "wikitext2"}
+    apart |= {"length": 32, "windows": 3, "tokens": 93, "seconds": 1.0}
+    told = {"model": "out", "divergence": apart, "shards": report["shards"], "tasks": {"scores": [ACCURACY]}}
+    found = list(results_of(tmp_path, report, eval=told).values())
+    card = ModelCard(str(make_card(report, found, "me/small", BASE)))
+    index = {entry.metric_type: entry for entry in card.data.eval_results}
+    values = {"perplexity": 30.0, "kl_divergence": 0.25, "top1_agreement": 0.9, "acc": 0.5}
+    assert {kind: entry.metric_value for kind, entry in index.items()} == values
+    table = card.text.partition("## Quality")[2].partition("## ")[0]
+    assert len([line for line in table.splitlines() if line.startswith("|")]) - 2 == len(values)
+    assert (index["kl_divergence"].dataset_type, index["kl_divergence"].dataset_split) == (
+        "Salesforce/wikitext",
+        "test",
+    )
 
 
 def test_what_compare_measured(report: dict[str, Any], tmp_path: Path) -> None:

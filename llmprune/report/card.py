@@ -55,7 +55,7 @@ class Result:
         dense, sparse: the figures.
         stderr: the standard error of the pruned model's.
         protocol: all that gives the figure a meaning, in words.
-        told: the same for the Hub's model index, without the value; None for what it does not know.
+        told: the same for the Hub's model index, without the value.
     """
 
     measure: str
@@ -63,7 +63,7 @@ class Result:
     sparse: float
     stderr: float | None
     protocol: str
-    told: Mapping[str, Any] | None = None
+    told: Mapping[str, Any]
 
 
 @dataclass
@@ -72,14 +72,15 @@ class Measured:
 
     results: dict[tuple[str, str], Result] = field(default_factory=dict)
 
-    def add(self, result: Result) -> None:
-        """Take in a figure; a dense one that was known is kept where the new one has none."""
-        key = (result.measure, result.protocol)
-        known = self.results.get(key)
-        if known is not None and result.dense is None:
-            result = Result(**{**vars(result), "dense": known.dense})
-        if math.isfinite(result.sparse):
-            self.results[key] = result
+    def add(self, *results: Result) -> None:
+        """Take in figures; a dense one that was known is kept where the new one has none."""
+        for result in results:
+            key = (result.measure, result.protocol)
+            known = self.results.get(key)
+            if known is not None and result.dense is None:
+                result = Result(**{**vars(result), "dense": known.dense})
+            if math.isfinite(result.sparse):
+                self.results[key] = result
 
 
 def known_results(folder: Path, report: Mapping[str, Any], shards: Mapping[str, str]) -> list[Result]:
@@ -101,7 +102,7 @@ def known_results(folder: Path, report: Mapping[str, Any], shards: Mapping[str, 
         if later.perplexity is not None:
             measured.add(_perplexity(later.perplexity, None))
         if later.divergence is not None:
-            measured.add(_divergence(later.divergence))
+            measured.add(*_divergence(later.divergence))
         for score in later.scores:
             measured.add(_score(score, None))
     compared = read_comparison(folder)
@@ -110,7 +111,7 @@ def known_results(folder: Path, report: Mapping[str, Any], shards: Mapping[str, 
         if own.perplexity is not None:
             measured.add(_perplexity(own.perplexity, dense.perplexity if dense else None))
         if own.divergence is not None:
-            measured.add(_divergence(own.divergence))
+            measured.add(*_divergence(own.divergence))
         before = {_score(score, None).measure: score.value for score in dense.scores} if dense else {}
         for score in own.scores:
             measured.add(_score(score, before.get(_score(score, None).measure)))
@@ -119,25 +120,35 @@ def known_results(folder: Path, report: Mapping[str, Any], shards: Mapping[str, 
 
 def _perplexity(found: Perplexity, dense: Perplexity | None) -> Result:
     windows = "no overlap" if found.stride is None else f"stride {found.stride:,}"
-    text = short_name(found.text)
-    protocol = f"{text}, context {found.length:,}, {windows}, {found.tokens:,} predicted tokens"
-    named = NAMED.get(found.text, {}).get("evaluation")
-    index = {
-        "task_type": "text-generation",
-        "dataset_type": named.name if named else text,
-        "dataset_name": text,
-        "dataset_config": named.config if named else None,
-        "dataset_split": named.split if named else None,
-        "metric_type": "perplexity",
-        "metric_name": f"perplexity ({protocol})",
-    }
+    protocol = f"{short_name(found.text)}, context {found.length:,}, {windows}, {found.tokens:,} predicted tokens"
+    index = _index(found.text, "perplexity", f"perplexity ({protocol})")
     return Result("perplexity", dense.value if dense else None, found.value, None, protocol, index)
 
 
-def _divergence(found: Divergence) -> Result:
-    agreement = f"the same most likely token {found.agreement:.2%} of the time"
-    protocol = f"{short_name(found.text)}, context {found.length:,}, {found.tokens:,} tokens; {agreement}"
-    return Result("KL(dense ‖ this model), nats a token", 0.0, found.kl, found.stderr, protocol)
+def _divergence(found: Divergence) -> list[Result]:
+    """How far the pruned model is from the dense one, and how often both hold the same token for the most likely."""
+    protocol = f"{short_name(found.text)}, context {found.length:,}, {found.tokens:,} tokens"
+    apart, same = "KL(dense ‖ this model), nats a token", "same most likely token as the dense model"
+    return [
+        Result(apart, 0.0, found.kl, found.stderr, protocol,
+               _index(found.text, "kl_divergence", f"{apart} ({protocol})")),
+        Result(same, 1.0, found.agreement, None, protocol,
+               _index(found.text, "top1_agreement", f"{same} ({protocol})")),
+    ]  # fmt: skip
+
+
+def _index(text: str, metric: str, name: str) -> dict[str, Any]:
+    """A figure on a text for the Hub's model index, without the value."""
+    named = NAMED.get(text, {}).get("evaluation")
+    return {
+        "task_type": "text-generation",
+        "dataset_type": named.name if named else short_name(text),
+        "dataset_name": short_name(text),
+        "dataset_config": named.config if named else None,
+        "dataset_split": named.split if named else None,
+        "metric_type": metric,
+        "metric_name": name,
+    }
 
 
 def _score(found: Score, dense: float | None) -> Result:
@@ -191,7 +202,7 @@ def make_card(
             _again(report, base),
         ]
     )
-    index = [EvalResult(**result.told, metric_value=result.sparse) for result in results if result.told]
+    index = [EvalResult(**result.told, metric_value=result.sparse) for result in results]
     runs = all_runs(report)
     texts = [text for run in runs for text in (run.get("calibration"), *(one["data"] for one in _recoveries(run)))]
     metadata = ModelCardData(
