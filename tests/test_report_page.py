@@ -202,6 +202,15 @@ class TestARun:
         scripts = policy.split("script-src ")[1].split(";")[0].split()
         assert len(scripts) == 2
 
+    def test_that_cannot_be_written_is_said(self, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (out / PAGE).unlink()
+        (out / PAGE).mkdir()
+        assert call("report", out) == 1
+        told = capsys.readouterr().err
+        assert f"llmprune: writing {out / PAGE} failed: " in told
+        assert "Traceback" not in told
+        assert not [path for path in out.iterdir() if path.name.endswith(".draft")]
+
     def test_drawing_it_anew_gives_the_same(self, run: Report, model: Path, text: str) -> None:
         first = (run.out / PAGE).read_bytes()
         drawn = page.draw(run.out)

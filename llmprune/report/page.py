@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from llmprune.allocate import PLAN_FILES
+from llmprune.evaluate.pieces import writing
 from llmprune.model.source import Source
 from llmprune.model.writer import PAGE
 from llmprune.patterns import parse
@@ -96,12 +97,8 @@ def draw(
     if source is None:
         source = find_dense(results.report, trust_remote_code)
     text, shown = made(folder, results, source, linears, trust_remote_code)
-    draft = folder / f".{PAGE}.draft"
-    try:
+    with writing(folder / PAGE, "") as draft:
         draft.write_text(text, encoding="utf-8")
-        draft.rename(folder / PAGE)
-    finally:
-        draft.unlink(missing_ok=True)
     return Drawn(folder / PAGE, shown, source.folder if source else None)
 
 
