@@ -587,24 +587,9 @@ class TestInABrowser:
     def test_nothing_is_wider_than_the_window(self, blocks: int, width: int, dark: bool, tmp_path: Path) -> None:
         made = synthetic(blocks, ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"])
         told = page.render(Results(made, made.shards), [])
-        measure = """<script>addEventListener("load", () => setTimeout(() => {
-            const root = document.documentElement, ticks = [...document.querySelectorAll("#error-map .xtick")]
-            const colour = getComputedStyle(document.body).backgroundColor
-            root.dataset.seen = [root.scrollWidth, innerWidth, colour].join(";")
-            root.dataset.ticks = ticks.map(one => one.textContent).join(" ")
-        }, 5000))</script>"""
-        told = re.sub(r"<meta http-equiv[^>]*>", "", told).replace("</body>", f"{measure}</body>")
-        (tmp_path / PAGE).write_text(told, encoding="utf-8")
-        scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
-        done = browser.opened(tmp_path / PAGE, tmp_path, scheme, f"--window-size={width},900")
-        found = re.search(r'data-seen="(\d+);(\d+);rgb\((\d+), (\d+), (\d+)\)"', done.stdout)
-        assert found is not None
-        wide, window, *colour = map(int, found.groups())
-        assert window == width
-        assert wide <= width
-        assert (sum(colour) < 3 * 64) if dark else (sum(colour) > 3 * 192)
-        ticks = re.search(r'data-ticks="([^"]*)"', done.stdout)
-        assert ticks is not None
-        numbers = [int(tick) for tick in ticks[1].split()]
+        ticks = "[...document.querySelectorAll('#error-map .xtick')].map(one => one.textContent).join(' ')"
+        found = browser.seen(told, tmp_path, width, dark, ticks)
+        browser.fits(found, width, dark)
+        numbers = [int(tick) for tick in found.more.split()]
         assert len(numbers) == len(set(numbers)) >= 2
         assert set(numbers) <= set(range(-1, blocks + 1))

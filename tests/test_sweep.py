@@ -369,6 +369,34 @@ class TestPicture:
     def test_both_plots_are_drawn(self, found: tuple[Sweep, Path, Watching], tmp_path: Path) -> None:
         assert browser.drawn(found[1] / PAGE, tmp_path) == {"perplexity-curve", "divergence-curve"}
 
+    @browser.needed
+    @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+    def test_nothing_is_wider_than_a_narrow_window(
+        self, dark: bool, found: tuple[Sweep, Path, Watching], tmp_path: Path
+    ) -> None:
+        drawn = "document.querySelectorAll('.plot .main-svg').length"
+        shown = browser.seen((found[1] / PAGE).read_text(encoding="utf-8"), tmp_path, 500, dark, drawn)
+        browser.fits(shown, 500, dark)
+        assert int(shown.more) >= 2
+
+    def test_what_others_have_named_is_text(self, found: tuple[Sweep, Path, Watching]) -> None:
+        """Plotly obeys marks of HTML in what it writes beside points."""
+        told = json.loads(json.dumps(found[0].to_dict()))
+        hostile = "<img src=x onerror=alert(1)>"
+        score = {"task": hostile, "metric": hostile, "filter": "none", "value": 0.5, "stderr": None}
+        for row in told["models"]:
+            row["scores"] = [{**score, "documents": 4, "shots": 0, "higher_is_better": True}]
+        for point in told["points"]:
+            point |= {"method": hostile, "verdicts": [{"promise": hostile, "holds": True}], "holds": True}
+            point["pattern"] = f"2:4{hostile}" if ":" in point["pattern"] else hostile
+        for plot in curve.plots_of(told):
+            assert len(plot.figure.data) == 2
+            for trace in plot.figure.data:
+                texts = [trace.name, *trace.hovertext, *(trace.text or ())]
+                assert not any("<img" in text for text in texts)
+                assert "&lt;img" in trace.name
+                assert all(text.count("&lt;img") == 5 for text in trace.hovertext)
+
 
 def test_the_command_line(
     found: tuple[Sweep, Path, Watching],

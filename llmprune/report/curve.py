@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 import plotly.graph_objects as go
@@ -90,7 +91,7 @@ def _trace(
     grouped: bool,
 ) -> Any:
     chosen = [models[point["name"]] for point in points]
-    name, colour = f"{method}, N:M" if grouped else method, COLOURS[number % len(COLOURS)]
+    name, colour = escape(f"{method}, N:M" if grouped else method), COLOURS[number % len(COLOURS)]
     errors = [model[part].get("stderr") for model in chosen]
     known = any(error is not None for error in errors)
     return go.Scatter(
@@ -98,7 +99,7 @@ def _trace(
         y=[model[part][key] for model in chosen],
         error_y={"array": [error or 0 for error in errors], "thickness": 1} if known else None,
         mode="markers+text" if grouped else "lines+markers",
-        text=[point["pattern"] for point in points] if grouped else None,
+        text=[escape(point["pattern"]) for point in points] if grouped else None,
         textposition="middle left" if number % 2 else "middle right",
         marker={
             "symbol": "diamond-open" if grouped else _symbols(points),
@@ -122,8 +123,8 @@ def _symbols(points: Sequence[Mapping[str, Any]]) -> str | list[str]:
 
 
 def _words(point: Mapping[str, Any], model: Mapping[str, Any]) -> str:
-    """What is told of a point under the pointer."""
-    lines = [f"<b>{point['method']} {point['pattern']}</b>"]
+    """What is told of a point under the pointer; plotly obeys marks of HTML in it."""
+    lines = [f"<b>{escape(point['method'])} {escape(point['pattern'])}</b>"]
     lines.append(f"zeros: {model['linears_sparsity']:.2%} of the linears, {model['sparsity']:.2%} of all weights")
     if model["perplexity"]:
         lines.append(f"perplexity {model['perplexity']['value']:.2f}")
@@ -132,9 +133,9 @@ def _words(point: Mapping[str, Any], model: Mapping[str, Any]) -> str:
         lines.append(f"KL {apart['kl']:.4f}{error} nats, the same token {apart['agreement']:.2%}")
     for score in model["scores"]:
         error = "" if score["stderr"] is None else f" ± {score['stderr']:.4f}"
-        lines.append(f"{score['task']} {score['metric']} {score['value']:.4f}{error}")
+        lines.append(f"{escape(score['task'])} {escape(score['metric'])} {score['value']:.4f}{error}")
     lines += [
-        f"{verdict['promise']} {'holds' if verdict['holds'] else 'does not hold'}"
+        f"{escape(verdict['promise'])} {'holds' if verdict['holds'] else 'does not hold'}"
         for verdict in point.get("verdicts", ())
     ]
     return "<br>".join(lines)
