@@ -12,6 +12,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from scipy import stats
 
@@ -28,7 +29,8 @@ from llmprune.evaluate import divergence, perplexity, tasks
 from llmprune.evaluate.pieces import FOLDER
 from llmprune.progress import Silent
 from llmprune.report.comparison import Compared
-from llmprune.report.tables import models_table
+from llmprune.report.record import Score
+from llmprune.report.tables import models_table, scores_table
 from tests.families import make
 from tests.test_tasks import HEAD
 from tests.test_tasks import TASKS as YAML
@@ -444,6 +446,22 @@ def test_the_command_line(
     assert "no model at ./nowhere" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["compare", names[0]])
+
+
+@pytest.mark.parametrize(("count", "wide"), [(2, True), (7, False)])
+def test_figures_of_many_models_are_whole_in_a_narrow_window(count: int, wide: bool) -> None:
+    models = [Compared(f"model-{number}", "", False, 1, 1, 0.0, 0.0, {}) for number in range(count)]
+    for number, model in enumerate(models):
+        model.scores = [Score("quiz", name, "none", number / 10 + 0.0123, 0.0456, 9, 0, True) for name in ("acc", "f1")]
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(scores_table(models, console))
+    lines = captured.get().splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    for number in range(count):
+        told = [line for line in lines if f"{number / 10 + 0.0123:.4f} ± 0.0456" in line]
+        assert len(told) == 2
+        assert any(f"model-{number}" in line for line in (lines if wide else told))
 
 
 def test_weights_are_told_where_a_model_has_fewer() -> None:

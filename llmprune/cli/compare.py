@@ -48,7 +48,7 @@ def show(found: object) -> None:
 
     assert isinstance(found, Comparison)
     console = Console()
-    for table in tables.comparison_tables(found):
+    for table in tables.comparison_tables(found, console):
         console.print(table)
     for line in tables.comparison_notes(found):
         console.print(line, highlight=False)

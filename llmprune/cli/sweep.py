@@ -78,7 +78,7 @@ def show(made: Sweep, folder: str) -> None:
     from llmprune.sweep import PAGE
 
     console = Console()
-    for table in tables.comparison_tables(made.comparison):
+    for table in tables.comparison_tables(made.comparison, console):
         console.print(table)
     for line in tables.comparison_notes(made.comparison):
         console.print(line, highlight=False)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.box import SIMPLE_HEAD
-from rich.console import JustifyMethod
+from rich.console import Console, JustifyMethod
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from llmprune.allocation import reached, spanned
@@ -305,11 +306,15 @@ def tasks_table(scores: Iterable[Score]) -> Table:
     return table
 
 
-def comparison_tables(found: Comparison) -> list[Table]:
-    """Checkpoints side by side: one table of models, one of tasks, one of differences, where there is any."""
+def comparison_tables(found: Comparison, console: Console) -> list[Table]:
+    """Checkpoints side by side: one table of models, one of tasks, one of differences, where there is any.
+
+    Args:
+        console: where they are to be printed, which says how wide they may be.
+    """
     made = [models_table(found.models)]
     if any(model.scores for model in found.models):
-        made.append(scores_table(found.models))
+        made.append(scores_table(found.models, console))
     if found.differences:
         made.append(differences_table(found))
     return made
@@ -337,13 +342,22 @@ def model_rows(models: Sequence[Compared]) -> Cells:
     return ["model", *(["weights"] if smaller else []), "files", "zeros", "in linears", *told], rows
 
 
-def scores_table(models: Sequence[Compared]) -> Table:
-    """A row for each figure of a task, a column for each model."""
-    return _compared("Tasks", *score_rows(models))
+def scores_table(models: Sequence[Compared], console: Console) -> Table:
+    """A row for each figure of a task, a column for each model; where that is too wide, rows for each model as well."""
+    heads, rows = score_rows(models)
+    table = _compared("Tasks", heads, rows)
+    if Measurement.get(console, console.options.update(max_width=10**6), table).maximum <= console.width:
+        return table
+    long = [
+        [*(row[:2] if place == 2 else ("", "")), heads[place], row[place]]
+        for row in rows
+        for place in range(2, len(heads))
+    ]
+    return _compared("Tasks", [*heads[:2], "model", "value"], long)
 
 
 def score_rows(models: Sequence[Compared]) -> Cells:
-    """The headings of `scores_table`, and its rows."""
+    """A row for each figure of a task, a column for each model."""
     cells = [{(score.task, score.metric, score.filter): score for score in model.scores} for model in models]
     rows = []
     for place in dict.fromkeys(place for column in cells for place in column):
