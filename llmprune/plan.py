@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llmprune.after import After
@@ -280,11 +280,14 @@ class Plan:
             "widths": {name: list(width) for name, width in self.widths.items()} or None,
             "ranked": self.ranked or None,
             "allocated": self.budget is None or self.budget.targets is not None,
+            "fit": None if self.fit is None else asdict(self.fit),
             "linears": [
                 {
                     "name": choice.linear.name,
                     "shape": list(choice.linear.shape),
                     "method": choice.method if choice.kept is None else None,
+                    "then": list(choice.after.names) if choice.kept is None else [],
+                    "asymmetric": choice.asymmetric if choice.kept is None else None,
                     "pattern": str(choice.pattern) if choice.kept is None and not self.open(choice) else None,
                     "permuted": choice.linear.name in moved,
                     "kept": choice.kept,

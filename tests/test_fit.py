@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -17,12 +18,16 @@ import llmprune
 from llmprune import distributed, pipeline
 from llmprune.cost import cost
 from llmprune.errors import UserError
+from llmprune.model.activations import HIDDEN, Activations, Call
+from llmprune.model.checkpoint import LoadedBlock
+from llmprune.model.linears import find_linears
 from llmprune.model.writer import PAGE, REPORT
 from llmprune.patterns import parse
 from llmprune.pipeline import draw
 from llmprune.recipe import Recipe
 from llmprune.reconstruct.block import Reconstructor
 from llmprune.report.card import make_card
+from llmprune.report.tables import fit_notes
 from llmprune.report.verify import verify
 from tests.families import FAMILIES, make
 from tests.test_resume import cut_off, digests
@@ -125,6 +130,61 @@ def test_what_does_not_help_is_left_as_it_was(model: Path, tmp_path: Path) -> No
     for path in (tmp_path / "out").glob("*.safetensors"):
         other = load_file(tmp_path / "plain" / path.name)
         assert all(torch.equal(value, other[name]) for name, value in load_file(path).items())
+
+
+def test_a_linear_without_weights_does_not_keep_the_others_from_it(model: Path, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(model, tmp_path / "zero"))
+    (shard,) = place.glob("*.safetensors")
+    weights = load_file(shard)
+    weights["model.layers.1.self_attn.o_proj.weight"].zero_()
+    save_file(weights, shard, metadata={"format": "pt"})
+    report = llmprune.prune(place, out=tmp_path / "out", recipe=recipe([FIT]))
+    block = report.blocks[1]
+    assert block.away is not None
+    assert block.away_before is not None
+    assert block.away < 0.9 * block.away_before
+    assert fit_notes(report.blocks) == []
+    only = recipe([FIT], ignore=["re:.*(?<!layers.1.self_attn.o_proj)"])
+    alone = llmprune.prune(place, out=tmp_path / "alone", recipe=only)
+    assert alone.blocks[1].away == alone.blocks[1].away_before
+    assert "model.layers.1: fitted to the dense model without coming nearer" in fit_notes(alone.blocks)[0]
+
+
+class Rarely(torch.nn.Module):
+    """A block of which one linear is called for some batches alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.often, self.seldom = (torch.nn.Linear(16, 16, bias=False) for _ in range(2))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        moved: Tensor = hidden_states + self.often(hidden_states)
+        return moved + self.seldom(hidden_states) if bool(hidden_states[0, 0, 0] > 0) else moved
+
+
+def test_an_expert_that_a_batch_does_not_reach_is_fitted_by_the_others() -> None:
+    torch.manual_seed(0)
+    dense, module = Rarely(), Rarely()
+    linears = find_linears(module, "block")
+    for linear in linears:
+        pattern = parse("2:4")
+        values = dense.get_submodule(linear.name.removeprefix("block.")).weight.detach()
+        module.get_submodule(linear.name.removeprefix("block.")).weight.data.copy_(values * pattern.keep(values.abs()))
+    block = LoadedBlock("block", module, {f"block.{name}": value for name, value in module.state_dict().items()})
+    states = torch.randn(6, 1, 32, 4) @ torch.randn(4, 16)  # so that there is much to gain
+    states[:, 0, 0, 0] = torch.tensor([-1.0, -1.0, 1.0, -1.0, -1.0, 1.0])
+    weights = {name: value.clone() for name, value in block.state.items()}
+    given, wanted = Activations(0, torch.device("cpu")), Activations(0, torch.device("cpu"))
+    with torch.no_grad():
+        for batch in states:
+            given.add(batch)
+            wanted.add(dense(batch))
+        calls = [Call((HIDDEN,), {})] * len(states)
+        before, after = Reconstructor(steps=18, ahead=0).fit(1, block, linears, calls, given, wanted)
+    assert after < 0.9 * before
+    for name, value in block.state.items():
+        assert torch.equal(value != 0, weights[name] != 0)
+        assert not torch.equal(value, weights[name])
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])

@@ -50,6 +50,7 @@ def run(chosen: argparse.Namespace) -> int:
     work = cost(checkpoint, made, recipe)
     lines = tables.cost_lines(work, rate(checkpoint))
     fewer = [*tables.shortening_lines(made), *tables.width_lines(made)]
-    for line in [*fewer, *tables.allocation_lines(made), *tables.memory_lines(made), *lines]:
+    way = [*tables.allocation_lines(made), *tables.after_lines(made)]
+    for line in [*fewer, *way, *tables.memory_lines(made), *lines]:
         console.print(line, highlight=False)
     return 0

@@ -99,6 +99,8 @@ class Reconstructor:
         distance = _Distance(weights, calls, given, wanted, following, self.ahead)
         own, aim = distance.mean()
         trained = weights.trained()
+        if not trained:  # nothing is left to be fitted
+            return own, own
         optimizer = torch.optim.Adam([{"params": [value]} for value, _ in trained], betas=(0.9, 0.99))
         order = torch.Generator().manual_seed(0)
         turn: list[int] = []
@@ -194,6 +196,7 @@ class _Weights:
             weight = block.state[linear.parameter]
             keep = self._keep.setdefault(linear.parameter, torch.zeros(weight.shape, dtype=torch.bool))
             linear.view(keep).copy_(linear.view(weight) != 0)
+        self._keep = {name: keep for name, keep in self._keep.items() if bool(keep.any())}
         self._free = {name: block.state[name].to(device, torch.float32, copy=True) for name in self._keep}
         self._keep = {name: keep.to(device) for name, keep in self._keep.items()}
         self._run = Run(block.module, self.numbers, {self._inside(name) for name in self._keep})
@@ -210,8 +213,8 @@ class _Weights:
     def mask_gradients(self) -> None:
         """Let pruned weights, and those of linears that are left dense, stay where they are."""
         for name, value in self._free.items():
-            assert value.grad is not None
-            value.grad.mul_(self._keep[name])
+            if value.grad is not None:  # some experts see no token of a batch
+                value.grad.mul_(self._keep[name])
 
     def run(self, call: Call, given: Tensor) -> Tensor:
         """What the block returns for a batch."""

@@ -131,6 +131,19 @@ def allocation_lines(plan: Plan) -> list[str]:
     return [f"allocated    by {plan.budget.name}: {asked}{told}"]
 
 
+def after_lines(plan: Plan) -> list[str]:
+    """What is aimed at, and what follows when all linears of a block are solved."""
+    lines = []
+    if shares := {choice.asymmetric for choice in plan.choices if choice.kept is None and choice.asymmetric}:
+        told = ", ".join(f"{share:.0%}" for share in sorted(shares))
+        lines.append(f"aimed at     what the dense model makes of its own inputs, {told} of the way")
+    if plan.fit is not None:
+        first, steps = plan.fit.steps_of(0), plan.fit.steps_of(1)
+        more = f", {first:,} for the first" if first != steps else ""
+        lines.append(f"then         each block is fitted to the dense one: {steps:,} steps of Adam{more}")
+    return lines
+
+
 def memory_lines(plan: Plan) -> list[str]:
     """What a run will take of memory, and how it is laid out for that."""
     schedule = plan.schedule
@@ -256,7 +269,7 @@ def courses(records: Iterable[LinearRecord]) -> dict[str, float]:
 
 def all_notes(report: Report) -> list[str]:
     """What the reader should know of a run."""
-    return [*notes(report.linears), *expert_notes(report.blocks), *batch_notes(report)]
+    return [*notes(report.linears), *expert_notes(report.blocks), *fit_notes(report.blocks), *batch_notes(report)]
 
 
 def notes(records: Iterable[LinearRecord]) -> list[str]:
@@ -280,6 +293,18 @@ def expert_notes(blocks: Iterable[BlockRecord]) -> list[str]:
     ]
     more = len(made) - MIXTURES
     return made if more < 2 else [*made[:MIXTURES], f"{more} more mixtures have such experts"]
+
+
+def fit_notes(blocks: Iterable[BlockRecord]) -> list[str]:
+    """Blocks that their fit did not bring nearer to the dense ones, so that they are as they were before it."""
+    left = [block.name for block in blocks if block.away is not None and block.away == block.away_before]
+    if not left:
+        return []
+    named = ", ".join(left[:8]) + (", ..." if len(left) > 8 else "")
+    return [
+        f"{named}: fitted to the dense model without coming nearer to it on the calibration text, and so left as "
+        f"{'it was' if len(left) == 1 else 'they were'} before"
+    ]
 
 
 def batch_notes(report: Report) -> list[str]:
