@@ -8,7 +8,7 @@ blocks are in memory.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,20 @@ import torch
 from torch import Tensor
 
 from llmprune import allocation, data, dense, distributed, memory
+from llmprune.allocate import PLAN_FILES
 from llmprune.budget import PRUNE, SAMPLE, batch_size, windows_at_once
-from llmprune.errors import Interrupted
+from llmprune.errors import Interrupted, UserError
 from llmprune.evaluate import perplexity
 from llmprune.follow import DenseWay, drift
 from llmprune.model import blocks
 from llmprune.model.activations import Activations
 from llmprune.model.capture import Capture
 from llmprune.model.checkpoint import Checkpoint, LoadedBlock
-from llmprune.model.cpu import quick
+from llmprune.model.cpu import products, quick
 from llmprune.model.linears import Linear, find_linears
 from llmprune.model.source import Source
-from llmprune.model.writer import INDEX, Writer, batches_before, check_out, fingerprint_files, writing
+from llmprune.model.watch import Unseen
+from llmprune.model.writer import ALLOCATION, INDEX, Writer, batches_before, check_out, fingerprint_files, writing
 from llmprune.permute import rearrange
 from llmprune.plan import Choice, Plan, allocated
 from llmprune.prepare import Found, find, first_plan, settle
@@ -37,7 +39,15 @@ from llmprune.recipe import Recipe, assemble, check_said
 from llmprune.reconstruct.block import Next
 from llmprune.reconstruct.block import Reconstructor as BlockReconstructor
 from llmprune.report.earlier import base_of, earlier_runs
-from llmprune.report.record import BlockRecord, ExpertsRecord, LinearRecord, Perplexity, Report, versions
+from llmprune.report.record import (
+    BlockRecord,
+    ExpertsRecord,
+    LinearRecord,
+    Perplexity,
+    Report,
+    allocation_named,
+    versions,
+)
 from llmprune.report.results import read_beginning
 from llmprune.report.verify import compare
 from llmprune.solve import as_narrower, narrower, renewed, solve_stage
@@ -91,8 +101,7 @@ def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, sh
     with clock("plan"), shown.waiting("planning"):
         whole, checkpoint, plan = first_plan(source, recipe, {} if restart else _batches_before(out))
     tokens, text, fingerprint = _read_texts(whole, checkpoint, plan, recipe, out, restart, clock, shown)
-    with writing(out, checkpoint, recipe.shard_size, restart) as writer, _interruptible(writer):
-        resumed = distributed.share(not restart and writer.find(fingerprint))
+    with _begun(out, checkpoint, recipe, restart, fingerprint) as (writer, resumed):
         found = Found(writer, fingerprint, clock, resumed)
         if not resumed and text is not None:
             with clock("evaluate"):
@@ -152,6 +161,7 @@ def _read_texts(
         if distributed.is_first():
             with clock("plan"), shown.waiting("reading the text"):
                 check_out(out, checkpoint, restart)
+                _check_plan_file(recipe, out, restart)
                 tokens = draw(whole, recipe, plan.schedule.length) if plan.needs_data else None
                 text = perplexity.read_text(whole, recipe.evaluate) if recipe.evaluate.text else None
             with clock("hash"), shown.waiting("hashing the model's files"):
@@ -160,6 +170,21 @@ def _read_texts(
     if checkpoint.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(checkpoint.device)
     return distributed.share((tokens, text, fingerprint))
+
+
+def _check_plan_file(recipe: Recipe, out: str | Path, restart: bool) -> None:
+    """See that a run that begins anew does not take away the plan file that it is asked for.
+
+    Raises:
+        UserError: it lies where an earlier run has put it.
+    """
+    name = allocation_named(recipe.to_dict())
+    own = Path(out).expanduser() / ALLOCATION
+    if restart and name.endswith(PLAN_FILES) and Path(name).expanduser().resolve() == own.resolve():
+        raise UserError(
+            f"--restart would take away {own}, the plan file that is asked for: copy it to another place, and name the "
+            "copy (--allocation)"
+        )
 
 
 def _batches_before(out: str | Path) -> dict[str, int]:
@@ -265,7 +290,10 @@ def prune_blocks(
                 rearrange(block, linears, permuted, calls, activations, checkpoint.device)
         runs = Capture(pruned, stages, schedule.held, plan.writers[number])
         if wanted is not None and not runs.goes_beside:
-            with clock("dense"):
+            # A finished block gives what it gave when it was solved, to the bit.
+            beside = any(stage.beside for stage in schedule.stages[number])
+            same = Unseen(pruned).watching(block.module, block.name) if beside else nullcontext()
+            with clock("dense"), same:
                 way.follow(checkpoint, number, calls, wanted)
         if narrow is not None:
             changed |= narrow.changed(number)
@@ -433,6 +461,19 @@ def plan(
 
 
 @contextmanager
+def _begun(
+    out: str | Path, checkpoint: Checkpoint, recipe: Recipe, restart: bool, fingerprint: Mapping[str, Any]
+) -> Iterator[tuple[Writer, bool]]:
+    """The writer, and whether it goes on with an earlier run; where OUT cannot be had, every rank is told."""
+    with ExitStack() as held:
+        with distributed.first():
+            writer = held.enter_context(writing(out, checkpoint, recipe.shard_size, restart))
+            held.enter_context(_interruptible(writer))
+            resumed = not restart and writer.find(fingerprint)
+        yield writer, distributed.share(resumed)
+
+
+@contextmanager
 def _interruptible(writer: Writer) -> Iterator[None]:
     """Every moment is a safe one to stop at; tell what there is by then.
 
@@ -475,6 +516,7 @@ def _fingerprint(
         "revision": checkpoint.source.revision,
         "files": fingerprint_files(checkpoint),
         "device": checkpoint.device.type,
+        "products": products(checkpoint.device, checkpoint.dtype),
         "tokens": tokens.sha256 if tokens else None,
         "evaluation text": text.sha256 if text else None,
         "versions": {name: made_by[name] for name in ("llmprune", "torch", "transformers")},

@@ -25,7 +25,7 @@ from llmprune.model.survey import Survey
 from llmprune.model.watch import Input
 from llmprune.model.width import Narrow
 from llmprune.patterns import NM, Unstructured, parse
-from llmprune.plan import NOT_ASKED, Budget, Choice, Plan, known_of, settled
+from llmprune.plan import NOT_ASKED, UNSEEN, Budget, Choice, Plan, known_of, settled
 from llmprune.recipe import DEFAULT_SPARSITY, Recipe
 from llmprune.solvers import Solver
 from llmprune.stats import LEVELS
@@ -98,7 +98,7 @@ def make_plan(
             if narrow is not None and (cuts := narrow.cuts[number].get(linear.name)) is not None:
                 choice = Choice(linear, named.name_of(recipe.width.by), chooser, cuts.pattern, after)
             if kept is None and choice.needs != "nothing" and linear.name.removeprefix(name) not in called:
-                choice = replace(choice, kept="its inputs cannot be seen: its weight is read without calling it")
+                choice = replace(choice, kept=UNSEEN)
                 if narrow is not None and linear.name in narrow.cuts[number]:
                     raise UserError(f"{linear.name} cannot be made narrower by {choice.method}: {choice.kept}")
             aims = choice.fits and linear.expert is None and (not writers[number] or linear.name in writers[number])

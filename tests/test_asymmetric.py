@@ -169,6 +169,17 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("stop", [1, 2])
+def test_the_dense_models_experts_are_summed_up_as_before(stop: int, tmp_path: Path) -> None:
+    """Four of them a token, whose sum depends on the order."""
+    model = make("mixtral", tmp_path / "model", num_local_experts=8, num_experts_per_tok=4, num_hidden_layers=4)
+    llmprune.prune(model, out=tmp_path / "whole", recipe=recipe(0.5))
+    with cut_off(Writer, "commit_block", stop):
+        llmprune.prune(model, out=tmp_path / "out", recipe=recipe(0.5))
+    assert llmprune.prune(model, out=tmp_path / "out", recipe=recipe(0.5)).resumed == stop
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

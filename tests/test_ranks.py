@@ -29,6 +29,7 @@ from llmprune.progress import Silent
 from llmprune.solve import _tasks
 from tests.families import make
 from tests.test_distributed import QUICK, Ranks
+from tests.test_resume import cut_off
 
 LLAMA = {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "head_dim": 16}
 # One block: random ones make much of little, so that all behind a single tie that is broken otherwise is different.
@@ -298,6 +299,15 @@ def test_launchers(launcher: str, models: dict[str, Path], text: str, tmp_path: 
     told = [line for line in again.stderr.splitlines() if line.startswith("llmprune: ")]
     assert len(told) == 1
     assert "holds a finished run of llmprune" in told[0]
+    with cut_off(Writer, "commit_block", 1):
+        llmprune.prune(
+            models["llama"], out=tmp_path / "part", sparsity="2:4", calibration=text, samples=8, length=64, device="cpu"
+        )
+    command[command.index("2:4")], command[command.index(str(tmp_path / "out"))] = "50%", str(tmp_path / "part")
+    other = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert other.returncode != 0
+    told = [line for line in other.stderr.splitlines() if "unfinished run with another recipe.sparsity" in line]
+    assert len(told) == 1
 
 
 def test_torchrun_of_which_a_rank_is_killed(models: dict[str, Path], text: str, tmp_path: Path) -> None:

@@ -390,6 +390,50 @@ class TestRecovery:
             llmprune.prune(model, out=out, calibration=text, restart=True, progress=Stopping(3), **SETTINGS)
         assert llmprune.prune(model, out=out, calibration=text, **SETTINGS).resumed == 3
 
+    def test_a_restart_that_stops_before_it_begins_changes_nothing(
+        self, model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out, changes = tmp_path / "out", {"evaluate": {"text": text, "length": 32, "max_perplexity": 1e9}}
+        stop_after(2, model, out, text, **changes)
+        before = digests(out)
+
+        def stopped(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline.perplexity, "dense", stopped)
+            with pytest.raises(Interrupted, match="stopped: the same command begins anew"):
+                llmprune.prune(model, out=out, calibration=text, restart=True, **SETTINGS, **changes)
+        assert digests(out) == before
+
+    def test_another_kind_of_cpu_is_refused(
+        self, model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What it computes in half precision would differ by more than last bits."""
+        out = tmp_path / "out"
+        monkeypatch.setattr("llmprune.model.cpu._halves", lambda: "all")
+        stop_after(2, model, out, text, dtype="bfloat16")
+        monkeypatch.setattr("llmprune.model.cpu._halves", lambda: "none")
+        with pytest.raises(UserError, match="products"):
+            llmprune.prune(model, out=out, calibration=text, dtype="bfloat16", **SETTINGS)
+        monkeypatch.setattr("llmprune.model.cpu._halves", lambda: "all")
+        assert llmprune.prune(model, out=out, calibration=text, dtype="bfloat16", **SETTINGS).resumed == 2
+
+    def test_a_plan_file_that_a_restart_would_take_away_is_refused(
+        self, model: Path, text: str, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "out"
+        chosen = {**SETTINGS, "sparsity": "50%", "calibration": text}
+        llmprune.prune(model, out=out, allocation="owl", **chosen)
+        before = digests(out)
+        chosen["allocation"] = str(out / "allocation.yaml")
+        with pytest.raises(UserError, match=r"--restart would take away .*allocation\.yaml, the plan file"):
+            llmprune.prune(model, out=out, restart=True, **chosen)
+        assert digests(out) == before
+        shutil.copy(out / "allocation.yaml", tmp_path / "own.yaml")
+        chosen["allocation"] = str(tmp_path / "own.yaml")
+        assert llmprune.prune(model, out=out, restart=True, **chosen).pruned
+
     def test_a_journal_without_its_header_loses_nothing(self, model: Path, text: str, tmp_path: Path) -> None:
         out = tmp_path / "out"
         stop_after(3, model, out, text)

@@ -46,6 +46,17 @@ def widens(device: torch.device, dtype: torch.dtype) -> bool:
     return kind == "none" or (kind == "products" and dtype == torch.float16)
 
 
+def products(device: torch.device, dtype: torch.dtype) -> str:
+    """How products of this dtype are computed here: what is computed on another kind of CPU differs by more than sums.
+
+    Returns:
+        `torch` where that is left to it, else `float32`, or `attention` where that alone is computed otherwise.
+    """
+    if widens(device, dtype):
+        return "float32"
+    return "attention" if device.type == "cpu" and dtype == torch.bfloat16 and _halves() == "products" else "torch"
+
+
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """X Wᵀ + b in float32, rounded once to the dtype of the inputs.
 

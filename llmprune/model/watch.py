@@ -114,6 +114,13 @@ class Watch(ABC):
         return hook
 
 
+class Unseen(Watch):
+    """Looks at nothing; but what is watched runs as it does where it is seen, experts one by one."""
+
+    def ready(self, inputs: Shown) -> None:
+        """Do nothing."""
+
+
 class Mark:
     """What is left of a tensor to know it again by, as long as its memory is there, without holding it.
 

@@ -416,9 +416,13 @@ def allocation_of(recipe: Mapping[str, Any]) -> str:
 
     Of a plan file it is the file's name, because the folder that it lay in is nobody else's business.
     """
+    return Path(allocation_named(recipe)).name
+
+
+def allocation_named(recipe: Mapping[str, Any]) -> str:
+    """The same, of a plan file with the folder that it lay in."""
     chosen = recipe.get("allocation") or "uniform"
-    named = str(chosen.get("path") or chosen.get("name")) if isinstance(chosen, Mapping) else str(chosen)
-    return Path(named).name
+    return str(chosen.get("path") or chosen.get("name")) if isinstance(chosen, Mapping) else str(chosen)
 
 
 def shortened(kept: Sequence[int], total: int) -> str:
