@@ -516,11 +516,11 @@ def _fingerprint(
         "revision": checkpoint.source.revision,
         "files": fingerprint_files(checkpoint),
         "device": checkpoint.device.type,
-        "products": products(checkpoint.device, checkpoint.dtype),
         "tokens": tokens.sha256 if tokens else None,
         "evaluation text": text.sha256 if text else None,
         "versions": {name: made_by[name] for name in ("llmprune", "torch", "transformers")},
         "allocation": _targets(plan),  # of a plan file, which may have been edited
+        "products": products(checkpoint.device, checkpoint.dtype),
     }
 
 
