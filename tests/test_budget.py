@@ -298,7 +298,8 @@ import json, sys, llmprune
 from llmprune import memory
 model, out, text, method, cap = sys.argv[1:]
 method = json.loads(method)
-after = {key: method.pop(key) for key in ("refine", "reconstruct", "calibration.asymmetric") if key in method}
+others = ("refine", "reconstruct", "calibration.asymmetric", "ignore")
+after = {key: method.pop(key) for key in others if key in method}
 before = memory.peak()
 chosen = {"width": method} if {"channels", "hidden"} & method.keys() else {"sparsity": "2:4", "method": method}
 report = llmprune.prune(model, out=out, calibration=text, samples=4, length=256, max_memory=cap, **chosen, **after)
@@ -351,6 +352,21 @@ def test_the_peak_is_below_the_smallest_cap_and_near_what_was_said(
     assert sparsity > 0.49 or {"channels", "hidden"} & method.keys()
     assert measured <= later <= parse_size(found[1])
     assert 0.75 * measured <= predicted <= 1.25 * measured
+    shutil.rmtree(tmp_path)
+
+
+def test_what_is_left_of_a_large_block_is_held_once(text: str, tmp_path: Path) -> None:
+    bulky = {**SHAPES["wide"][1], "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 32768}
+    source, out = make("llama", tmp_path / "model", dtype=torch.bfloat16, **bulky), tmp_path / "out"
+    ignored = [f"*.{name}" for name in ("k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")]
+    method = json.dumps({"name": "magnitude", "ignore": ignored})
+    refused = run(source, out, text, method, "1MB")
+    found = re.search(r"UserError: --max-memory is .*: the smallest that can hold is (\S+)", refused.stderr)
+    assert found is not None, refused.stderr
+    done = run(source, out, text, method, found[1])
+    assert done.returncode == 0, done.stderr
+    _, measured, later, _ = json.loads(done.stdout.splitlines()[-1])
+    assert measured <= later <= parse_size(found[1])
     shutil.rmtree(tmp_path)
 
 

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -95,11 +95,13 @@ class LoadedBlock:
         module: the block, in the dtype and on the device it is run in.
         state: parameter and buffer names (as in the whole model) to tensors in the checkpoint's own dtype, on the
             host; the same memory as in `module` where dtype and device agree.
+        read: where those parameters were read from that are in `state` as a file holds them.
     """
 
     name: str
     module: nn.Module
     state: dict[str, Tensor]
+    read: dict[str, TensorInfo] = field(default_factory=dict)
 
     def near(self, name: str) -> Tensor:
         """A tensor to look at, as in `state`; where the block is run, if it is the same there to the bit.
@@ -227,9 +229,12 @@ class Checkpoint:
         Raises:
             Failure: a tensor is missing or of another shape, or a weight is NaN or infinite.
         """
-        name = self.blocks[number]
-        state = self._load(self.block_keys[number], name + ".", self._source_index if dense else self.index)
-        block = LoadedBlock(name, self.block(name), state)
+        name, keys, index = self.blocks[number], self.block_keys[number], self._source_index if dense else self.index
+        state = self._load(keys, name + ".", index)
+        parameters = {f"{name}.{own}" for own, _ in self.block(name).named_parameters(remove_duplicate=False)}
+        plain = {self._targets[key][0]: index[key] for key in keys if key not in self._converted}
+        read = {target: info for target, info in plain.items() if target in parameters}
+        block = LoadedBlock(name, self.block(name), state, read)
         self.check_finite({key: block.near(key) for key in state})
         return block
 
@@ -347,13 +352,16 @@ class Checkpoint:
         """A block's tensors under the checkpoint's own keys, layout and dtype.
 
         Args:
-            changed: names of the parameters that were pruned. Tensors that hold none of them are taken from the
-                files, equal to the bit.
+            changed: names of the parameters that were pruned. Tensors that hold none of them are equal to the bit to
+                those of the files, and read anew only where the block does not hold them as they are.
         """
-        untouched, direct, converted = [], [], []
+        untouched: list[str] = []
+        direct: list[str] = []
+        converted: list[str] = []
         for key in self.block_keys[number]:
             if not changed.intersection(self._targets[key]):
-                untouched.append(key)
+                held = block.read.get(self._targets[key][0]) is self.index[key]
+                (direct if held else untouched).append(key)
             elif key in self._converted:
                 converted.append(key)
             else:
