@@ -66,6 +66,13 @@ _DEALER = 40 * 2**20
 TOKEN_BYTES = 128
 """What the text takes from which one calibration token is drawn."""
 
+READ_BYTES, WINDOW_BYTES = 8, 8
+"""What a byte of a file that is one text takes at the most: while it is read, as a character and as the id of a token,
+and as long as the windows of an evaluation are held."""
+
+SMALL_FILE = 2**20
+"""Bytes of such a file that `GROWTH` has room for, as for the pieces in which it is tokenised."""
+
 
 def batch_tokens(checkpoint: Checkpoint) -> int:
     """How many tokens run through a block at once, where there is room."""
@@ -122,6 +129,11 @@ class Room:
     capped: bool
     base: int | None = None
     batches: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def cap(self) -> int | None:
+        """What the user allows of the host; None where that is not said."""
+        return self.host if self.capped else None
 
     def holds(self, peak: Peak) -> bool:
         """Whether a peak fits."""
@@ -277,6 +289,8 @@ class Needs:
         narrowed: bool = False,
         foresees: bool = False,
         passes: bool = False,
+        drawn: tuple[str, int] = ("", 0),
+        evaluated: tuple[str, int] = ("", 0),
     ) -> None:
         """Take in the work.
 
@@ -294,7 +308,12 @@ class Needs:
             narrowed: whether a smaller copy of each block takes its place.
             foresees: whether units of all blocks are chosen by what the dense model's loss feels of them.
             passes: whether the calibration text goes through the dense model before, to choose hidden channels.
+            drawn, evaluated: the file that is read as one text, for calibration and for an evaluation, and its bytes.
         """
+        counted, windows = (max(0, size - SMALL_FILE) for _, size in (drawn, evaluated))
+        read = (drawn[0], READ_BYTES * counted), (evaluated[0], WINDOW_BYTES // 2 * windows)  # besides the windows
+        self._file, self._read = max(read, key=lambda file: file[1])
+        self._tokens = TOKEN_BYTES * samples * length
         self._foresees, self._passes = foresees, passes
         self._narrowed = narrowed
         self._together, self._permuted, self._shortened = together, permuted, shortened
@@ -313,7 +332,7 @@ class Needs:
         self._largest = max([checkpoint.index[key].nbytes for key in others] + [size.stored for size in self._sizes])
         experts = any(work.inside for work in blocks)
         self._held = memory.current() if base is None else base
-        self._base = Peak(self._held + GROWTH + (EXPERTS if experts else 0))
+        self._base = Peak(self._held + GROWTH + (EXPERTS if experts else 0) + WINDOW_BYTES * windows)
 
     def schedule(self, batch: int, had: Room, before: int | None = None) -> Schedule:
         """The fastest schedule that fits.
@@ -333,7 +352,7 @@ class Needs:
                 return made
         *_, leanest = self._options(sizes[-1:])
         least = self._packed(leanest, None)
-        error = UserError(_too_small(least, had))
+        error = UserError(_too_small(least, had, self._file if self._read > self._tokens else None))
         error.least = least.peak.host
         raise error
 
@@ -431,8 +450,9 @@ class Needs:
             behind = Peak(size.stored) if option.overlap else Peak()
         kept, dealer = self._kept(option), Peak(_DEALER if self._permuted else 0)
         found = {"capture": kept + capture, "solve": kept + solve, "write": kept + write, "copy": Peak(self._largest)}
+        if self._samples or self._read:
+            found["tokens"] = Peak(self._tokens + self._read)
         if self._samples:
-            found["tokens"] = Peak(TOKEN_BYTES * self._samples * self._length)
             found["embed"] = kept + self._wider(self._embedding(option))
         if self._look != "nothing":
             found["allocate"] = self._looking(option) | self._answering(option, *self._together)
@@ -638,7 +658,7 @@ _SLACK = 2**24
 """What a cap that is named to be the smallest is more than that: no two processes begin alike."""
 
 
-def _too_small(least: Schedule, had: Room) -> str:
+def _too_small(least: Schedule, had: Room, file: str | None) -> str:
     phase = max(least.memory, key=lambda name: least.memory[name].host)
     if had.device is not None and least.peak.device > had.device:
         return (
@@ -646,6 +666,11 @@ def _too_small(least: Schedule, had: Room) -> str:
             "it at the least: use one with more, shorter sequences (--length), or --device cpu"
         )
     smallest = format_size(least.peak.host + _SLACK)
+    if had.capped and phase == "tokens" and file is not None:
+        return (
+            f"--max-memory is {format_size(had.host)}, but reading {file} as one text takes more: the smallest that "
+            f"can hold is {smallest}; or give a shorter text"
+        )
     if had.capped:
         return (
             f"--max-memory is {format_size(had.host)}, but the phase {phase!r} of this model takes more: the smallest "

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llmprune.errors import Failure, UserError, first_line, unknown
 from llmprune.model.files import sha256_of
+from llmprune.tokenise import token_ids
 
 Part = Literal["calibration", "evaluation"]
 
@@ -78,7 +79,10 @@ NAMED: dict[str, dict[Part, HubText]] = {
     "ptb": {"calibration": _treebank("train"), "evaluation": _treebank("test")},
 }
 
-SUFFIXES = (".txt", ".raw", ".md", ".jsonl", ".json", ".json.gz", ".jsonl.gz", ".parquet")
+RECORDS = (".jsonl", ".json", ".json.gz", ".jsonl.gz", ".parquet")
+"""How the files end that hold a text in records."""
+
+SUFFIXES = (".txt", ".raw", ".md", *RECORDS)
 
 _HELD_OUT = 4
 """Every fourth topic of the built-in text is held out for evaluation."""
@@ -125,6 +129,17 @@ def origin(source: str, part: Part, *, config: str | None = None, split: str | N
         return "builtin", part
     text = _on_hub(source, part, config, split, None)
     return "hub", text.name, text.config or "", text.split
+
+
+def size_of(source: str, joined: bool = False) -> int:
+    """Bytes of the local file of a text that is held as a whole; 0 where it is none, or packed.
+
+    Args:
+        joined: whether documents are put together, so that records are held as well.
+    """
+    path = Path(source).expanduser()
+    plain = not path.name.lower().endswith(RECORDS) or (joined and path.suffix.lower() in (".json", ".jsonl"))
+    return path.stat().st_size if plain and path.is_file() else 0
 
 
 def _on_hub(source: str, part: Part, config: str | None, split: str | None, column: str | None) -> HubText:
@@ -198,54 +213,60 @@ def sequences(tokens: int, samples: int, length: int) -> int:
     return min(samples, -(-tokens // length))
 
 
-def draw(texts: Iterable[str], tokenizer: Any, samples: int, length: int, seed: int, source: str) -> Tokens:
+def draw(
+    texts: Iterable[str],
+    tokenizer: Any,
+    samples: int,
+    length: int,
+    seed: int,
+    source: str,
+    cap: int | None = None,
+) -> Tokens:
     """Draw token sequences: the documents are shuffled by the seed, joined by blank lines, tokenised and cut.
 
     A text of a single document is cut into sequences, and these are shuffled instead. Of a text that is much larger
     than needed (forty characters a token, and a thousand documents) only the beginning is read.
 
+    Args:
+        source: what the text is called.
+        cap: see `token_ids`.
+
     Raises:
-        UserError: too little text.
+        UserError: too little text, or so much that the cap would not hold.
     """
     needed = samples * length
     pile: list[str] = []
     characters = 0
     for text in texts:
-        if text.strip():
+        if text and not text.isspace():  # without a copy of it
             pile.append(text)
             characters += len(text)
         if characters >= 40 * needed and len(pile) >= 1000:
             break
     order = random.Random(seed)
     if len(pile) == 1:
-        ids = encode(tokenizer, pile[0])
-        cuts = list(range(0, len(ids) - length + 1, length))
-        order.shuffle(cuts)
-        sequences = [ids[cut : cut + length] for cut in cuts[:samples]]
-        found = len(ids)
+        ids = token_ids(tokenizer, pile[0], source, cap=cap)
+        rows = ids[: len(ids) // length * length].view(len(ids) // length, length)
+        places = list(range(len(rows)))
+        order.shuffle(places)
+        rows = rows[places[:samples]]
     else:
         order.shuffle(pile)
-        ids = []
+        ids = torch.empty(0, dtype=torch.int32)
         for start in range(0, len(pile), 64):
             if len(ids) >= needed:
                 break
             chunk = JOINT.join(pile[start : start + 64]) + JOINT
-            ids.extend(encode(tokenizer, chunk, special=start == 0))
-        sequences = [ids[cut : cut + length] for cut in range(0, len(ids) - length + 1, length)][:samples]
-        found = len(ids)
-    if len(sequences) < samples:
-        fewer = f"fewer (--samples {len(sequences)}) or " if sequences else ""
+            more = token_ids(tokenizer, chunk, source, special=start == 0, enough=needed - len(ids), cap=cap)
+            ids = torch.cat([ids, more])
+        rows = ids[: len(ids) // length * length].view(len(ids) // length, length)[:samples]
+    if len(rows) < samples:
+        fewer = f"fewer (--samples {len(rows)}) or " if len(rows) else ""
         raise UserError(
-            f"{source} has {found:,} tokens, but {samples} samples of {length:,} tokens need {needed:,}: "
+            f"{source} has {len(ids):,} tokens, but {samples} samples of {length:,} tokens need {needed:,}: "
             f"ask for {fewer}shorter ones, or give more text"
         )
-    return Tokens.of(torch.tensor(sequences))
-
-
-def encode(tokenizer: Any, text: str, special: bool = True) -> list[int]:
-    """Token ids of a text of any length, without the warning that it is longer than the model's context."""
-    ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-    return ids
+    return Tokens.of(rows)
 
 
 def _local(path: Path, column: str) -> Iterator[str]:

@@ -162,8 +162,9 @@ def _read_texts(
             with clock("plan"), shown.waiting("reading the text"):
                 check_out(out, checkpoint, restart)
                 _check_plan_file(recipe, out, restart)
-                tokens = draw(whole, recipe, plan.schedule.length) if plan.needs_data else None
-                text = perplexity.read_text(whole, recipe.evaluate) if recipe.evaluate.text else None
+                length, cap = plan.schedule.length, plan.room.cap
+                tokens = draw(whole, recipe, length, cap) if plan.needs_data else None
+                text = perplexity.read_text(whole, recipe.evaluate, cap) if recipe.evaluate.text else None
             with clock("hash"), shown.waiting("hashing the model's files"):
                 fingerprint = _fingerprint(whole, plan, recipe, tokens, text)
             whole.forget_tokenizer()
@@ -528,11 +529,16 @@ def _peak_device_memory(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
-def draw(checkpoint: Checkpoint, recipe: Recipe, length: int) -> data.Tokens:
-    """The calibration tokens of a recipe."""
+def draw(checkpoint: Checkpoint, recipe: Recipe, length: int, cap: int | None = None) -> data.Tokens:
+    """The calibration tokens of a recipe.
+
+    Args:
+        length: of a sequence.
+        cap: see `token_ids`.
+    """
     chosen = recipe.calibration
     texts = data.documents(chosen.source, config=chosen.config, split=chosen.split, column=chosen.column)
-    tokens = data.draw(texts, checkpoint.tokenizer, chosen.samples, length, chosen.seed, chosen.source)
+    tokens = data.draw(texts, checkpoint.tokenizer, chosen.samples, length, chosen.seed, chosen.source, cap)
     checkpoint.check_tokens(tokens.ids)
     return tokens
 

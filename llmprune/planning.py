@@ -247,6 +247,7 @@ def _schedule(
     looked_at, drawn = 0, recipe.calibration.samples
     if shortening is not None and shortening.given is None:
         looked_at = -(-data.sequences(shortening.chooser.tokens, drawn, length) // distributed.size())
+    source, evaluated = recipe.calibration.source, recipe.evaluate.text or ""
     needs = Needs(
         checkpoint,
         works,
@@ -262,6 +263,8 @@ def _schedule(
         narrowed=narrow is not None,
         foresees=any(isinstance(choice.solver, width.Foreseeing) for choice in pruned),
         passes=passes,
+        drawn=(source, data.size_of(source) if calibrates or passes or looked_at else 0),
+        evaluated=(evaluated, data.size_of(evaluated, joined=True) if evaluated else 0),
     )
     before = had.batches.get(CHOOSE if shortening is not None or passes else PRUNE)
     before = None if before is None else min(samples, before)

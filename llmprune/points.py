@@ -272,7 +272,8 @@ def _plan(model: str | Path, base: Recipe, points: Sequence[Point], what: str, p
         needing = [made for made in plans if made.needs_data]
         if not needing:
             return None
-        tokens = pipeline.draw(checkpoint, base, needing[0].schedule.length) if distributed.is_first() else None
+        length, cap = needing[0].schedule.length, first.room.cap
+        tokens = pipeline.draw(checkpoint, base, length, cap) if distributed.is_first() else None
         return distributed.share(tokens.sha256 if tokens is not None else None)
 
 

@@ -387,6 +387,25 @@ def test_a_cap_that_cannot_be_met_is_refused_before_work(model: Path, text: str,
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("use", ["calibration", "evaluate"])
+def test_a_cap_that_a_text_would_break_is_refused_before_it_is_read(use: str, model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "large.txt"
+    with path.open("wb") as file:
+        file.truncate(GIB)
+    options = {"calibration": "builtin", **OPTIONS, use: str(path)}
+    with pytest.raises(
+        UserError, match=rf"--max-memory is 2.00GiB, but reading {path} as one text takes more"
+    ) as caught:
+        plan(model, max_memory="2GiB", **options)
+    named = re.search(r"the smallest that can hold is (\S+); or give a shorter text", str(caught.value))
+    assert named is not None
+    assert 7.9 * GIB < parse_size(named[1]) < 12.7 * GIB
+    _, made = plan(model, max_memory=named[1], **options)
+    held = 7.9 * GIB if use == "evaluate" else 0
+    assert all(peak.host > held for peak in made.schedule.memory.values())
+    assert max(made.schedule.memory, key=lambda phase: made.schedule.memory[phase].host) == "tokens"
+
+
 class TestWithoutACap:
     def test_what_does_not_fit_is_refused_with_a_way_out(
         self, model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -203,6 +203,22 @@ def test_an_unknown_name_without_a_near_one(source: str) -> None:
     assert f"unknown text {source!r}: known: " in refused(source)
 
 
+def test_what_is_held_as_a_whole_is_a_file_that_is_no_records(tmp_path: Path) -> None:
+    sizes = {}
+    for name in ("a.txt", "a", "a.json.gz", "a.parquet", "a.jsonl", "A.JSON"):
+        path = saved(tmp_path / name, b"1234")
+        sizes[name] = data.size_of(str(path)), data.size_of(str(path), joined=True)
+    assert sizes == {
+        "a.txt": (4, 4),
+        "a": (4, 4),
+        "a.json.gz": (0, 0),
+        "a.parquet": (0, 0),
+        "a.jsonl": (0, 4),
+        "A.JSON": (0, 4),
+    }
+    assert data.size_of("builtin") == data.size_of("c4", joined=True) == data.size_of(str(tmp_path)) == 0
+
+
 # The built-in text.
 
 
@@ -273,6 +289,33 @@ def test_a_single_document_is_cut_and_the_cuts_are_shuffled() -> None:
     assert tokens.sha256 == hash_of(tokens.ids.tolist())
     fewer = drawn([text], 5, 32).ids.tolist()
     assert fewer == tokens.ids.tolist()[:5]
+
+
+@pytest.mark.parametrize("size", [2_000, 200_000])
+def test_which_cuts_of_a_single_document_are_drawn(size: int) -> None:
+    text = ("".join(pile(7_000)))[:size]
+    ids, order = ids_of(text), random.Random(3)
+    cuts = list(range(0, len(ids) - 31, 32))
+    order.shuffle(cuts)
+    assert drawn([text], 8, 32, 3).ids.tolist() == [ids[cut : cut + 32] for cut in cuts[:8]]
+
+
+def test_of_long_documents_no_more_is_tokenised_than_is_needed() -> None:
+    texts, given = ["".join(pile(7_000, seed)) for seed in range(3)], 0
+
+    class Counting:
+        is_fast, backend_tokenizer = True, tokenizer().backend_tokenizer
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            nonlocal given
+            given += len(text)
+            return tokenizer()(text, **options)
+
+    order = texts.copy()
+    random.Random(0).shuffle(order)
+    tokens = data.draw(texts, Counting(), 8, 32, 0, "the text")
+    assert tokens.ids.flatten().tolist() == ids_of(order[0])[: 8 * 32]
+    assert given < len(texts[0])
 
 
 @pytest.mark.parametrize("texts", [pile(100), ["".join(pile(100))]], ids=["many", "single"])

@@ -10,10 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import llmprune
-from llmprune import budget, cli, data
+from llmprune import budget, cli
 from llmprune.errors import UserError
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.source import resolve
+from llmprune.tokenise import encode
 from tests.families import make
 
 LENGTH = 32
@@ -37,7 +38,7 @@ def pair(request: pytest.FixtureRequest, text: str, tmp_path_factory: pytest.Tem
 
 def restated(dense: Path, sparse: Path, text: str) -> tuple[float, float, int]:
     """The divergence by its definition, in float64, and the share of equal tokens."""
-    ids = torch.tensor(data.encode(Checkpoint(resolve(dense), "cpu").tokenizer, Path(text).read_text()))
+    ids = torch.tensor(encode(Checkpoint(resolve(dense), "cpu").tokenizer, Path(text).read_text()))
     windows = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)
     first, second = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (dense, sparse))
     with torch.no_grad():

@@ -10,10 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import llmprune
-from llmprune import budget, cli, data
+from llmprune import budget, cli
 from llmprune.errors import UserError
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.source import resolve
+from llmprune.tokenise import encode
 from tests.families import make
 from tests.wikitext import word_perplexity
 
@@ -34,7 +35,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def restated(model: Path, text: str, length: int, stride: int | None) -> tuple[float, int]:
     """Every token that counts, by itself, from the tokens that its window has before it."""
-    ids = data.encode(Checkpoint(resolve(model), "cpu").tokenizer, Path(text).read_text())
+    ids = encode(Checkpoint(resolve(model), "cpu").tokenizer, Path(text).read_text())
     whole = AutoModelForCausalLM.from_pretrained(model).eval()
     losses: list[float] = []
     start = done = 0  # tokens before `done` have been looked at
@@ -70,7 +71,7 @@ def test_a_stride_that_leaves_tokens_out_is_refused(model: Path, text: str, caps
 
 def test_converted_to_words_it_is_that_of_lm_evals_wikitext(model: Path, tmp_path: Path) -> None:
     """lm-eval puts a token before the text, predicts every token once, and counts words."""
-    ids = data.encode(Checkpoint(resolve(model), "cpu").tokenizer, PAGE)
+    ids = encode(Checkpoint(resolve(model), "cpu").tokenizer, PAGE)
     windows, length = 3, 25
     page, theirs, words, before = word_perplexity(model, PAGE, windows * length, length, tmp_path)
     assert len(ids) > windows * length

@@ -28,6 +28,7 @@ from llmprune.planning import sequence_length
 from llmprune.progress import Progress, of_first
 from llmprune.recipe import Evaluation
 from llmprune.report.record import Perplexity
+from llmprune.tokenise import token_ids
 
 Keep = Callable[[Iterator[tuple[int, Tensor]]], Iterator[tuple[int, Tensor]]]
 
@@ -93,18 +94,20 @@ def perplexity(
         return measure(checkpoint, windows, shown)
 
 
-def read_text(checkpoint: Checkpoint, chosen: Evaluation) -> Text:
+def read_text(checkpoint: Checkpoint, chosen: Evaluation, cap: int | None = None) -> Text:
     """Read, tokenise and cut the text of an evaluation.
 
+    Args:
+        cap: see `token_ids`.
+
     Raises:
-        UserError: no such text, or it is shorter than one window.
+        UserError: no such text, it is shorter than one window, or so long that the cap would not hold.
     """
     if chosen.text is None:
         raise UserError("no text to evaluate on")
     length = sequence_length(checkpoint, chosen.length)
     texts = data.documents(chosen.text, "evaluation", config=chosen.config, split=chosen.split, column=chosen.column)
-    joined = data.JOINT.join(texts)
-    ids = torch.tensor(data.encode(checkpoint.tokenizer, joined))
+    ids = token_ids(checkpoint.tokenizer, data.JOINT.join(texts), chosen.text, cap=cap).to(torch.int64)
     count = len(ids) // length
     if length < 2:
         raise UserError("a window of one token predicts nothing: the length must be at least 2")

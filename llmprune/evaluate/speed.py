@@ -38,6 +38,7 @@ from llmprune.model.source import Source, resolve
 from llmprune.progress import Progress, Silent
 from llmprune.report.record import versions
 from llmprune.report.speed import PHASES, Phase, Ratio, Speed, Spread, Timed, Verdict
+from llmprune.tokenise import token_ids
 
 RESULT = "speed.json"
 
@@ -230,7 +231,7 @@ def draw_prompts(candidate: Candidate, text: str, length: int, count: int, seed:
         characters += len(document)
         if characters >= READ * length * count:
             break
-    ids = torch.tensor(data.encode(tokenizer, data.JOINT.join(pile)), dtype=torch.int64)
+    ids = token_ids(tokenizer, data.JOINT.join(pile), text).to(torch.int64)
     if len(ids) < length:
         raise UserError(
             f"{text} has {len(ids):,} tokens, too few for a prompt of {length:,}: ask for a shorter one "
