@@ -562,7 +562,7 @@ class TestOut:
         assert lines[0]["format"] == 1
         assert "config.json" in lines[0]["side_files"]
         assert set(lines[0]["fingerprint"]) == {
-            "recipe", "revision", "files", "device", "tokens", "evaluation text", "versions", "allocation",
+            "recipe", "revision", "files", "device", "tokens", "evaluation text", "versions", "allocation", "products",
         }  # fmt: skip
         assert [line["block"] for line in lines[1:]] == [0, 1]
         assert len(lines[1]["record"]["linears"]) == 7

@@ -216,8 +216,9 @@ def test_killed_at_random_moments(
     seed: int, model: Path, text: str, whole: dict[str, str], rest: float, tmp_path: Path
 ) -> None:
     out, chance = tmp_path / "out", random.Random(seed)
-    killed = 0
-    for _ in range(3):
+    killed = tried = 0
+    while killed < 3 and tried < 12:
+        tried += 1
         (out / LOCK).unlink(missing_ok=True)
         done = max(0, len(read_journal(out / JOURNAL)) - 1) / (BLOCKS + 2)
         process = start_victim(model, out, text)
@@ -227,11 +228,12 @@ def test_killed_at_random_moments(
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)
         if (out / REPORT).exists():
-            shutil.rmtree(out)  # it was done before it could be killed: begin anew
+            shutil.rmtree(out)  # it was done before it could be killed: begin anew, and wait less
+            rest /= 2
             continue
         is_whole(out)
         killed += len(read_journal(out / JOURNAL)) > 0
-    assert killed >= 2
+    assert killed == 3
     llmprune.prune(model, out=out, calibration=text, **SETTINGS)
     assert digests(out) == whole
 
