@@ -29,7 +29,7 @@ from llmprune.model.checkpoint import Checkpoint, LoadedBlock
 from llmprune.model.cpu import products, quick
 from llmprune.model.linears import Linear, find_linears
 from llmprune.model.source import Source
-from llmprune.model.watch import Unseen
+from llmprune.model.watch import Watch
 from llmprune.model.writer import ALLOCATION, INDEX, Writer, batches_before, check_out, fingerprint_files, writing
 from llmprune.permute import rearrange
 from llmprune.plan import Choice, Plan, allocated
@@ -291,9 +291,9 @@ def prune_blocks(
                 rearrange(block, linears, permuted, calls, activations, checkpoint.device)
         runs = Capture(pruned, stages, schedule.held, plan.writers[number])
         if wanted is not None and not runs.goes_beside:
-            # A finished block gives what it gave when it was solved, to the bit.
+            # A finished block gives what it gave when it was solved and watched, to the bit: experts run one by one.
             beside = any(stage.beside for stage in schedule.stages[number])
-            same = Unseen(pruned).watching(block.module, block.name) if beside else nullcontext()
+            same = Watch(pruned).watching(block.module, block.name) if beside else nullcontext()
             with clock("dense"), same:
                 way.follow(checkpoint, number, calls, wanted)
         if narrow is not None:

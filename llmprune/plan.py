@@ -30,12 +30,13 @@ from llmprune.structured.knowing import Knowing
 from llmprune.structured.width import Foreseeing
 
 NOT_ASKED = "no sparsity is asked for"
+"""Why a linear is left dense in a model that gets smaller otherwise."""
 
 UNSEEN = (
     "its inputs cannot be seen: its weight is read without calling it, or it is an expert in code of the model's own "
     "that the few tokens of the trial did not reach"
 )
-"""Why a linear is left dense in a model that gets smaller otherwise."""
+"""Why one is left dense by a method that has to see inputs."""
 
 
 @dataclass(frozen=True)

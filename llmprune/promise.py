@@ -152,8 +152,7 @@ class Promise:
             return self._verdict("perplexity", value, first, bound, math.log(value / first) / math.log(bound / first))
         apart = model.divergence  # the dense model has none from itself
         if apart is None and not model.dense:
-            best, bound = (0.0, self.amount) if self.figure == "kl" else (1.0, self.amount)
-            return self._verdict(self.figure, None, best, bound, MANY)
+            return self._verdict(self.figure, None, 0.0 if self.figure == "kl" else 1.0, self.amount, MANY)
         if self.figure == "kl":
             value = apart.kl if apart is not None else 0.0
             return self._verdict("kl", value, 0.0, self.amount, value / self.amount)

@@ -165,17 +165,14 @@ def _for_others(place: Path, shards: dict[str, str], trusted: bool) -> Iterator[
 
 def _fill(ready: Path, place: Path, shards: dict[str, str], trusted: bool) -> None:
     files = list(_files(place))
-    told = {file: _read(place / file) for file in files if Path(file).name in RECORDS}
-    tokenizers = {file: _read(place / file) for file in files if Path(file).name == TOKENIZER}
-    own = {file: {key: data[key] for key in OWN_PLACE if key in data} for file, data in tokenizers.items()}
-    names = Names({**told, **own}, [Path.cwd(), *place.resolve().parents])
-    clean = {file: names(data, answers=Path(file).name == ANSWERS) for file, data in told.items()}
-    clean |= {file: {**data, **names(own[file])} for file, data in tokenizers.items()}
-    new = {
-        file: json.dumps(data, indent=2) + "\n"
-        for file, data in clean.items()
-        if data != told.get(file, tokenizers.get(file))
-    }
+    told = {file: _read(place / file) for file in files if Path(file).name in (*RECORDS, TOKENIZER)}
+    looked = {file: _of_places(data) if Path(file).name == TOKENIZER else data for file, data in told.items()}
+    names = Names(looked, [Path.cwd(), *place.resolve().parents])
+    new: dict[str, str] = {}
+    for file, data in looked.items():
+        clean = names(data, answers=Path(file).name == ANSWERS)
+        if clean != data:
+            new[file] = json.dumps(clean if data is told[file] else {**told[file], **clean}, indent=2) + "\n"
     new |= {file: names((place / file).read_text(encoding="utf-8")) for file in files if Path(file).name == ALLOCATION}
     for file in files:
         (ready / file).parent.mkdir(parents=True, exist_ok=True)
@@ -191,6 +188,11 @@ def _fill(ready: Path, place: Path, shards: dict[str, str], trusted: bool) -> No
         text, _ = page.made(ready, results, source, linears, trusted)
         (ready / PAGE).unlink()
         (ready / PAGE).write_text(text, encoding="utf-8")
+
+
+def _of_places(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a tokenizer's config says of its own place."""
+    return {key: data[key] for key in OWN_PLACE if key in data}
 
 
 def _read(path: Path) -> Any:

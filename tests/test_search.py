@@ -395,7 +395,7 @@ def test_what_is_drawn(found: tuple[Search, Path, Watching]) -> None:
     assert list(line.marker.symbol) == ["circle" if point["holds"] else "circle-open" for point in told["points"]]
     assert list(line.x) == sorted(line.x)
     assert "Filled points keep what was promised" in drawn.caption
-    assert curve._sentences(told)[0].startswith("50% keeps ")
+    assert curve._found(told).startswith("50% keeps ")
 
 
 @pytest.mark.parametrize(("kind", "number"), [("pruning blocks", 1), ("evaluating wanda", 1), ("pruning blocks", 3)])

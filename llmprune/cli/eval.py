@@ -41,7 +41,8 @@ def run(chosen: argparse.Namespace) -> int:
 
     names, options = task_options(chosen)
     against = chosen.against is not None
-    text = text_of(chosen, chosen.text or ("wikitext2" if against or not names else None))
+    plain = chosen.text is not None or not names  # whether the perplexity is wanted
+    text = text_of(chosen, chosen.text or ("wikitext2" if plain or against else None))
     if chosen.stride is not None and against:
         raise UserError("both are measured on the same windows, which do not overlap: leave out --stride or --against")
     where = {"device": chosen.device, "dtype": chosen.dtype, "progress": Bars()}
@@ -58,7 +59,7 @@ def run(chosen: argparse.Namespace) -> int:
                 options["manager"], _ = tasks.find(names, list(map(str, options["include_path"])))
         told: dict[str, Any] = {"model": chosen.model, **_weights(chosen, Bars())}
         raw: dict[str, Any] | None = None
-        if text is not None and (chosen.text is not None or not names):
+        if text is not None and plain:
             from llmprune.evaluate.perplexity import perplexity
 
             found = perplexity(chosen.model, text, **where)

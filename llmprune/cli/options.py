@@ -183,15 +183,18 @@ def text_of(chosen: argparse.Namespace, text: str | None) -> Evaluation | None:
     Raises:
         UserError: something is said of a text, and there is none.
     """
-    said = {"length": chosen.length, "stride": getattr(chosen, "stride", None)}
-    said.update({name: getattr(chosen, f"text_{name}") for name in ("config", "split", "column")})
+    options = ("length", "stride", "text_config", "text_split", "text_column")
+    said = {option: value for option in options if (value := getattr(chosen, option, None)) is not None}
     if text is not None:
-        return Evaluation(text, **said)
-    for name, value in said.items():
-        if value is not None:
-            option = f"--{name}" if name in ("length", "stride") else f"--text-{name}"
-            raise UserError(f"{option} is for a perplexity, and none is asked for (--perplexity)")
+        return Evaluation(text, **{option.removeprefix("text_"): value for option, value in said.items()})
+    if said:
+        raise UserError(f"{_flag(next(iter(said)))} is for a perplexity, and none is asked for (--perplexity)")
     return None
+
+
+def _flag(option: str) -> str:
+    """What an option is called on the command line."""
+    return f"--{option.replace('_', '-')}"
 
 
 def add_tasks(parser: argparse.ArgumentParser) -> None:
@@ -224,14 +227,12 @@ def task_options(chosen: argparse.Namespace, promised: bool = False) -> tuple[li
         raise UserError(f"--limit takes a number of documents, or a part of them below 1, not {chosen.limit:g}")
     if chosen.batch_tokens is not None and chosen.batch_tokens < 1:
         raise UserError(f"--batch-tokens takes a number of at least 1, not {chosen.batch_tokens}")
+    if not (names or promised):
+        for option in ("few_shot", "limit", "include_path", "batch_tokens", "run_unsafe_code"):
+            if getattr(chosen, option) not in (None, [], False):
+                raise UserError(f"{_flag(option)} is for tasks, and none is asked for (--tasks)")
     options = {"shots": chosen.few_shot, "limit": chosen.limit, "batch": chosen.batch_tokens}
     options.update(include_path=chosen.include_path, unsafe_code=chosen.run_unsafe_code)
-    if not (names or promised):
-        said = {"shots": "--few-shot", "batch": "--batch-tokens", "unsafe_code": "--run-unsafe-code"}
-        for option, value in options.items():
-            if value not in (None, [], False):
-                name = said.get(option, f"--{option.replace('_', '-')}")
-                raise UserError(f"{name} is for tasks, and none is asked for (--tasks)")
     return names, options
 
 

@@ -229,15 +229,15 @@ class Reference:
     # -- the text ----------------------------------------------------------------------------------------------------
 
     def _read_to(
-        self, measured: Measured, checkpoint: Checkpoint, files: dict[str, str], text: perplexity.Text
+        self, measured: Measured, checkpoint: Checkpoint, files: dict[str, str], dense_text: perplexity.Text
     ) -> None:
         """Put the perplexity and the divergence into what was measured."""
         name, figures = measured.figures.name, measured.figures
-        own, other = self._own_text(checkpoint, text)
+        text, other = self._own_text(checkpoint, dense_text)
         if other:
-            rest = "" if own.sha256 == text.sha256 else ", and a perplexity of its own tokens, which is not compared"
+            alike = text.sha256 == dense_text.sha256
+            rest = "" if alike else ", and a perplexity of its own tokens, which is not compared"
             measured.notes.append(f"{other}: no divergence{rest}")
-        text = own
         key = {"tokens": text.sha256, "files": files, **self._run(checkpoint)}
         title = f"evaluating {name}"
         if other or checkpoint is self.checkpoint:
@@ -327,34 +327,29 @@ class Reference:
     def _task(self, checkpoint: Checkpoint, task: str) -> dict[str, Any]:
         from llmprune.evaluate import tasks
 
+        asked = self._asked
         try:
-            told = self._told(checkpoint, task)
+            told = tasks.evaluate(
+                checkpoint.source.folder,  # by its name, a branch on the Hub may have moved since the files were hashed
+                [task],
+                shots=asked.shots,
+                limit=asked.limit,
+                include_path=asked.include_path,
+                batch=asked.batch,
+                unsafe_code=asked.unsafe_code,
+                device=asked.device,
+                dtype=asked.dtype,
+                trust_remote_code=asked.trust_remote_code,
+                samples=True,
+                manager=self._manager,
+                progress=self._progress,
+            )
         except NotFinite:
             if checkpoint is self.checkpoint:
                 raise
             return {"scores": [], "broken": [task], "documents": {}}
         scores = [vars(score) for score in told.scores]
         return {"scores": scores, "broken": told.broken, "documents": tasks.documents(told.raw)}
-
-    def _told(self, checkpoint: Checkpoint, task: str) -> Any:
-        from llmprune.evaluate import tasks
-
-        asked = self._asked
-        return tasks.evaluate(
-            checkpoint.source.folder,  # by its name, a branch on the Hub may have moved since the files were hashed
-            [task],
-            shots=asked.shots,
-            limit=asked.limit,
-            include_path=asked.include_path,
-            batch=asked.batch,
-            unsafe_code=asked.unsafe_code,
-            device=asked.device,
-            dtype=asked.dtype,
-            trust_remote_code=asked.trust_remote_code,
-            samples=True,
-            manager=self._manager,
-            progress=self._progress,
-        )
 
     # -- what all depends on -----------------------------------------------------------------------------------------
 

@@ -232,8 +232,8 @@ class Checkpoint:
         name, keys, index = self.blocks[number], self.block_keys[number], self._source_index if dense else self.index
         state = self._load(keys, name + ".", index)
         parameters = {f"{name}.{own}" for own, _ in self.block(name).named_parameters(remove_duplicate=False)}
-        plain = {self._targets[key][0]: index[key] for key in keys if key not in self._converted}
-        read = {target: info for target, info in plain.items() if target in parameters}
+        targets = {key: self._targets[key][0] for key in keys if key not in self._converted}
+        read = {target: index[key] for key, target in targets.items() if target in parameters}
         block = LoadedBlock(name, self.block(name), state, read)
         self.check_finite({key: block.near(key) for key in state})
         return block

@@ -31,9 +31,10 @@ def quick(device: torch.device, dtype: torch.dtype, exact: bool = False) -> cont
     Args:
         exact: only in ways that round no more than torch does.
     """
-    if widens(device, dtype):
+    kind = products(device, dtype)
+    if kind == "float32":
         return _Quick({functional.linear: _linear, torch.addmm: _addmm})
-    if device.type == "cpu" and dtype == torch.bfloat16 and _halves() == "products" and not exact:
+    if kind == "attention" and not exact:
         return _Quick({functional.scaled_dot_product_attention: attend})
     return contextlib.nullcontext()
 

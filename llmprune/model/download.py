@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import filter_repo_objects
 
 from llmprune import hub
 from llmprune.errors import Failure, LLMPruneError, UserError
-from llmprune.model.files import SHA256, cache_folder, has_safetensors, sha256_of
+from llmprune.model.files import SHA256, cache_folder, has_safetensors, listed, sha256_of
 
 FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
 """What belongs to the weights of a model; other files are not downloaded."""
@@ -54,9 +60,8 @@ class Format:
     def shards(self, folder: Path) -> list[str]:
         """The files that the index in a folder names; none without one, or with one that is broken."""
         try:
-            names = json.loads((folder / self.listing).read_text(encoding="utf-8"))["weight_map"].values()
-            return sorted(set(map(str, names)))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return listed(folder / self.listing)
+        except (OSError, ValueError):  # what reads the weights says what is wrong
             return []
 
 
@@ -137,7 +142,7 @@ def card(name: str, folder: Path) -> Path | None:
     """The model's card, which tells its licence; a model without one, or one that cannot be had now, is fine too."""
     try:
         return Path(hf_hub_download(name, "README.md", revision=folder.name))
-    except Exception:
+    except (HTTPError, OSError, EntryNotFoundError):
         return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -49,6 +50,20 @@ def content_sha256(path: Path) -> str:
     """A file's sha256; in the Hub's cache the name of a large file is its sha256 already."""
     blob = path.resolve()
     return blob.name if blob.parent.name == "blobs" and SHA256.fullmatch(blob.name) else sha256_of(path)
+
+
+def listed(listing: Path) -> list[str]:
+    """The files that an index of weights names.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is broken.
+    """
+    try:
+        names = json.loads(listing.read_text(encoding="utf-8"))["weight_map"].values()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    return sorted(set(map(str, names)))
 
 
 def side_files(folder: Path) -> list[str]:

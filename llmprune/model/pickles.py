@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import Failure, UserError, first_line
-from llmprune.model.files import has_safetensors
+from llmprune.model.files import has_safetensors, listed
 
 SINGLE = "pytorch_model.bin"
 LISTING = f"{SINGLE}.index.json"
@@ -36,13 +35,13 @@ def pickled(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     if (folder / LISTING).is_file():
         try:
-            names = {str(name) for name in json.loads((folder / LISTING).read_text("utf-8"))["weight_map"].values()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise Failure(f"{folder / LISTING} is broken: {type(error).__name__}: {error}") from None
-        for name in sorted(names):
+            names = listed(folder / LISTING)
+        except ValueError as error:
+            raise Failure(f"{folder / LISTING} is broken: {error}") from None
+        for name in names:
             if Path(name).name != name or not (folder / name).is_file():
                 raise Failure(f"shard {name} is missing from {folder}: download the model again")
-        return [folder / name for name in sorted(names)]
+        return [folder / name for name in names]
     files = sorted(folder.glob("pytorch_model*.bin"))
     if files:
         raise UserError(f"{folder} holds {files[0].name} and no {LISTING} that ties such files together")

@@ -20,7 +20,10 @@ from llmprune.recipe import DTYPES
 CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """What a model's card says that goes for a pruned one as well."""
 
-_HUB_NAME = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
+HUB_NAME = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
+"""A name there, and perhaps a branch, a tag or a commit."""
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def resolve(
     if path.is_dir():
         source = Source(name, path.resolve(), base=_of_card(path / "README.md"), trusted=trust_remote_code)
     else:
-        named = _HUB_NAME.fullmatch(name)
+        named = HUB_NAME.fullmatch(name)
         if named is None or name.startswith((".", "~")) or path.suffix == ".gguf":
             raise UserError(f"no model at {name}: no such folder or file, and it is not a Hub name (owner/name)")
         source = _from_hub(name, named["name"], named["revision"], trust_remote_code, as_is)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +62,7 @@ class Stage:
         return any(entry.beside for entry in self.inputs)
 
 
-class Watch(ABC):
+class Watch:
     """Is shown the inputs of some linears of a block while it runs.
 
     Attributes:
@@ -73,11 +72,10 @@ class Watch(ABC):
     def __init__(self, linears: Iterable[Linear]) -> None:
         self.linears = {linear.name: linear for linear in linears}
 
-    @abstractmethod
     def ready(self, inputs: Shown) -> None:
-        """Take in the inputs of linears that could all be run now, before any of them is."""
+        """Take in the inputs of linears that could all be run now, before any of them is; by default nothing is."""
 
-    def returned(self, module: str, expert: int, output: Tensor, weights: Tensor) -> None:  # noqa: B027
+    def returned(self, module: str, expert: int, output: Tensor, weights: Tensor) -> None:
         """Take in what an expert of a fused module returns, before the router's weights are multiplied in.
 
         Args:
@@ -112,13 +110,6 @@ class Watch(ABC):
             self.ready({(name,): lambda: inputs[0]})
 
         return hook
-
-
-class Unseen(Watch):
-    """Looks at nothing; but what is watched runs as it does where it is seen, experts one by one."""
-
-    def ready(self, inputs: Shown) -> None:
-        """Do nothing."""
 
 
 class Mark:

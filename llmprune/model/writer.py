@@ -45,8 +45,6 @@ JOURNAL = "llmprune.journal.jsonl"
 REPORT = "llmprune.json"
 PAGE = "report.html"
 ALLOCATION = "allocation.yaml"
-
-ONWARD = "the same command goes on from there"
 DRAFTS = ".llmprune.drafts"
 """Where a file lies until it is whole; with what a library leaves beside it when the process is killed."""
 
@@ -119,8 +117,8 @@ class Writer:
 
     def __init__(self, out: Path, checkpoint: Checkpoint, shard_size: str, restart: bool) -> None:
         self.out = out
-        self.onward = "the same command begins anew" if restart else ONWARD
-        self._ahead = ONWARD.replace("command", "command without --restart") if restart else ONWARD
+        self._begun = f"the same command{' without --restart' if restart else ''} goes on from there"
+        self.onward = "the same command begins anew" if restart else self._begun
         self._shard_size = shard_size
         self.lay_out(checkpoint)
         self.side_files = side_files(checkpoint.source.folder)
@@ -195,7 +193,7 @@ class Writer:
             clear(self.out, but=JOURNAL)
             header = {"format": JOURNAL_FORMAT, "fingerprint": dict(fingerprint), "side_files": self.side_files}
             self._write_text(JOURNAL, json.dumps({**header, **self.found}))
-        self.onward = self._ahead
+        self.onward = self._begun
 
     def commit_block(
         self,

@@ -20,6 +20,7 @@ from llmprune.allocate import PLAN_FILES
 from llmprune.allocation import LEFT_DENSE, spanned
 from llmprune.data import NAMED, SUFFIXES
 from llmprune.errors import LLMPruneError
+from llmprune.model.source import COMMIT
 from llmprune.model.writer import ALLOCATION
 from llmprune.patterns import NM, Scope, parse
 from llmprune.recipe import Recipe
@@ -42,7 +43,6 @@ from llmprune.structured import depth, experts, width
 HUB = "https://huggingface.co"
 
 _MARK = re.compile(r"<!-- llmprune card ([0-9a-f]{64}) -->\n")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 
 
@@ -494,7 +494,7 @@ def _again(report: Mapping[str, Any], base: Mapping[str, Any]) -> str:
 def _public_runs(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The runs that made a model out of one that others can have, the first first: back to what came from the Hub."""
     runs = all_runs(report)
-    public = [number for number, run in enumerate(runs) if _COMMIT.fullmatch(run.get("revision") or "")]
+    public = [number for number, run in enumerate(runs) if COMMIT.fullmatch(run.get("revision") or "")]
     return runs[public[-1] if public else 0 :]
 
 
@@ -502,7 +502,7 @@ def _commit(run: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     """The commit of the model that a run began with, if that is the one of this name on the Hub; else empty."""
     names = ((run.get("base") or {}).get("name"), str(run["model"]).partition("@")[0])
     commit = run.get("revision") or ""
-    return commit if base.get("name") in names and _COMMIT.fullmatch(commit) else ""
+    return commit if base.get("name") in names and COMMIT.fullmatch(commit) else ""
 
 
 def _shown(recipe: Mapping[str, Any], last: bool) -> str:

@@ -44,7 +44,7 @@ def page(told: Mapping[str, Any]) -> str:
         "curve.html",
         name=short_name(told["model"]),
         searched="promises" in told,
-        sentences=_sentences(told),
+        found=_found(told),
         plots=plots_of(told),
         compared=Beside.of(found),
         scores=tables.score_rows(found.models),
@@ -149,13 +149,13 @@ def _caption(told: Mapping[str, Any], part: str) -> str:
     return caption
 
 
-def _sentences(told: Mapping[str, Any]) -> list[str]:
+def _found(told: Mapping[str, Any]) -> str:
     """What was found, in short."""
     if "promises" in told:
         found = (point["pattern"] for point in told["points"] if point["name"] == told["chosen"])
-        return [f"{next(found, 'No sparsity that was asked for')} keeps {', '.join(told['promises'])}."]
+        return f"{next(found, 'No sparsity that was asked for')} keeps {', '.join(told['promises'])}."
     methods, patterns = (list(dict.fromkeys(point[key] for point in told["points"])) for key in ("method", "pattern"))
-    return [f"{', '.join(methods)} at {', '.join(patterns)}."]
+    return f"{', '.join(methods)} at {', '.join(patterns)}."
 
 
 def _span(values: Sequence[float], least: float) -> tuple[float, float] | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from llmprune.allocate import PLAN_FILES
 from llmprune.data import SUFFIXES
+from llmprune.model.source import COMMIT, HUB_NAME
 
 RECORDS = (
     *("llmprune.json", "llmprune.recovery.json", "config.json"),
@@ -28,9 +29,6 @@ PLACES = ("model", "path", "source", "text", "dense", "out", "distilled_from", *
 """Keys of values that are a path, or the name of a model or a text on the Hub; see `_is_path`."""
 
 _FILES = (*SUFFIXES, *PLAN_FILES, ".gguf")
-
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 _INSIDE = re.compile(r"(?<![\w.~/-])(?:/[\w.+@-]+){2,}")
 """An absolute path in the middle of a text, of two parts or more."""
@@ -113,11 +111,11 @@ def _is_path(text: str, key: str, beside: Mapping[str, Any], bases: Sequence[Pat
     if key == "model" and "revision" in beside:
         return not _is_commit(beside["revision"])
     there = any(_exists(base / text) for base in bases)
-    return there or text[0] in "~." or text.lower().endswith(_FILES) or not _HUB_NAME.fullmatch(text)
+    return there or text[0] in "~." or text.lower().endswith(_FILES) or not HUB_NAME.fullmatch(text)
 
 
 def _is_commit(revision: Any) -> bool:
-    return isinstance(revision, str) and _COMMIT.fullmatch(revision) is not None
+    return isinstance(revision, str) and COMMIT.fullmatch(revision) is not None
 
 
 def _public(values: Sequence[Value]) -> set[str]:

@@ -14,7 +14,7 @@ from llmprune.model.activations import Activations, Call
 from llmprune.model.checkpoint import LoadedBlock
 from llmprune.model.cuts import Cuts
 from llmprune.model.linears import find_linears
-from llmprune.model.watch import Shown, Watch
+from llmprune.model.watch import Watch
 from llmprune.report.record import ExpertsRecord
 from llmprune.structured.experts import Chooser, Seen
 
@@ -65,9 +65,6 @@ class _Looks(Watch):
     def waits(self, names: object) -> bool:
         """Nothing of the inputs is of interest."""
         return False
-
-    def ready(self, inputs: Shown) -> None:
-        """Nothing is taken in."""
 
     def returned(self, module: str, expert: int, output: Tensor, weights: Tensor) -> None:
         """Take in what an expert returns."""
