@@ -12,9 +12,9 @@ AT_ONCE = 2**21
 """Elements that are looked at together, few enough for the caches; counting takes eight bytes of memory for each."""
 
 
-def some_rows(matrix: Tensor) -> tuple[Tensor, ...]:
-    """A matrix in parts of some rows each, a multiple of eight."""
-    return torch.split(matrix, max(1, AT_ONCE // matrix.shape[-1] // 8) * 8)
+def some_rows(matrix: Tensor, elements: int = AT_ONCE) -> tuple[Tensor, ...]:
+    """A matrix in parts of some rows each, a multiple of eight, with not many more elements than said."""
+    return torch.split(matrix, max(1, elements // matrix.shape[-1] // 8) * 8)
 
 
 def by_rows(work: Callable[..., Tensor], *matrices: Tensor, rows: int | None = None) -> Tensor:

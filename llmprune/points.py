@@ -219,7 +219,7 @@ def write(result: Path, page: Path, told: Mapping[str, Any]) -> None:
 
     write_json(result, told)
     with writing(page) as draft:
-        draft.write_text(curve.page(told), encoding="utf-8")
+        draft.write_bytes(curve.page(told))
 
 
 def evaluation_of(chosen: Evaluation) -> dict[str, Any]:

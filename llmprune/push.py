@@ -185,9 +185,9 @@ def _fill(ready: Path, place: Path, shards: dict[str, str], trusted: bool) -> No
         results = read_results(ready, shards)
         results.report.out = Path(place.resolve().name)
         linears = page.drawn_on((place / PAGE).read_text(encoding="utf-8"), results.report)
-        text, _ = page.made(ready, results, source, linears, trusted)
+        drawn, _ = page.made(ready, results, source, linears, trusted)
         (ready / PAGE).unlink()
-        (ready / PAGE).write_text(text, encoding="utf-8")
+        (ready / PAGE).write_bytes(drawn)
 
 
 def _of_places(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -175,6 +175,8 @@ def _solve(checkpoint: Checkpoint, block: LoadedBlock, task: _Task, stats: Linea
         if like.asymmetric and stats.tokens:
             dense = stats.target(dense, like.asymmetric, slice(*task.rows) if task.input.stream else None)
         for pruned in _followed(dense, stats, like.pattern, solver, after):
+            if 4 * stats.features**2 >= memory.MUCH:
+                memory.give_back()  # what a method held in pieces, before whole products are held
             for choice, _, rows in parts:
                 losses[choice.linear.name].append(stats.losses(dense[rows], pruned[rows]))
     except SingularGram as error:

@@ -485,7 +485,7 @@ def test_the_report_tells_what_went(model: Path, tmp_path: Path) -> None:
     report = llmprune.prune(model, out=out, depth={"drop": [1, 4]})
     read = Report.read(json.loads((out / "llmprune.json").read_text()), out)
     assert read.shortened == report.shortened == "4 of 6 blocks, without 1, 4"
-    drawn = page.render(read_results(out), [])
+    drawn = page.render(read_results(out), []).decode()
     assert "4 of 6 blocks, without 1, 4" in drawn
     made = str(card.make_card(report.to_dict(), [], "me/short", {}))
     assert "it has 4 of 6 blocks, without 1, 4" in made

@@ -253,7 +253,7 @@ def test_reports_tell_of_experts(model: Path, tmp_path: Path) -> None:
     report = llmprune.prune(model, out=out, experts={"drop": 1}, **SETTINGS)
     read = Report.read(json.loads((out / "llmprune.json").read_text()), out)
     assert read.blocks == report.blocks
-    drawn = Parsed(page.render(read_results(out), []))
+    drawn = Parsed(page.render(read_results(out), []).decode())
     assert "num_local_experts 3 of 4" in drawn.text
     assert "has seen no calibration" not in drawn.text
     assert f"{report.dense_weights:,}" in drawn.text
@@ -291,7 +291,7 @@ def test_a_sparse_mixture_tells_how_many_tokens_each_expert_got(model: Path, tmp
     assert sparse.experts[0].few == fewer.experts[0].few
     assert [told.name for told in sparse.experts] == [told.name for told in fewer.experts]
     assert all(told.kept == [0, 1, 2, 3] for told in sparse.experts)
-    drawn = Parsed(page.render(read_results(tmp_path / "sparse"), []))
+    drawn = Parsed(page.render(read_results(tmp_path / "sparse"), []).decode())
     assert drawn.data["experts-data"]["data"][1]["x"] == []  # none went
     part = llmprune.prune(
         model, out=tmp_path / "part", sparsity="2:4", method="wanda", ignore=["*.0.mlp.experts.0.*"], **chosen
@@ -299,7 +299,7 @@ def test_a_sparse_mixture_tells_how_many_tokens_each_expert_got(model: Path, tmp
     assert [told.name for told in part.experts] == [told.name for told in sparse.experts[1:]]  # one was not counted
     without = llmprune.prune(model, out=tmp_path / "without", sparsity="2:4", method="magnitude")
     assert without.experts == []  # no data, no tokens
-    assert "experts-data" not in Parsed(page.render(read_results(tmp_path / "without"), [])).data
+    assert "experts-data" not in Parsed(page.render(read_results(tmp_path / "without"), []).decode()).data
 
 
 @pytest.mark.parametrize(

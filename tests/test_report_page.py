@@ -404,7 +404,7 @@ class TestHostileNames:
         results = read_results(out)
         results.report.linears = [LinearRecord.read(entry) for entry in linears]
         plain = parsed(out)
-        (out / PAGE).write_text(page.render(results, []), encoding="utf-8")
+        (out / PAGE).write_bytes(page.render(results, []))
         shown = parsed(out)
         assert shown.open == []
         assert "img" not in shown.names()
@@ -445,7 +445,7 @@ class TestOtherReports:
         names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
                  "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]  # fmt: skip
         made = synthetic(80, names)
-        told = page.render(Results(made, made.shards), [])
+        told = page.render(Results(made, made.shards), []).decode()
         shown = Parsed(told)
         assert len(told) < 7e6
         grid = shown.data["error-map-data"]["data"][0]
@@ -456,7 +456,7 @@ class TestOtherReports:
         names = ["self_attn.q_proj", *(f"mlp.experts.{expert}.{part}_proj" for expert in range(256)
                                        for part in ("gate", "up", "down"))]  # fmt: skip
         made = synthetic(60, names)
-        told = page.render(Results(made, made.shards), [])
+        told = page.render(Results(made, made.shards), []).decode()
         shown = Parsed(told)
         assert len(told) < 7e6
         grid = shown.data["error-map-data"]["data"][0]
@@ -586,7 +586,7 @@ class TestInABrowser:
     @pytest.mark.parametrize("blocks", [2, 80])
     def test_nothing_is_wider_than_the_window(self, blocks: int, width: int, dark: bool, tmp_path: Path) -> None:
         made = synthetic(blocks, ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"])
-        told = page.render(Results(made, made.shards), [])
+        told = page.render(Results(made, made.shards), []).decode()
         ticks = "[...document.querySelectorAll('#error-map .xtick')].map(one => one.textContent).join(' ')"
         found = browser.seen(told, tmp_path, width, dark, ticks)
         browser.fits(found, width, dark)

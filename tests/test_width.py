@@ -492,7 +492,7 @@ def test_reports_tell_how_narrow_it_is(model: Path, tmp_path: Path) -> None:
     report = llmprune.prune(model, out=out, width={"channels": "25%"}, **SETTINGS)
     read = Report.read(json.loads((out / "llmprune.json").read_text()), out)
     assert read.smaller == report.smaller == "intermediate_size 48 of 64"
-    drawn = page.render(read_results(out), [])
+    drawn = page.render(read_results(out), []).decode()
     assert "ntermediate_size 48 of 64" in drawn
     assert "narrower: 48 of 64 channels" in drawn
     made = str(card.make_card(report.to_dict(), [], "me/narrow", {}))

@@ -37,8 +37,8 @@ def plots_of(told: Mapping[str, Any]) -> list[Plot]:
     return [Plot(f"{part}-curve", TITLES[part], _figure(told, models, part), _caption(told, part)) for part in shown]
 
 
-def page(told: Mapping[str, Any]) -> str:
-    """A page with the picture and the figures, which needs nothing from anywhere."""
+def page(told: Mapping[str, Any]) -> bytes:
+    """A page, as its file holds it, with the picture and the figures, which needs nothing from anywhere."""
     found = Comparison.read(told)
     return fill(
         "curve.html",

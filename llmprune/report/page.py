@@ -96,20 +96,20 @@ def draw(
     results = read_results(folder, shards)
     if source is None:
         source = find_dense(results.report, trust_remote_code)
-    text, shown = made(folder, results, source, linears, trust_remote_code)
+    page, shown = made(folder, results, source, linears, trust_remote_code)
     with writing(folder / PAGE, "") as draft:
-        draft.write_text(text, encoding="utf-8")
+        draft.write_bytes(page)
     return Drawn(folder / PAGE, shown, source.folder if source else None)
 
 
 def made(
     folder: Path, results: Results, source: Source | None, linears: Sequence[str], trust_remote_code: bool = False
-) -> tuple[str, list[str]]:
-    """The page of a folder as text, and the linears whose weights it shows; see `draw`."""
+) -> tuple[bytes, list[str]]:
+    """The page of a folder, and the linears whose weights it shows; see `draw`."""
     report = results.report
     histograms = weigh(folder, source, choose(report.linears, linears), trust_remote_code, report.kept_blocks)
-    text = render(results, histograms, many=bool(linears) and len(histograms) == MOST)
-    return text, [shown.name for shown in histograms]
+    page = render(results, histograms, many=bool(linears) and len(histograms) == MOST)
+    return page, [shown.name for shown in histograms]
 
 
 def drawn_on(text: str, report: Report) -> list[str]:
@@ -117,8 +117,8 @@ def drawn_on(text: str, report: Report) -> list[str]:
     return [record.name for record in report.linears if f'id="{_weights_id(record.name)}"' in text]
 
 
-def render(results: Results, histograms: Sequence[Histogram], many: bool = False) -> str:
-    """The page as text.
+def render(results: Results, histograms: Sequence[Histogram], many: bool = False) -> bytes:
+    """The page, as its file holds it.
 
     Args:
         many: whether more linears were asked for than `histograms` has.

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llmprune import memory
 from llmprune.errors import LLMPruneError, UserError, unknown
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.linears import Linear, find_linears
@@ -26,6 +27,9 @@ WIDTH = 4.0
 
 SHOWN, MOST = 4, 12
 """Linears that are looked at when none are named, and the most that are."""
+
+FEW = 2**18
+"""Weights that are picked out at a time: the places of those that are not zero take 16 bytes each."""
 
 
 @dataclass(frozen=True)
@@ -122,12 +126,11 @@ def weigh(
     for name in names:
         if name not in linears:
             raise UserError(f"{out} has no linear {name}, which its llmprune.json tells of")
-        after = linears[name].view(pruned.read_parameter(linears[name].parameter))
-        before = None
+        edge = before = None  # never both at a time: experts of a block may be one tensor
         if dense is not None and name in there and there[name].shape == linears[name].shape:
-            before = there[name].view(dense.read_parameter(there[name].parameter))
-        edge = WIDTH * _deviation(after if before is None else before)
-        made.append(Histogram(name, edge, _count(after, edge), None if before is None else _count(before, edge)))
+            edge, before = _counted(dense, there[name])
+        edge, after = _counted(pruned, linears[name], edge)
+        made.append(Histogram(name, edge, after, before))
     return made
 
 
@@ -146,6 +149,16 @@ def _linears(checkpoint: Checkpoint, wanted: set[str]) -> dict[str, Linear]:
     return {linear.name: linear for linear in found if linear.name in wanted}
 
 
+def _counted(checkpoint: Checkpoint, linear: Linear, edge: float | None = None) -> tuple[float, Counts]:
+    """Read one linear and count its weights; how far the bins reach is as it needs where that is not said."""
+    matrix = linear.view(checkpoint.read_parameter(linear.parameter))
+    edge = WIDTH * _deviation(matrix) if edge is None else edge
+    counts = _count(matrix, edge)
+    del matrix
+    memory.give_back()
+    return edge, counts
+
+
 def _deviation(matrix: Tensor) -> float:
     """The root mean square of what is not zero; 1 where all is."""
     total = sum(float(rows.float().square().sum()) for rows in some_rows(matrix))
@@ -156,7 +169,7 @@ def _deviation(matrix: Tensor) -> float:
 def _count(matrix: Tensor, edge: float) -> Counts:
     bins = torch.zeros(BINS, dtype=torch.float64)
     nonzero = 0
-    for rows in some_rows(matrix):
+    for rows in some_rows(matrix, FEW):
         weights = rows[rows != 0].float()
         nonzero += weights.numel()
         bins += torch.histc(weights, BINS, -edge, edge).double()

@@ -36,7 +36,7 @@ class Solver:
     scope: ClassVar[Scope] = "matrix"
     updates: ClassVar[bool] = True
     row_independent: ClassVar[bool] = True
-    buffers: ClassVar[Buffers] = Buffers(weights=7)
+    buffers: ClassVar[Buffers] = Buffers(weights=6)
 
     damping: float = 0.1
     rho: float = 1.0
