@@ -5,6 +5,7 @@ The last dimension is always the linear's inputs: a saliency has the shape (out_
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, get_args
@@ -67,10 +68,12 @@ class Unstructured:
     Args:
         sparsity: fraction of zeros, in (0, 1).
         scope: what the fraction is counted over: each `row` (one output neuron), or the whole `matrix`.
+        up: whether a fraction of a weight is rounded up. The published rules round down.
     """
 
     sparsity: float
     scope: Scope = "row"
+    up: bool = False
     group = 1
 
     @property
@@ -78,8 +81,8 @@ class Unstructured:
         return self.scope == "row"
 
     def _pruned(self, count: int) -> int:
-        # The published rules truncate; the small constant keeps 0.29 * 100 at 29.
-        return int(self.sparsity * count + 1e-6)
+        share = self.sparsity * count  # the small constant keeps 0.29 * 100 at 29
+        return math.ceil(share - 1e-6) if self.up else math.floor(share + 1e-6)
 
     def keep(self, saliency: Tensor, before: int = 0) -> Tensor:
         rows, width = saliency.shape

@@ -128,7 +128,7 @@ def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, sh
                 report.dense = Perplexity(**had) if (had := found.get("dense")) else None
                 report.sparse = _evaluate(writer.out, recipe, text, plan, shown)
         if tokens is not None:
-            drawn = {"length": plan.schedule.length, "tokens_sha256": tokens.sha256}
+            drawn = {"length": plan.schedule.length, "tokens_sha256": tokens.sha256, "asymmetric": plan.aims}
             report.calibration = {**report.recipe["calibration"], **drawn}
         report.ranks, report.seconds = distributed.size(), clock.result()
         report.peak_memory = max(distributed.gather(memory.peak()))

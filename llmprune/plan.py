@@ -218,6 +218,11 @@ class Plan:
         return self.fit is not None or any(stage.beside for stages in self.schedule.stages for stage in stages)
 
     @property
+    def aims(self) -> float:
+        """How far linears aim at the dense model's outputs; 0 where none does."""
+        return max((choice.asymmetric for choice in self.pruned), default=0.0)
+
+    @property
     def foresight(self) -> Foreseeing | None:
         """What chooses units of all blocks before the first is pruned; None where nothing does, or where it has."""
         return next((choice.solver for choice in self.pruned if isinstance(choice.solver, Foreseeing)), None)

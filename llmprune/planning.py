@@ -26,7 +26,7 @@ from llmprune.model.watch import Input
 from llmprune.model.width import Narrow
 from llmprune.patterns import NM, Unstructured, parse
 from llmprune.plan import NOT_ASKED, UNSEEN, Budget, Choice, Plan, known_of, settled
-from llmprune.recipe import DEFAULT_SPARSITY, Recipe
+from llmprune.recipe import AIM, DEFAULT_SPARSITY, Recipe
 from llmprune.solvers import Solver
 from llmprune.stats import LEVELS
 from llmprune.structured import counts, experts, width
@@ -70,6 +70,8 @@ def make_plan(
     after = read_after(recipe, {named.name_of(recipe.width.by): chooser} if narrow is not None else methods)
     permutes = bool(recipe.permute) and (by_file or any(isinstance(entry[2], NM) for entry in (default, *rules)))
     chain, surveys, movable = _try(checkpoint, permutes)
+    asked = recipe.calibration.asymmetric
+    by_default = asked is None and narrow is None
     blocks: list[tuple[Choice, ...]] = []
     writers: list[tuple[str, ...]] = []
     channels: list[tuple[Channels, ...]] = []
@@ -102,7 +104,7 @@ def make_plan(
                 if narrow is not None and linear.name in narrow.cuts[number]:
                     raise UserError(f"{linear.name} cannot be made narrower by {choice.method}: {choice.kept}")
             aims = choice.fits and linear.expert is None and (not writers[number] or linear.name in writers[number])
-            share = recipe.calibration.asymmetric if aims else 0.0
+            share = (AIM if by_default and after.reconstructors else asked or 0.0) if aims else 0.0
             choices.append(replace(choice, allocated=choice.allocated and choice.kept is None, asymmetric=share))
         blocks.append(tuple(choices))
     if checkpoint.shape is None:  # else it was done for the model as it was, and what went may have been meant
@@ -115,18 +117,19 @@ def make_plan(
             blocks = settled(blocks, budget)
     _check_shapes(budget, blocks)
     works = []
+    lacking: dict[Unstructured, float] = {}
     for number, kind in enumerate(kinds(checkpoint)):
         survey, like, name = surveys[kind], checkpoint.blocks[kind], checkpoint.blocks[number]
         moments = [
             [[name + known.removeprefix(like) for known in group] for group in moment] for moment in survey.moments
         ]
         dense = survey.again or not recipe.calibration.true_sequential
+        blocks[number] = _rounded(blocks[number], [group for moment in moments for group in moment], lacking)
         seen = _moments(blocks[number], moments, writers[number])
         works.append(_work(number, blocks[number], seen, survey, dense))
     if not unasked and not any(choice.kept is None for block in blocks for choice in block):
         raise UserError("nothing is left to prune: every linear is ignored, skipped or cannot be pruned")
-    aiming = any(choice.asymmetric and choice.kept is None for block in blocks for choice in block)
-    if recipe.calibration.asymmetric and not aiming:
+    if asked and not any(choice.asymmetric and choice.kept is None for block in blocks for choice in block):
         raise UserError(
             "calibration.asymmetric changes what kept weights are fitted to, and nothing fits them here (experts are "
             "never fitted that way): take a method such as sparsegpt or alps, or add --reconstruct cg"
@@ -407,6 +410,33 @@ def _others(checkpoint: Checkpoint, blocks: list[tuple[Choice, ...]]) -> dict[st
     for key in checkpoint.unclaimed_keys:
         add("claimed by no module: copied as it is", key)
     return found
+
+
+def _rounded(
+    choices: Sequence[Choice], shared: Sequence[Sequence[str]], lacking: dict[Unstructured, float]
+) -> tuple[Choice, ...]:
+    """Round up in some linears what a row loses, so that as many zeros come about as are asked for over all of them.
+
+    Args:
+        shared: names of linears that share an input; they are rounded alike, so that they can be solved together.
+        lacking: by sparsities as they are asked for, the zeros that the linears before these have too few.
+    """
+    place = {name: number for number, group in enumerate(shared) for name in group}
+    alike: dict[tuple[Unstructured, int | str], list[int]] = {}
+    for at, choice in enumerate(choices):
+        pattern = choice.pattern
+        if choice.kept is None and not choice.allocated and isinstance(pattern, Unstructured):
+            alike.setdefault((pattern, place.get(choice.linear.name, choice.linear.name)), []).append(at)
+    made = list(choices)
+    for (pattern, _), group in alike.items():
+        up, shapes = replace(pattern, up=True), [made[at].linear.shape for at in group]
+        fewer, more = (sum(map(rule.count, shapes)) for rule in (pattern, up))
+        short = lacking.get(pattern, 0.0) + pattern.sparsity * sum(rows * width for rows, width in shapes) - fewer
+        goes = more > fewer and 2 * short >= more - fewer and all(up.count((1, width)) < width for _, width in shapes)
+        lacking[pattern] = short - (more - fewer if goes else 0)
+        for at in group if goes else ():
+            made[at] = replace(made[at], pattern=up)
+    return tuple(made)
 
 
 def _moments(

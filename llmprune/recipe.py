@@ -29,6 +29,9 @@ DEFAULT_SPARSITY = "50%"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """What the blocks may be run in; `auto` is the checkpoint's own."""
 
+AIM = 0.5
+"""How far linears aim at the dense model's outputs where their kept weights are reconstructed. Measured."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -46,7 +49,8 @@ class Calibration:
             most methods, and the block is run twice.
         asymmetric: what linears whose kept weights are chosen anew aim at: 0 for the dense linear's outputs on what the
             pruned model gives it, 1 for its outputs on what the dense model gives it, so that what was lost before is
-            made up for; or a share in between.
+            made up for; or a share in between. By default `AIM` where a reconstruction chooses them, and 0 where the
+            method alone does, as published.
     """
 
     source: str = "c4"
@@ -57,11 +61,11 @@ class Calibration:
     split: str | None = None
     column: str | None = None
     true_sequential: bool = True
-    asymmetric: float = 0.0
+    asymmetric: float | None = None
 
     def __post_init__(self) -> None:
         _positive(self, "calibration", "samples", "length")
-        if not 0 <= self.asymmetric <= 1:
+        if self.asymmetric is not None and not 0 <= self.asymmetric <= 1:
             raise UserError(f"calibration.asymmetric must lie in [0, 1], not {self.asymmetric}")
 
 

@@ -155,6 +155,13 @@ class LinearStats:
         norms = self.norms
         return torch.where(norms > 0, 1 / norms, 0.0)
 
+    def with_unseen(self, found: Tensor, dense: Tensor, keep: Tensor) -> Tensor:
+        """(rows, in) weights that were found, with the dense ones of dead inputs where these are kept."""
+        dead = self.dead
+        if bool(dead.any()):  # nothing is known of what they do elsewhere
+            found[:, dead] = torch.where(keep[:, dead], dense[:, dead], 0.0)
+        return found
+
     def inverse_factor(self, damping: float) -> Tensor:
         """(in, in) the upper triangular U with (XᵀX + λI)⁻¹ = UᵀU and λ = damping · mean diagonal over live inputs.
 

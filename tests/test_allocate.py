@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import random
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from llmprune.model import writer
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.source import resolve
 from llmprune.model.writer import ALLOCATION, JOURNAL, PAGE, REPORT
-from llmprune.patterns import NM, Scope
+from llmprune.patterns import NM, Scope, parse
 from llmprune.pipeline import plan
 from llmprune.recipe import Recipe
 from llmprune.report.card import make_card
@@ -479,11 +480,21 @@ def test_rules_and_ignored_linears_stand_outside_of_the_budget(model: Path, text
         plan(model, allocation="owl", sparsity=0.7, rules=[{"match": "*", "sparsity": "50%"}])
 
 
-def test_uniform_writes_no_file_and_truncates_as_published(model: Path, text: str, tmp_path: Path) -> None:
-    report, zeros = pruned(model, tmp_path / "out", text, sparsity="45%", allocation="uniform")
+@pytest.mark.parametrize("asked", ["45%", "60%", "62.3%", "0.7", "50%"])
+def test_uniform_writes_no_file_and_what_is_asked(asked: str, model: Path, text: str, tmp_path: Path) -> None:
+    report, zeros = pruned(model, tmp_path / "out", text, sparsity=asked, allocation="uniform")
     assert not (tmp_path / "out" / ALLOCATION).exists()
-    assert {record.pattern for record in report.pruned} == {"45%"}
-    assert zeros["model.layers.0.mlp.up_proj"] == int(0.45 * 32) / 32
+    share = parse(asked).sparsity
+    assert {record.pattern for record in report.pruned} == {str(parse(asked))}
+    for record in report.pruned:
+        width = record.shape[1]
+        assert zeros[record.name] in (int(share * width) / width, math.ceil(share * width) / width)
+    for block in range(4):
+        for kinds in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+            assert len({zeros[f"model.layers.{block}.{kind}"] for kind in kinds}) == 1  # they share an input
+    most = max(record.shape[0] for record in report.pruned) * 3  # rows of linears that are rounded alike
+    total = sum(record.shape[0] * record.shape[1] for record in report.pruned)
+    assert report.sparsity == pytest.approx(share, abs=most / 2 / total)
 
 
 # -- the plan ----------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ WRITERS = {
 """Linears whose outputs are added to the hidden states as they are, by the families' own papers."""
 
 
-def recipe(asymmetric: float, **changes: Any) -> dict[str, Any]:
+def recipe(asymmetric: float | None, **changes: Any) -> dict[str, Any]:
     calibration = {"source": "builtin", "samples": SAMPLES, "length": LENGTH, "asymmetric": asymmetric}
     calibration |= changes.pop("calibration", {})
     return {"sparsity": "2:4", "method": "wanda", "reconstruct": ["cg"], "calibration": calibration, **changes}
@@ -200,7 +200,39 @@ def test_it_is_told_in_the_report(model: Path, tmp_path: Path) -> None:
     assert all(linear["relative_error"] < 0.5 for linear in report["linears"])
 
 
-def test_the_card_tells_of_it(model: Path, tmp_path: Path) -> None:
-    llmprune.prune(model, out=tmp_path / "out", recipe=recipe(0.5))
+@pytest.mark.parametrize("asked", [0.5, None])
+def test_the_card_tells_of_it(asked: float | None, model: Path, tmp_path: Path) -> None:
+    llmprune.prune(model, out=tmp_path / "out", recipe=recipe(asked))
     card = make_card(json.loads((tmp_path / "out" / REPORT).read_text()), [], "me/small", {}).text
     assert "- **Asymmetric calibration**: kept weights aim 50% of the way at what the dense model makes" in card
+
+
+@pytest.mark.parametrize(
+    ("changes", "share"),
+    [
+        ({"reconstruct": ["cg"]}, 0.5),
+        ({"method": "sparsegpt", "reconstruct": ["cg", "block"]}, 0.5),
+        ({"method": "sparsegpt"}, 0.0),
+        ({"reconstruct": ["block"]}, 0.0),  # Wanda's weights stay as they are until then
+        ({"reconstruct": ["cg"], "calibration.asymmetric": 0}, 0.0),
+        ({"method": "alps", "calibration.asymmetric": 0.25}, 0.25),
+        ({"quality": "fast"}, 0.0),
+        ({"quality": "balanced"}, 0.5),
+        ({"sparsity": None, "width": {"channels": "25%"}, "reconstruct": ["cg"]}, 0.0),
+        ({"sparsity": None, "width": {"hidden": "25%"}, "reconstruct": ["block"]}, 0.0),
+    ],
+)
+def test_what_is_reconstructed_aims_at_the_dense_model_by_default(
+    changes: dict[str, Any], share: float, model: Path
+) -> None:
+    chosen = {"sparsity": "2:4", "calibration": "builtin", "samples": SAMPLES, "length": LENGTH, **changes}
+    if "quality" not in chosen and chosen["sparsity"]:
+        chosen.setdefault("method", "wanda")
+    assert pipeline.plan(model, **chosen)[1].aims == share
+
+
+def test_experts_are_reconstructed_without_that(tmp_path: Path) -> None:
+    source = make("mixtral", tmp_path / "model")
+    only = {"ignore": ["*.self_attn.*"], "sparsity": "2:4", "method": "wanda", "reconstruct": ["cg"]}
+    _, found = pipeline.plan(source, calibration="builtin", samples=SAMPLES, length=LENGTH, **only)
+    assert found.aims == 0.0  # nothing else was asked for, so that this is no mistake

@@ -292,7 +292,7 @@ def test_what_comes_later_does_not_change_what_was_done(sparsity: str | float, s
 
 
 @pytest.mark.parametrize(("sparsity", "scope"), [(0.5, "row"), (0.5, "matrix"), ("2:4", "row")])
-def test_dead_inputs_lose_their_weights(sparsity: str | float, scope: str) -> None:
+def test_the_weights_of_dead_inputs_go_first(sparsity: str | float, scope: str) -> None:
     weight, x = torch.randn(8, 24), correlated(100, 24)
     dead = [0, 5, 6, 23]
     x[:, dead] = 0
@@ -643,6 +643,24 @@ def test_dead_inputs_and_fewer_tokens_than_inputs(method: str, sparsity: str | f
     assert torch.isfinite(result).all()
     assert parse(sparsity).holds(result)
     assert relative_error(x, weight, result) < relative_error(x, weight, solve("wanda", weight, x, sparsity))
+
+
+@pytest.mark.parametrize("method", ["wanda", "ria", "sparsegpt", "admm", "alps"])
+@pytest.mark.parametrize(("sparsity", "scope"), [(0.5, "row"), (0.5, "matrix"), ("2:4", "row"), ("1:4", "row")])
+def test_no_more_goes_than_is_asked_where_most_inputs_are_dead(method: str, sparsity: str | float, scope: str) -> None:
+    weight, x = torch.randn(8, 32), correlated(100, 32)
+    dead = torch.ones(32, dtype=torch.bool)
+    dead[[0, 1, 5, 9, 10, 11, 20, 31]] = False
+    x[:, dead] = 0
+    pattern = parse(sparsity, scope)  # type: ignore[arg-type]
+    result = solve(method, weight, x, sparsity, scope)
+    assert int((result == 0).sum()) == pattern.count((8, 32))
+    assert pattern.holds(result)
+    kept = (result != 0) & dead
+    assert kept.any()
+    assert torch.equal(result[kept], weight[kept])
+    if pattern.group == 1:  # 24 of 32 are dead, and only 16 go
+        assert (result[:, ~dead] != 0).all()
 
 
 @pytest.mark.parametrize(

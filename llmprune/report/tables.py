@@ -134,9 +134,8 @@ def allocation_lines(plan: Plan) -> list[str]:
 def after_lines(plan: Plan) -> list[str]:
     """What is aimed at, and what follows when all linears of a block are solved."""
     lines = []
-    if shares := {choice.asymmetric for choice in plan.choices if choice.kept is None and choice.asymmetric}:
-        told = ", ".join(f"{share:.0%}" for share in sorted(shares))
-        lines.append(f"aimed at     what the dense model makes of its own inputs, {told} of the way")
+    if plan.aims:
+        lines.append(f"aimed at     what the dense model makes of its own inputs, {plan.aims:.0%} of the way")
     if plan.fit is not None:
         first, steps = plan.fit.steps_of(0), plan.fit.steps_of(1)
         more = f", {first:,} for the first" if first != steps else ""

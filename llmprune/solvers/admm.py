@@ -22,8 +22,8 @@ class Solver:
     Inputs are scaled to a norm of one, W to W₀ accordingly, with G their damped Gram. Each iteration takes
     Z = (W+U) ⊙ mask, U ← U + W − Z and W = (W₀G + ρ(Z−U)) (G+ρI)⁻¹, which is W₀ + ρ(Z−U−W₀) (G+ρI)⁻¹. In iteration t of
     the first `gradual` ones the mask is chosen anew from |W+U|, with the sparsity S − S(1−t/gradual)³. On the way to
-    N:M it takes the lowest of those weights that the rule would prune in the end. Inputs that are always zero lose
-    their weights.
+    N:M it takes the lowest of those weights that the rule would prune in the end. The weights of inputs that are always
+    zero go first, and stay as they are where more of them may stay.
 
     Args:
         damping: added to the diagonal of G.
@@ -60,12 +60,13 @@ class Solver:
         norms, inverse_norms = stats.norms, stats.inverse_norms
 
         def solved(part: Tensor) -> Tensor:
-            return self._split(part * norms, inverse, pattern).mul_(inverse_norms)
+            split, keep = self._split(part * norms, inverse, pattern)
+            return stats.with_unseen(split.mul_(inverse_norms), part, keep)
 
         return by_rows(solved, weight) if pattern.row_independent else solved(weight)
 
-    def _split(self, dense: Tensor, inverse: Tensor, pattern: Pattern) -> Tensor:
-        """(rows, in) Z in the end.
+    def _split(self, dense: Tensor, inverse: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+        """(rows, in) Z in the end, and its mask.
 
         Args:
             dense: (rows, in) W₀.
@@ -79,4 +80,4 @@ class Solver:
             both.sub_(split)  # U: what Z leaves out of W+U
             split.sub_(both).sub_(dense)
             both.add_(dense).add_(product(split, inverse), alpha=self.rho)
-        return both.mul_(keep)
+        return both.mul_(keep), keep

@@ -36,7 +36,8 @@ class Solver:
     V ← V + ρ(B−D). Every third one ρ is raised, the more the more the support has changed; it ends when the support
     stands still, and where it has never moved it begins anew with ρ/5. Then the kept weights are reconstructed by
     conjugate gradients. The paper has (G+ρI)⁻¹ for every ρ from one eigendecomposition; a Cholesky inverse for each ρ
-    is the same, and takes less time. Inputs that are always zero lose their weights.
+    is the same, and takes less time. The weights of inputs that are always zero go first, and stay as they are where
+    more of them may stay.
 
     Args:
         damping: added to the diagonal of G.
@@ -72,13 +73,13 @@ class Solver:
     def solve(self, weight: Tensor, stats: LinearStats, pattern: Pattern) -> Tensor:
         gram = stats.scaled_gram(self.damping)
         scaled = weight * stats.norms
-        found = self._split(scaled, gram, pattern)
-        for part, target in zip(some_rows(found), some_rows(scaled), strict=True):
-            part.copy_(conjugate(gram, target, part, part != 0, self.steps))
-        return found.mul_(stats.inverse_norms)
+        found, keep = self._split(scaled, gram, pattern)
+        for part, target, kept in zip(*map(some_rows, (found, scaled, keep)), strict=True):
+            part.copy_(conjugate(gram, target, part, kept, self.steps))
+        return stats.with_unseen(found.mul_(stats.inverse_norms), weight, keep)
 
-    def _split(self, weight: Tensor, gram: Tensor, pattern: Pattern) -> Tensor:
-        """(out, in) D in the end. V is kept as U = V/ρ."""
+    def _split(self, weight: Tensor, gram: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+        """(out, in) D in the end, and its mask. V is kept as U = V/ρ."""
         rho = self.rho
         first = seen = pattern.keep(weight.abs())
         kept, restarts = max(1, int(first.count_nonzero())), 0
@@ -103,4 +104,4 @@ class Solver:
                 dual.zero_()
             else:
                 break
-        return sparse
+        return sparse, keep

@@ -22,7 +22,7 @@ class Solver:
 
     With U the upper Cholesky factor of (XᵀX + λI)⁻¹, the saliency is (W_ij / U_jj)². An unstructured mask is chosen
     for `block_size` columns at a time, an N:M mask for M columns at a time, both on the weights as updated so far.
-    Inputs that are always zero lose their weights.
+    The weights of inputs that are always zero go first, and stay as they are where more of them may stay.
 
     Args:
         damping: λ as a fraction of the mean diagonal of XᵀX.
@@ -48,15 +48,17 @@ class Solver:
     def solve(self, weight: Tensor, stats: LinearStats, pattern: Pattern) -> Tensor:
         upper = stats.inverse_factor(self.damping)  # (in, in)
         columns = weight.T.clone(memory_format=torch.contiguous_format)  # (in, out): a column is a contiguous row here
-        columns[stats.dead] = 0
+        # Where an input is always zero U_jj is 1, and nothing has to make up for its weights.
+        ranked = upper.diagonal().masked_fill(stats.dead, torch.inf)[:, None]
         width = max(pattern.group, self.block_size // pattern.group * pattern.group)
         for start in range(0, len(columns), width):
             end = min(start + width, len(columns))
-            errors = self._block(columns[start:end], upper[start:end, start:end].contiguous(), pattern, start)
+            own = upper[start:end, start:end].contiguous()
+            errors = self._block(columns[start:end], own, ranked[start:end], pattern, start)
             columns[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
         return columns.T.contiguous()
 
-    def _block(self, block: Tensor, upper: Tensor, pattern: Pattern, before: int) -> Tensor:
+    def _block(self, block: Tensor, upper: Tensor, ranked: Tensor, pattern: Pattern, before: int) -> Tensor:
         """Prune one block of columns in place.
 
         Each error is carried on to the columns of its own short run at once, to the rest of the block by one matrix
@@ -65,6 +67,7 @@ class Solver:
         Args:
             block: (columns, out).
             upper: (columns, columns), the part of U that belongs to it.
+            ranked: (columns, 1), what the weights are divided by for their saliency.
             before: columns that stand before the block.
 
         Returns:
@@ -81,7 +84,7 @@ class Solver:
             for j in range(start, end):
                 if j % together == 0:
                     ahead = slice(j, j + together)
-                    keep = pattern.keep((block[ahead] / scale[ahead]).square_().T, before=before + j).T
+                    keep = pattern.keep((block[ahead] / ranked[ahead]).square_().T, before=before + j).T
                     torch.div(~keep, scale[ahead], out=pruned[ahead])
                 torch.mul(rows[j], pruned[j], out=parts[j])
                 block[j + 1 : end].addr_(lines[j][j + 1 : end], parts[j], alpha=-1)
