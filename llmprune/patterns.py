@@ -90,6 +90,18 @@ class Unstructured:
             return ~_lowest(saliency, self._pruned(before + width) - self._pruned(before), -1)
         return ~_lowest(saliency, self._pruned(rows * (before + width)) - self._pruned(rows * before), None)
 
+    def divided(self, rows: int, width: int, first: int) -> tuple[Unstructured, Unstructured]:
+        """The same number of zeros in a (rows, width) weight, as many of them as can be in `first` of its inputs.
+
+        Returns:
+            What that is for these inputs, and for the others.
+        """
+        rows = 1 if self.scope == "row" else rows
+        total = self._pruned(rows * width)
+        here = min(total, rows * first)
+        shares = here / max(1, rows * first), (total - here) / max(1, rows * (width - first))
+        return Unstructured(shares[0], self.scope), Unstructured(shares[1], self.scope)
+
     def holds(self, weight: Tensor) -> bool:
         if self.scope == "row":
             pruned = self._pruned(weight.shape[-1])

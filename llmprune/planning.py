@@ -71,7 +71,7 @@ def make_plan(
     permutes = bool(recipe.permute) and (by_file or any(isinstance(entry[2], NM) for entry in (default, *rules)))
     chain, surveys, movable = _try(checkpoint, permutes)
     asked = recipe.calibration.asymmetric
-    by_default = asked is None and narrow is None
+    by_default = asked is None and narrow is None and checkpoint.shape is None
     blocks: list[tuple[Choice, ...]] = []
     writers: list[tuple[str, ...]] = []
     channels: list[tuple[Channels, ...]] = []

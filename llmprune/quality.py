@@ -9,7 +9,7 @@ from typing import Any
 from llmprune.errors import unknown
 
 _NONE: Mapping[str, Any] = MappingProxyType(
-    {"permute": False, "refine": [], "reconstruct": [], "calibration.asymmetric": 0.0}
+    {"permute": False, "refine": [], "reconstruct": [], "calibration.asymmetric": None}
 )
 
 QUALITIES: Mapping[str, Mapping[str, Any]] = MappingProxyType(

@@ -49,8 +49,8 @@ class Calibration:
             most methods, and the block is run twice.
         asymmetric: what linears whose kept weights are chosen anew aim at: 0 for the dense linear's outputs on what the
             pruned model gives it, 1 for its outputs on what the dense model gives it, so that what was lost before is
-            made up for; or a share in between. By default `AIM` where a reconstruction chooses them, and 0 where the
-            method alone does, as published.
+            made up for; or a share in between. By default `AIM` where zeros are followed by a reconstruction of each
+            linear and nothing else changes; else 0, as methods were published.
     """
 
     source: str = "c4"

@@ -155,6 +155,13 @@ class LinearStats:
         norms = self.norms
         return torch.where(norms > 0, 1 / norms, 0.0)
 
+    def ranked(self, saliency: Tensor, weight: Tensor) -> Tensor:
+        """A (rows, in) saliency, changed in place: weights of dead inputs are below all others, the smallest lowest."""
+        dead = self.dead
+        if bool(dead.any()):
+            saliency[:, dead] = -1 / weight[:, dead].abs()
+        return saliency
+
     def with_unseen(self, found: Tensor, dense: Tensor, keep: Tensor) -> Tensor:
         """(rows, in) weights that were found, with the dense ones of dead inputs where these are kept."""
         dead = self.dead
@@ -165,9 +172,9 @@ class LinearStats:
     def inverse_factor(self, damping: float) -> Tensor:
         """(in, in) the upper triangular U with (XᵀX + λI)⁻¹ = UᵀU and λ = damping · mean diagonal over live inputs.
 
-        Dead inputs get a one on the diagonal. A matrix that is still not positive definite is damped ten times more,
-        up to 1, first in float32 and then in float64; `damping` tells what was taken. Linears that share these
-        statistics share what was made of the Gram last, by this or by the two below.
+        Dead inputs stand apart: of their rows and columns only the diagonal is not zero. A matrix that is not positive
+        definite is damped ten times more, up to 1, first in float32 and then in float64; `damping` tells what was
+        taken. Linears that share these statistics share what was made of the Gram last, by this or by the two below.
 
         Raises:
             SingularGram: no step succeeded; the message gives the tokens and the dampings tried.

@@ -497,6 +497,13 @@ def test_uniform_writes_no_file_and_what_is_asked(asked: str, model: Path, text:
     assert report.sparsity == pytest.approx(share, abs=most / 2 / total)
 
 
+def test_no_row_loses_all_its_weights(model: Path, tmp_path: Path) -> None:
+    report, _ = pruned(model, tmp_path / "out", "builtin", sparsity="99.5%")
+    for name, weight in linears_of(tmp_path / "out").items():
+        assert (weight != 0).any(1).all(), name
+    assert report.sparsity < 0.99  # 31 of 32, and 63 of 64
+
+
 # -- the plan ----------------------------------------------------------------------------------------------------------
 
 

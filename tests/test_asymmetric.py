@@ -217,6 +217,8 @@ def test_the_card_tells_of_it(asked: float | None, model: Path, tmp_path: Path) 
         ({"reconstruct": ["cg"], "calibration.asymmetric": 0}, 0.0),
         ({"method": "alps", "calibration.asymmetric": 0.25}, 0.25),
         ({"quality": "fast"}, 0.0),
+        ({"quality": "fast", "reconstruct": ["cg"]}, 0.5),
+        ({"depth": {"drop": [1]}, "reconstruct": ["cg"]}, 0.0),
         ({"quality": "balanced"}, 0.5),
         ({"sparsity": None, "width": {"channels": "25%"}, "reconstruct": ["cg"]}, 0.0),
         ({"sparsity": None, "width": {"hidden": "25%"}, "reconstruct": ["block"]}, 0.0),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import UserError
-from llmprune.patterns import NM, Pattern, Unstructured, _first_in_order, parse
+from llmprune.patterns import NM, Pattern, Scope, Unstructured, _first_in_order, parse
 
 NMS = [(1, 2), (2, 4), (1, 4), (3, 4), (1, 3), (2, 5), (4, 8), (2, 8), (7, 8), (6, 12), (8, 16)]
 FRACTIONS = [0.05, 0.25, 0.29, 0.5, 0.58, 0.7, 0.99]
@@ -211,6 +211,30 @@ def test_the_number_of_pruned_weights_is_truncated_but_never_for_float_dust(
     assert int((~Unstructured(fraction, "matrix").keep(scores(1, width))).sum()) == pruned
 
 
+@pytest.mark.parametrize(
+    ("fraction", "width", "pruned"), [(0.5, 7, 4), (0.29, 100, 29), (0.57, 100, 57), (1 / 3, 9, 3), (0.1, 9, 1)]
+)
+def test_only_a_part_of_a_weight_is_rounded_up(fraction: float, width: int, pruned: int) -> None:
+    rule = Unstructured(fraction, up=True)
+    weight = scores(4, width) * rule.keep(scores(4, width))
+    assert (weight == 0).sum(-1).tolist() == [pruned] * 4
+    assert rule.count((4, width)) == 4 * pruned
+    assert rule.holds(weight)
+    assert str(rule) == str(Unstructured(fraction))
+
+
+@pytest.mark.parametrize("first", [0, 1, 5, 19, 20])
+@pytest.mark.parametrize("fraction", [0.05, 0.3, 0.5, 0.77, 0.95])
+@pytest.mark.parametrize("scope", ["row", "matrix"])
+@pytest.mark.parametrize("up", [False, True])
+def test_as_many_zeros_as_can_be_in_some_inputs(first: int, fraction: float, scope: Scope, up: bool) -> None:
+    whole = Unstructured(fraction, scope, up)
+    here, there = whole.divided(7, 20, first)
+    counts = here.count((7, first)), there.count((7, 20 - first))
+    assert sum(counts) == whole.count((7, 20))
+    assert counts[0] == 7 * first or counts[1] == 0
+
+
 def blocks(width: int, seed: int, largest: int = 24) -> list[tuple[int, int]]:
     """Start and end of consecutive blocks of random sizes that cover a width."""
     sizes = random.Random(seed)
@@ -223,29 +247,30 @@ def blocks(width: int, seed: int, largest: int = 24) -> list[tuple[int, int]]:
 UNEVEN = [0.55, 0.6, 0.7, 1 / 3]
 
 
-def promised(fraction: float, count: int) -> int:
+def promised(fraction: float, count: int, up: bool = False) -> int:
     """The zeros among `count` weights, in exact arithmetic."""
-    exact = int(Fraction(fraction).limit_denominator(1000) * count)
-    assert exact == int(fraction * count + 1e-6)
-    return exact
+    exact = Fraction(fraction).limit_denominator(1000) * count
+    assert int(exact) == int(fraction * count + 1e-6)
+    return int(exact) + int(up and exact.denominator > 1)
 
 
+@pytest.mark.parametrize("up", [False, True])
 @pytest.mark.parametrize("fraction", UNEVEN)
 @pytest.mark.parametrize("make", [scores, tied])
 @pytest.mark.parametrize("seed", range(10))
-def test_blocks_add_up_to_the_whole(make: object, fraction: float, seed: int) -> None:
+def test_blocks_add_up_to_the_whole(make: object, fraction: float, seed: int, up: bool) -> None:
     """After every block of columns, as many are pruned as the pattern promises for all columns up to there."""
     width = random.Random(seed).randint(2, 200)
     saliency = make(7, width, seed=seed)  # type: ignore[operator]
     for scope in ("row", "matrix"):
-        pattern = Unstructured(fraction, scope)
+        pattern = Unstructured(fraction, scope, up)
         pruned = torch.zeros(7, width, dtype=torch.bool)
         for start, end in blocks(width, seed):
             pruned[:, start:end] = ~pattern.keep(saliency[:, start:end], before=start)
             if scope == "row":
-                assert pruned.sum(-1).tolist() == [promised(fraction, end)] * 7
+                assert pruned.sum(-1).tolist() == [promised(fraction, end, up)] * 7
             else:
-                assert int(pruned.sum()) == promised(fraction, 7 * end)
+                assert int(pruned.sum()) == promised(fraction, 7 * end, up)
         whole = ~pattern.keep(saliency)
         assert int(pruned.sum()) == int(whole.sum())
         assert pattern.holds((~pruned).float())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -60,22 +62,25 @@ class Solver:
         norms, inverse_norms = stats.norms, stats.inverse_norms
 
         def solved(part: Tensor) -> Tensor:
-            split, keep = self._split(part * norms, inverse, pattern)
+            split, keep = self._split(part * norms, inverse, pattern, partial(stats.ranked, weight=part))
             return stats.with_unseen(split.mul_(inverse_norms), part, keep)
 
         return by_rows(solved, weight) if pattern.row_independent else solved(weight)
 
-    def _split(self, dense: Tensor, inverse: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    def _split(
+        self, dense: Tensor, inverse: Tensor, pattern: Pattern, ranked: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """(rows, in) Z in the end, and its mask.
 
         Args:
             dense: (rows, in) W₀.
             inverse: (in, in) (G+ρI)⁻¹.
+            ranked: puts dead inputs in their place in a saliency.
         """
         both, split = dense.clone(), torch.empty_like(dense)  # W+U, Z
         for step in range(1, self.iterations + 1):
             if step <= self.gradual:
-                keep = keep_more(pattern, torch.abs(both, out=split), 1 - (1 - step / self.gradual) ** 3)
+                keep = keep_more(pattern, ranked(torch.abs(both, out=split)), 1 - (1 - step / self.gradual) ** 3)
             torch.mul(both, keep, out=split)
             both.sub_(split)  # U: what Z leaves out of W+U
             split.sub_(both).sub_(dense)

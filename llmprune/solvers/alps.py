@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -73,15 +75,17 @@ class Solver:
     def solve(self, weight: Tensor, stats: LinearStats, pattern: Pattern) -> Tensor:
         gram = stats.scaled_gram(self.damping)
         scaled = weight * stats.norms
-        found, keep = self._split(scaled, gram, pattern)
+        found, keep = self._split(scaled, gram, pattern, partial(stats.ranked, weight=weight))
         for part, target, kept in zip(*map(some_rows, (found, scaled, keep)), strict=True):
             part.copy_(conjugate(gram, target, part, kept, self.steps))
         return stats.with_unseen(found.mul_(stats.inverse_norms), weight, keep)
 
-    def _split(self, weight: Tensor, gram: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-        """(out, in) D in the end, and its mask. V is kept as U = V/ρ."""
+    def _split(
+        self, weight: Tensor, gram: Tensor, pattern: Pattern, ranked: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """(out, in) D in the end, and its mask. V is kept as U = V/ρ; `ranked` puts dead inputs in their place."""
         rho = self.rho
-        first = seen = pattern.keep(weight.abs())
+        first = seen = pattern.keep(ranked(weight.abs()))
         kept, restarts = max(1, int(first.count_nonzero())), 0
         sparse, dual = weight * first, torch.zeros_like(weight)
         for begun in range(0, self.iterations, CHECK):
@@ -89,7 +93,7 @@ class Solver:
             for _ in range(min(CHECK, self.iterations - begun)):
                 sparse.sub_(dual).sub_(weight)
                 dual.add_(weight).add_(product(sparse, inverse), alpha=rho)  # B + V/ρ, in the place of V/ρ
-                keep = pattern.keep(torch.abs(dual, out=sparse))
+                keep = pattern.keep(ranked(torch.abs(dual, out=sparse)))
                 torch.mul(dual, keep, out=sparse)
                 dual.sub_(sparse)
             del inverse  # before the next one is made

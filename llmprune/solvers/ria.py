@@ -39,4 +39,5 @@ class Solver:
     def solve(self, weight: Tensor, stats: LinearStats, pattern: Pattern) -> Tensor:
         size = weight.abs()
         shares = [torch.where(total > 0, 1 / total, 0.0) for total in (size.sum(0), size.sum(1, keepdim=True))]
-        return weight * pattern.keep(size * (shares[0] + shares[1]) * stats.norms.pow(self.exponent))
+        saliency = size * (shares[0] + shares[1]) * stats.norms.pow(self.exponent)
+        return weight * pattern.keep(stats.ranked(saliency, weight))

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmprune.patterns import Pattern, Scope
+from llmprune.patterns import Pattern, Scope, Unstructured
 from llmprune.solvers import Buffers
 from llmprune.stats import LinearStats, Needs
 
@@ -46,19 +46,21 @@ class Solver:
             raise ValueError(f"block_size must be at least 1, not {self.block_size}")
 
     def solve(self, weight: Tensor, stats: LinearStats, pattern: Pattern) -> Tensor:
-        upper = stats.inverse_factor(self.damping)  # (in, in)
+        upper, dead = stats.inverse_factor(self.damping), stats.dead  # (in, in), (in,)
         columns = weight.T.clone(memory_format=torch.contiguous_format)  # (in, out): a column is a contiguous row here
-        # Where an input is always zero U_jj is 1, and nothing has to make up for its weights.
-        ranked = upper.diagonal().masked_fill(stats.dead, torch.inf)[:, None]
+        whole = not bool(dead.any())
+        if not whole and isinstance(pattern, Unstructured):  # the others are pruned as if these were not there
+            first, pattern = pattern.divided(weight.shape[0], weight.shape[1], int(dead.count_nonzero()))
+            columns[dead] *= first.keep(columns[dead].abs().T).T
         width = max(pattern.group, self.block_size // pattern.group * pattern.group)
         for start in range(0, len(columns), width):
             end = min(start + width, len(columns))
-            own = upper[start:end, start:end].contiguous()
-            errors = self._block(columns[start:end], own, ranked[start:end], pattern, start)
+            before, lost = (start, None) if whole else (int((~dead[:start]).count_nonzero()), dead[start:end])
+            errors = self._block(columns[start:end], upper[start:end, start:end].contiguous(), pattern, before, lost)
             columns[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
         return columns.T.contiguous()
 
-    def _block(self, block: Tensor, upper: Tensor, ranked: Tensor, pattern: Pattern, before: int) -> Tensor:
+    def _block(self, block: Tensor, upper: Tensor, pattern: Pattern, before: int, dead: Tensor | None) -> Tensor:
         """Prune one block of columns in place.
 
         Each error is carried on to the columns of its own short run at once, to the rest of the block by one matrix
@@ -67,8 +69,8 @@ class Solver:
         Args:
             block: (columns, out).
             upper: (columns, columns), the part of U that belongs to it.
-            ranked: (columns, 1), what the weights are divided by for their saliency.
-            before: columns that stand before the block.
+            before: columns of live inputs that stand before the block.
+            dead: (columns,) bool, whose inputs are always zero; None where none is.
 
         Returns:
             (columns, out): what has to be made up for by the columns after the block, for each column's error.
@@ -84,10 +86,22 @@ class Solver:
             for j in range(start, end):
                 if j % together == 0:
                     ahead = slice(j, j + together)
-                    keep = pattern.keep((block[ahead] / ranked[ahead]).square_().T, before=before + j).T
+                    saliency = (block[ahead] / scale[ahead]).square_()
+                    keep = _kept(saliency, block[ahead], pattern, before, None if dead is None else dead[ahead])
                     torch.div(~keep, scale[ahead], out=pruned[ahead])
                 torch.mul(rows[j], pruned[j], out=parts[j])
                 block[j + 1 : end].addr_(lines[j][j + 1 : end], parts[j], alpha=-1)
             block[end:].addmm_(upper[start:end, end:].T, errors[start:end], alpha=-1)
         block.masked_fill_(pruned != 0, 0.0)
         return errors
+
+
+def _kept(saliency: Tensor, block: Tensor, pattern: Pattern, before: int, dead: Tensor | None) -> Tensor:
+    """(columns, out) bool, what stays of some columns whose mask is chosen together; see `Solver._block`."""
+    if dead is None:
+        return pattern.keep(saliency.T, before=before).T
+    if pattern.group > 1:
+        return pattern.keep(torch.where(dead[:, None], -1 / block.abs(), saliency).T).T
+    keep = torch.ones_like(block, dtype=torch.bool)  # which of the others stay has been decided before
+    keep[~dead] = pattern.keep(saliency[~dead].T, before=before).T
+    return keep

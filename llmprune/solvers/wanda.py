@@ -24,4 +24,4 @@ class Solver:
     buffers: ClassVar[Buffers] = Buffers()
 
     def solve(self, weight: Tensor, stats: LinearStats, pattern: Pattern) -> Tensor:
-        return weight * pattern.keep(weight.abs() * stats.norms)
+        return weight * pattern.keep(stats.ranked(weight.abs() * stats.norms, weight))
