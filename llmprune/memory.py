@@ -14,6 +14,11 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 MUCH = 2**26
 """Bytes that are worth the milliseconds of giving them back."""
 
+LITTLE = 2**24
+"""Bytes that are not worth them: what is held is in use then."""
+
+_level: int | None = None
+
 _C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
@@ -102,3 +107,21 @@ def give_back() -> None:
     trim = getattr(_C_LIBRARY, "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def ease_above(level: int | None) -> None:
+    """Say from how many bytes on that this process holds `ease` gives back what was freed; None: never."""
+    global _level
+    _level = level
+
+
+def ease() -> None:
+    """Give freed memory back if this process holds more than it should, for use where something large was just freed.
+
+    Tensors that come and go in other sizes each time leave pieces behind that fit no other, more with every batch.
+    """
+    global _level
+    if _level is not None and (held := current()) > _level:
+        give_back()
+        if held - current() < LITTLE:
+            _level = held + LITTLE

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmprune import allocation, data, dense, distributed, memory
 from llmprune.allocate import PLAN_FILES
-from llmprune.budget import PRUNE, SAMPLE, batch_size, windows_at_once
+from llmprune.budget import GROWTH, PRUNE, SAMPLE, batch_size, windows_at_once
 from llmprune.errors import Interrupted, UserError
 from llmprune.evaluate import perplexity
 from llmprune.follow import DenseWay, drift
@@ -88,7 +88,10 @@ def prune(
     memory.frugal()
     with torch.no_grad(), distributed.joined():
         shown = of_first(progress)
-        return _prune(model, out, chosen, restart, shown)
+        try:
+            return _prune(model, out, chosen, restart, shown)
+        finally:
+            memory.ease_above(None)
 
 
 def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, shown: Progress) -> Report:
@@ -107,6 +110,7 @@ def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, sh
             with clock("evaluate"):
                 writer.found["dense"] = vars(perplexity.dense(whole, text, recipe.evaluate, shown, plan.spare))
         checkpoint, plan = settle(whole, checkpoint, plan, recipe, tokens, found, shown)
+        memory.ease_above(plan.schedule.peak.host - GROWTH // 2)  # before it is as much as was said
         weights = plan.written(checkpoint).weights
         report = Report(writer.out, checkpoint.source.name, checkpoint.source.revision, recipe.to_dict(), weights)
         report.earlier, report.base = earlier_runs(begun, fingerprint["files"]), base_of(source, begun)

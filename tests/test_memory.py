@@ -25,6 +25,41 @@ def test_current_and_peak_follow_what_is_held() -> None:
     assert before - 2**27 < memory.peak() < before + 2**27
 
 
+def test_what_was_freed_in_pieces_is_given_back_where_too_much_is_held() -> None:
+    memory.frugal()
+    memory.give_back()
+    before = memory.current()
+    kept = []
+    for _ in range(200):
+        large = torch.ones(2**18)
+        kept.append(torch.ones(2**10))  # stands behind it, so that the heap cannot shrink
+        del large
+        kept.append(torch.ones(2**18 + 2**12))
+    del kept[1::4]
+    held = memory.current()
+    memory.ease()  # nobody has said how much is too much
+    assert memory.current() > held - memory.LITTLE
+    try:
+        memory.ease_above(held + 2**20)
+        memory.ease()
+        assert memory.current() > held - memory.LITTLE
+        memory.ease_above(held - 2**20)
+        memory.ease()
+        left = memory.current()
+        assert left < held - 2**26  # about half of 200 MiB
+        assert left > before + 2**26
+        memory.ease_above(left - 2**20)
+        memory.ease()  # all of it is in use
+        more = torch.ones(2**21)
+        memory.ease()  # and what is a little more is not looked at again
+        assert memory._level is not None
+        assert memory._level > left
+        assert memory.current() >= left + 2**22
+        del more
+    finally:
+        memory.ease_above(None)
+
+
 def test_available_is_within_what_there_is() -> None:
     assert 2**20 < memory.available() < 2**50
 

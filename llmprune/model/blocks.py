@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmprune import memory
 from llmprune.errors import Failure, LLMPruneError, UserError
 from llmprune.model.activations import HIDDEN, Activations, Call, Place
 from llmprune.model.checkpoint import Checkpoint
@@ -262,6 +263,8 @@ def pass_through(
         output = through(batch) if through is not None else run(block, call, activations.read(batch))
         check_output(checkpoint, number, batch, output)
         activations.write(batch, output)
+        del output
+        memory.ease()
 
 
 def check_output(checkpoint: Checkpoint, number: int, batch: int, output: Tensor) -> None:

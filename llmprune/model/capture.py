@@ -19,6 +19,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.nn import functional
 
+from llmprune import memory
 from llmprune.errors import Failure
 from llmprune.model import blocks
 from llmprune.model.activations import Activations, Call
@@ -232,6 +233,7 @@ class Capture(_Way):
                 way._advance(batch)
                 if stage.dense or batch >= self._held:
                     way._give_up(batch)
+            memory.ease()
         for way in ways:
             way._open = set()
         found, self._stats = self._stats, {}
