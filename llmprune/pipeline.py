@@ -110,7 +110,7 @@ def _prune(model: str | Path, out: str | Path, recipe: Recipe, restart: bool, sh
             with clock("evaluate"):
                 writer.found["dense"] = vars(perplexity.dense(whole, text, recipe.evaluate, shown, plan.spare))
         checkpoint, plan = settle(whole, checkpoint, plan, recipe, tokens, found, shown)
-        memory.ease_above(plan.schedule.peak.host - GROWTH // 2)  # before it is as much as was said
+        memory.ease_above(plan.schedule.peak.host - GROWTH // 4)  # before it is as much as was said
         weights = plan.written(checkpoint).weights
         report = Report(writer.out, checkpoint.source.name, checkpoint.source.revision, recipe.to_dict(), weights)
         report.earlier, report.base = earlier_runs(begun, fingerprint["files"]), base_of(source, begun)
